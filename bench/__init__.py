@@ -1,0 +1,1 @@
+"""How good and how fast: the check against FP16, speed, memory, reports."""

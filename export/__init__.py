@@ -1,0 +1,1 @@
+"""What lies on disk: packed formats, the artifact and its manifest."""

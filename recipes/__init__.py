@@ -1,0 +1,1 @@
+"""What to make: recipes, samples, hub downloads and the embedded model."""
