@@ -1,0 +1,94 @@
+"""A source of named tensors: a checkpoint's safetensors files, read one tensor at a time.
+
+Knows nothing of models. `export` offers the same face over packed files, so that what reads weights need not care
+whether they were ever int4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Meta:
+    """A tensor's shape and dtype, as the file's header has them. `dtype` is None for integers and fp8."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named tensors: `metas` from headers alone; `get(name)` reads one onto the CPU."""
+
+    folder: Path
+    metas: Mapping[str, Meta]
+    get: Callable[[str], Tensor]
+
+
+def headers(path: Path) -> dict[str, Any]:
+    """The JSON header of one safetensors file. OSError when the file is missing, cut short or not safetensors."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise OSError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+            header = json.loads(f.read(length))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise OSError(f"{path}: not a safetensors file") from None
+    end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise OSError(f"{path}: truncated: {size} bytes, its header speaks of {8 + length + end}")
+    return header
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by its index where it has one. OSError when one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / n for n in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise OSError(f"{folder}: no .safetensors files; mmq reads safetensors checkpoints only")
+    for f in files:
+        if not f.is_file():
+            raise OSError(f"{f}: missing, though {index.name} names it")
+    return files
+
+
+def open_source(folder: Path) -> Source:
+    """Open the checkpoint in `folder`: headers are read now, tensors on demand. OSError as in `headers`."""
+    where: dict[str, Path] = {}
+    metas: dict[str, Meta] = {}
+    for path in shard_files(folder):
+        for name, item in headers(path).items():
+            if name != "__metadata__":
+                begin, end = item["data_offsets"]
+                where[name] = path
+                metas[name] = Meta(tuple(item["shape"]), DTYPES.get(item["dtype"]), end - begin)
+    handles: dict[Path, Any] = {}
+
+    def get(name: str) -> Tensor:
+        path = where[name]
+        try:
+            if path not in handles:
+                handles[path] = safe_open(path, framework="pt")
+            return handles[path].get_tensor(name)
+        except SafetensorError as e:
+            raise OSError(f"{path}: {e}") from None
+
+    return Source(folder, metas, get)
