@@ -61,7 +61,9 @@ def exact_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` float32 [...] rounded to a value that both fp16 (on disk) and `dtype` (in the engine) hold exactly."""
     scale = scale.clamp(TINY, 65504.0)
     if dtype == torch.bfloat16:
-        scale = scale.to(torch.bfloat16).float()  # 8 bits of mantissa: inside fp16's normal range this is exact there too
+        scale = scale.to(
+            torch.bfloat16
+        ).float()  # 8 bits of mantissa: inside fp16's normal range this is exact there too
     return scale.to(torch.float16).float()
 
 

@@ -1,0 +1,131 @@
+"""`quantization_config`: what an engine is told about an artifact, format by format, and what it must leave alone.
+
+The same key means different things in different engines, so the skip list is written to hold in all of them at once:
+substrings for vLLM and SGLang, full layer names for transformers (match at a module boundary) and LMDeploy (which asks
+whether a layer's name is *contained in* an entry). Knows no tensor values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a config must say: the format, its grid, and the names of the linears left in 16 bit.
+
+    `skipped`: module names (checkpoint's and transformers' spellings) of linears that are not quantized;
+    `skip`: the family's substrings for them.
+    """
+
+    format: str
+    group_size: int
+    symmetric: bool
+    skip: tuple[str, ...]
+    skipped: tuple[str, ...]
+    dtype: str  # "bfloat16" or "float16": what bitsandbytes computes in
+
+
+def awq(p: Packing) -> dict[str, Any]:
+    """AWQ GEMM, as AutoAWQ wrote it and every engine reads it."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": p.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": _unique([*p.skip, *p.skipped]),
+    }
+
+
+def gptq(p: Packing) -> dict[str, Any]:
+    """GPTQ version 1. No `dynamic` and no `modules_in_block_to_quantize`: a wrong entry there leaves a whole model in
+    16 bit without a word, and readers see from the tensors which linears are packed."""
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": p.group_size,
+        "sym": True,
+        "desc_act": False,
+        "static_groups": True,
+        "true_sequential": True,
+        "lm_head": False,
+        "damp_percent": 0.01,
+    }
+
+
+def compressed_tensors(p: Packing) -> dict[str, Any]:
+    """pack-quantized, only keys that compressed-tensors 0.17 knows."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "pack-quantized",
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": p.symmetric,
+                    "strategy": "group",
+                    "group_size": p.group_size,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        "ignore": _unique(p.skipped),
+        "kv_cache_scheme": None,
+    }
+
+
+def bnb(p: Packing) -> dict[str, Any]:
+    """bitsandbytes NF4 with double quantization."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": p.dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": _unique([*(s.rstrip(".") for s in p.skip), *p.skipped]),
+    }
+
+
+CONFIGS = {"awq": awq, "gptq": gptq, "compressed-tensors": compressed_tensors, "bnb": bnb}
+
+# (method, symmetric) -> formats that hold the result without loss; the first is the default.
+HOLDS: Mapping[tuple[str, bool], tuple[str, ...]] = {
+    ("awq", False): ("awq", "compressed-tensors"),
+    ("awq", True): ("awq", "gptq", "compressed-tensors"),
+    ("rtn", False): ("awq", "compressed-tensors"),
+    ("rtn", True): ("gptq", "awq", "compressed-tensors"),
+    ("gptq", True): ("gptq", "compressed-tensors", "awq"),
+    ("gptq", False): ("awq", "compressed-tensors"),
+    ("bnb", False): ("bnb",),
+}
+
+
+def settle(method: str, symmetric: bool | None, format: str | None) -> tuple[bool, str]:
+    """Fill in what the user left open: (symmetric, format). ValueError when the format cannot hold the method."""
+    if symmetric is None:
+        symmetric = {"awq": format == "gptq", "rtn": format == "gptq", "gptq": format != "awq", "bnb": False}[method]
+    if method == "bnb" and symmetric:
+        raise ValueError("bnb has no symmetric grid; leave --symmetric out")
+    holds = HOLDS[(method, symmetric)]
+    if format is None:
+        return symmetric, holds[0]
+    if format not in holds:
+        grid = "symmetric" if symmetric else "asymmetric"
+        raise ValueError(f"format {format} cannot hold {grid} {method} without loss; it can be {', '.join(holds)}")
+    return symmetric, format
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,270 @@
+"""From a recipe and a base checkpoint to a whole artifact on disk, written as the walk goes.
+
+One file per finished decoder layer, then the untouched rest, then the small files an engine needs, then the manifest.
+An interrupted run leaves finished files behind and is taken up at the next layer. Knows no algorithm and no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import __version__
+from ..quantize.family import Group
+from ..quantize.grid import Grid, Quantized
+from ..quantize.inputs import encode
+from ..quantize.skeleton import Skeleton, build, read_config
+from ..quantize.walk import CALIBRATED, Layer, check_groups, count_tokens, linears, walk
+from ..recipes.hub import Base
+from ..recipes.progress import Step, Tell, silent
+from ..recipes.recipe import Recipe
+from ..recipes.samples import Sample, digest
+from .artifact import Artifact, check_disk, finish, hash_file, prepare, write_json
+from .config import CONFIGS, Packing, settle
+from .packing import LAYOUTS
+from .view import restored_tensors
+
+REST_SHARD = 2**30  # bytes of untouched tensors in one file
+LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run settled in every detail: what will be written where."""
+
+    recipe: Recipe
+    base: Base
+    out: Path
+    method: str
+    format: str
+    grid: Grid
+    plan: Mapping[int, tuple[Group, ...]]
+    layer_files: tuple[str, ...]
+    rest: Mapping[str, tuple[str, ...]]  # file -> tensor names
+
+
+def make(
+    recipe: Recipe,
+    base: Base,
+    out: Path,
+    *,
+    samples: Sequence[Sample],
+    calibration: str,
+    device: str = "cpu",
+    overwrite: bool = False,
+    tell: Tell = silent,
+) -> Artifact:
+    """Quantize `base` as `recipe` says into the folder `out`. `calibration` is the set's name, for the manifest.
+
+    ValueError for what cannot be made as asked, OSError for files and disk, before anything is written.
+    """
+    symmetric, format = settle(recipe.method, recipe.symmetric, recipe.format)
+    if read_config(base.path).get("quantization_config"):
+        raise ValueError(f"{base.name} is quantized already; mmq starts from a 16-bit checkpoint")
+    skeleton = build(base.path, device=device)
+    plan = linears(skeleton, recipe.keep)
+    grid = Grid(recipe.group_size, symmetric, skeleton.stored)
+    if recipe.method != "bnb":
+        check_groups(skeleton, plan, recipe.group_size)
+    layer_files, rest = _files(skeleton)
+    order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest)
+    tokens = None
+    if recipe.method in CALIBRATED:
+        tokens = count_tokens(skeleton, [encode(skeleton, s) for s in samples])
+    marks = {
+        "recipe": dataclasses.asdict(recipe),
+        "base": {"config": hash_file(base.path / "config.json"), "revision": base.revision, "tensors": _mark(skeleton)},
+        "calibration": digest(samples) if recipe.method in CALIBRATED else None,
+        "device": skeleton.device.type,
+        "mmq": __version__,
+    }
+    marks = json.loads(json.dumps(marks))  # as it will read back
+    check_disk(out, _expected_bytes(skeleton, order))
+    prepare(out, marks, overwrite=overwrite)
+    for layer in walk(
+        skeleton,
+        samples,
+        method=recipe.method,
+        grid=grid,
+        plan=plan,
+        finished=lambda index: _finished(skeleton, order, index),
+        tell=tell,
+    ):
+        if layer.solution is not None:
+            _write_layer(skeleton, order, layer)
+    for number, (file, names) in enumerate(rest.items()):
+        if not (out / file).is_file():
+            _save(out / file, {n: skeleton.source.get(n) for n in names}, {})
+        tell(Step("copy", number + 1, len(rest)))
+    _write_index(order)
+    _write_config(skeleton, order)
+    _copy_small_files(base.path, out)
+    return finish(
+        out,
+        {
+            "name": f"{recipe.name}-{recipe.method}",
+            "method": recipe.method,
+            "format": format,
+            "bits": 4,
+            "group_size": 64 if recipe.method == "bnb" else recipe.group_size,
+            "symmetric": symmetric,
+            "recipe": dataclasses.asdict(recipe),
+            "base": {
+                "model": base.name,
+                "hub": base.hub,
+                "revision": base.revision,
+                "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
+            },
+            "calibration": None
+            if tokens is None
+            else {"name": calibration, "digest": marks["calibration"], **dataclasses.asdict(tokens)},
+            "quantized": sorted(_quantized_names(skeleton, order)),
+            "layers": [_errors(out / f) for f in layer_files],
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions that made an artifact, of what is installed."""
+    found = {"mmq": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _files(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Names of the layer files, and of the files for everything else with the tensors each holds."""
+    count = len(skeleton.layers)
+    inside = {c for i in range(count) for c in skeleton.layer_names(i).values()}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, meta in skeleton.source.metas.items():
+        if name in inside:
+            continue
+        if shards[-1] and size + meta.nbytes > REST_SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += meta.nbytes
+    total = count + len(shards)
+    files = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    return tuple(files[:count]), {f: tuple(names) for f, names in zip(files[count:], shards, strict=True)}
+
+
+def _mark(skeleton: Skeleton) -> str:
+    """A cheap mark of the base's tensors, so that a run is not taken up against other weights."""
+    files = sorted({p for p in skeleton.source.folder.glob("*.safetensors")})
+    return json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+def _quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
+    """Checkpoint names, without `.weight`, of every linear that is quantized."""
+    for index, groups in order.plan.items():
+        names = skeleton.layer_names(index)
+        for group in groups:
+            for linear in group.linears:
+                yield names[f"{linear}.weight"].removesuffix(".weight")
+
+
+def _expected_bytes(skeleton: Skeleton, order: Order) -> int:
+    """About how much the artifact will take: 4 bits and a scale for what is quantized, the rest as it is."""
+    packed = {f"{n}.weight" for n in _quantized_names(skeleton, order)}
+    total = 0
+    for name, meta in skeleton.source.metas.items():
+        total += int(meta.nbytes / 4 * 1.15) if name in packed else meta.nbytes
+    return total + 16 * 2**20
+
+
+def _finished(skeleton: Skeleton, order: Order, index: int) -> dict[str, Tensor] | None:
+    path = order.out / order.layer_files[index]
+    if not path.is_file():
+        return None
+    stored = restored_tensors(path, order.format)
+    return {inside: stored[name] for inside, name in skeleton.layer_names(index).items() if name in stored}
+
+
+def _write_layer(skeleton: Skeleton, order: Order, layer: Layer) -> None:
+    assert layer.solution is not None
+    tensors: dict[str, Tensor] = {}
+    for inside, name in skeleton.layer_names(layer.index).items():
+        linear = inside.removesuffix(".weight")
+        if inside.endswith(".weight") and linear in layer.solution.quantized:
+            q = layer.solution.quantized[linear]
+            if isinstance(q, Quantized):
+                packed = LAYOUTS[order.format].pack(q, skeleton.stored)
+                tensors |= {f"{name.removesuffix('.weight')}.{suffix}": t for suffix, t in packed.items()}
+            else:
+                tensors |= {f"{name}.{suffix}".rstrip("."): t for suffix, t in q.tensors.items()}
+        elif inside in layer.solution.changed:
+            tensors[name] = layer.solution.changed[inside].to(skeleton.source.get(name).dtype)
+        else:
+            tensors[name] = skeleton.source.get(name)
+    errors = {"index": layer.index, "errors": {n: float(f"{e:.6g}") for n, e in layer.errors.items()}}
+    _save(order.out / order.layer_files[layer.index], tensors, {"mmq.layer": json.dumps(errors)})
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(path.name + ".part")
+    whole = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
+    save_file(whole, temporary, metadata={"format": "pt", **metadata})
+    temporary.chmod(0o644)  # safetensors writes 0600, which an engine under another user could not read
+    os.replace(temporary, path)
+
+
+def _errors(path: Path) -> dict[str, Any]:
+    """What `_write_layer` noted in a layer's file."""
+    with safe_open(path, framework="pt") as f:
+        return json.loads(f.metadata()["mmq.layer"])
+
+
+def _write_index(order: Order) -> None:
+    where: dict[str, str] = {}
+    total = 0
+    for file in (*order.layer_files, *order.rest):
+        with safe_open(order.out / file, framework="pt") as f:
+            where |= dict.fromkeys(f.keys(), file)
+        total += (order.out / file).stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(order.out / "model.safetensors.index.json", index)
+
+
+def _write_config(skeleton: Skeleton, order: Order) -> None:
+    """The base's config.json as it stands, and the quantization it now has."""
+    quantized = set(_quantized_names(skeleton, order))
+    spelled = {n.removesuffix(".weight"): c.removesuffix(".weight") for n, c in skeleton.names.items()}
+    skipped = []
+    for name, module in skeleton.module.named_modules():
+        if isinstance(module, nn.Linear) and spelled.get(name) not in quantized:
+            skipped += [name, spelled.get(name, name)]
+    dtype = str(skeleton.stored).removeprefix("torch.")
+    packing = Packing(
+        order.format, order.grid.group_size, order.grid.symmetric, skeleton.family.skip, tuple(skipped), dtype
+    )
+    config = read_config(order.base.path)
+    config["quantization_config"] = CONFIGS[order.format](packing)
+    write_json(order.out / "config.json", config)
+
+
+def _copy_small_files(base: Path, out: Path) -> None:
+    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code."""
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.name not in NOT_COPIED and path.suffix not in LEFT_BEHIND:
+            shutil.copyfile(path, out / path.name)

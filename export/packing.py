@@ -1,0 +1,128 @@
+"""Packed int4 layouts, to the bit: AWQ GEMM, GPTQ, compressed-tensors pack-quantized.
+
+Pure functions from a Quantized to named tensors and back. Knows no model and no file. Words are int32 and hold eight
+nibbles, lowest bits first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..quantize.grid import MIDDLE, Quantized
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column AWQ_ORDER[i] of its eight
+SEQUENTIAL = tuple(range(8))
+
+
+def pack_last(values: Tensor, order: tuple[int, ...] = SEQUENTIAL) -> Tensor:
+    """uint8 [..., n] with values 0..15 -> int32 [..., ceil(n / 8)]; missing columns count as 0."""
+    if values.shape[-1] % 8:
+        values = torch.nn.functional.pad(values, (0, 8 - values.shape[-1] % 8))
+    eight = values.unflatten(-1, (-1, 8))
+    word = torch.zeros(eight.shape[:-1], dtype=torch.int32, device=values.device)
+    for place, column in enumerate(order):
+        word |= eight[..., column].to(torch.int32) << (4 * place)  # place 7 sets the sign bit, as it must
+    return word
+
+
+def unpack_last(words: Tensor, count: int, order: tuple[int, ...] = SEQUENTIAL) -> Tensor:
+    """int32 [..., m] -> uint8 [..., count], the inverse of `pack_last`."""
+    eight = torch.empty((*words.shape, 8), dtype=torch.uint8, device=words.device)
+    for place, column in enumerate(order):
+        eight[..., column] = ((words >> (4 * place)) & 15).to(torch.uint8)
+    return eight.flatten(-2)[..., :count].contiguous()
+
+
+def pack_awq(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """qweight int32 [in, out/8], qzeros int32 [in/g, out/8], scales fp16 [in/g, out]: nibbles along *out*, shuffled.
+
+    Scales are fp16 by this format's definition, whatever the checkpoint's `dtype`.
+    """
+    return {
+        "qweight": pack_last(x.q.T.contiguous(), AWQ_ORDER),
+        "qzeros": pack_last(x.zero.T.contiguous(), AWQ_ORDER),
+        "scales": x.scale.T.to(torch.float16).contiguous(),
+    }
+
+
+def unpack_awq(tensors: Mapping[str, Tensor]) -> Quantized:
+    """The inverse of `pack_awq`."""
+    scales = tensors["scales"]
+    out, group_size = scales.shape[1], tensors["qweight"].shape[0] // scales.shape[0]
+    q = unpack_last(tensors["qweight"], out, AWQ_ORDER).T.contiguous()
+    zero = unpack_last(tensors["qzeros"], out, AWQ_ORDER).T.contiguous()
+    return Quantized(q, scales.T.float().contiguous(), zero, group_size, bool((zero == MIDDLE).all()))
+
+
+def pack_gptq(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """qweight int32 [in/8, out] along *in*, qzeros int32 [in/g, out/8] holding zero - 1 (version 1), scales fp16
+    [in/g, out], g_idx int32 [in]. Scales are fp16 whatever the checkpoint's `dtype`.
+
+    ValueError for an asymmetric grid: today's engines load symmetric ones only.
+    """
+    if not x.symmetric:
+        raise ValueError("the gptq format holds symmetric weights only (engines refuse sym: false); use awq")
+    width = x.q.shape[1]
+    return {
+        "qweight": pack_last(x.q).T.contiguous(),
+        "qzeros": pack_last(x.zero.T.contiguous() - 1),
+        "scales": x.scale.T.to(torch.float16).contiguous(),
+        "g_idx": torch.arange(width, dtype=torch.int32) // x.group_size,
+    }
+
+
+def unpack_gptq(tensors: Mapping[str, Tensor]) -> Quantized:
+    """The inverse of `pack_gptq`."""
+    scales = tensors["scales"]
+    width, out = tensors["qweight"].shape[0] * 8, scales.shape[1]
+    q = unpack_last(tensors["qweight"].T.contiguous(), width)
+    zero = (unpack_last(tensors["qzeros"], out) + 1).T.contiguous()
+    return Quantized(q, scales.T.float().contiguous(), zero, width // scales.shape[0], True)
+
+
+def pack_ct(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """weight_packed int32 [out, ceil(in/8)], weight_scale `dtype` [out, in/g], weight_shape int64 [2], and when
+    asymmetric weight_zero_point int32 [ceil(out/8), in/g] along *out*. Readers decompress to the scale's dtype, so it
+    is the checkpoint's."""
+    tensors = {
+        "weight_packed": pack_last(x.q),
+        "weight_scale": x.scale.to(dtype),
+        "weight_shape": torch.tensor(x.q.shape, dtype=torch.int64),
+    }
+    if not x.symmetric:
+        tensors["weight_zero_point"] = pack_last(x.zero.T.contiguous()).T.contiguous()
+    return tensors
+
+
+def unpack_ct(tensors: Mapping[str, Tensor]) -> Quantized:
+    """The inverse of `pack_ct`."""
+    out, width = (int(n) for n in tensors["weight_shape"])
+    scale = tensors["weight_scale"].float()
+    packed = tensors.get("weight_zero_point")
+    if packed is None:
+        zero = torch.full(scale.shape, MIDDLE, dtype=torch.uint8)
+    else:
+        zero = unpack_last(packed.T.contiguous(), out).T.contiguous()
+    return Quantized(unpack_last(tensors["weight_packed"], width), scale, zero, width // scale.shape[1], packed is None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed layout: its tensors' suffixes (the first marks a packed linear) and its two functions."""
+
+    suffixes: tuple[str, ...]
+    pack: Callable[[Quantized, torch.dtype], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor]], Quantized]
+
+
+LAYOUTS = {
+    "awq": Layout(("qweight", "qzeros", "scales"), pack_awq, unpack_awq),
+    "gptq": Layout(("qweight", "qzeros", "scales", "g_idx"), pack_gptq, unpack_gptq),
+    "compressed-tensors": Layout(
+        ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"), pack_ct, unpack_ct
+    ),
+}

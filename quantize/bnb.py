@@ -1,0 +1,33 @@
+"""NF4 through bitsandbytes itself (Dettmers et al., QLoRA, 2023): blocks of 64, double quantization, no calibration."""
+
+from __future__ import annotations
+
+import torch
+
+from .grid import Grid
+from .method import Nf4, Problem, Solution
+
+BLOCKSIZE = 64
+
+
+def bnb(problem: Problem, grid: Grid) -> Solution:
+    """Every linear of the layer as NF4. RuntimeError when bitsandbytes is not installed."""
+    names = [n for group in problem.groups for n in group.linears]
+    return Solution({n: nf4(problem.weights[f"{n}.weight"], grid.scale_dtype) for n in names})
+
+
+def nf4(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Nf4:
+    """[out, in] float32 as NF4 with bitsandbytes' own tensor names; dequantized through bitsandbytes too.
+
+    `dtype` is what the packed state says the weight is to become.
+    """
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise RuntimeError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
+    packed, state = functional.quantize_4bit(
+        weight.to(dtype), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
+    )
+    restored = functional.dequantize_4bit(packed, state).float()
+    tensors = {"": packed.cpu(), **{k: v.cpu() for k, v in state.as_dict(packed=True).items()}}
+    return Nf4(tensors, restored)

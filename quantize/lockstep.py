@@ -1,0 +1,120 @@
+"""Many forward passes, halted together at every decoder layer.
+
+Each call runs in a greenlet of its own, through the model's own code: its loop over layers, its masks, its position
+embeddings, whatever it passes along. A decoder layer's forward is replaced by a halt, so that when all calls stand
+before layer i, that one layer can be loaded, measured, changed and run for all of them, and let go. One layer in memory
+serves every sample, whatever the model class; `generate` works the same way, one round of layers a token.
+
+Knows nothing of weights, files or methods. Greenlets and not threads: all run on one thread, so torch keeps one
+pool of workers and one gradient mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from greenlet import greenlet
+from torch import Tensor, nn
+
+
+@dataclass
+class Call:
+    """One sample halted before a decoder layer: what that layer is being called with."""
+
+    number: int  # which of the calls given to Lockstep
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    thread: greenlet = field(repr=False)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states going into the layer, [1, tokens, hidden]."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+
+@dataclass
+class Stop:
+    """All calls stand before layer `index`. Load the layer, look at `calls`, then `advance()`."""
+
+    index: int
+    layer: nn.Module
+    calls: list[Call]
+    forward: Callable[..., Any] = field(repr=False)
+    _resume: Callable[[Stop], None] = field(repr=False)
+
+    def advance(self) -> None:
+        """Run the layer for every call and let each go on to its next halt or its end."""
+        self._resume(self)
+
+
+class Lockstep:
+    """Iterate to meet each Stop in turn; afterwards `results[i]` is what call i returned.
+
+    Use as a context manager: on the way out the layers' own forwards are put back and unfinished calls are ended.
+    """
+
+    def __init__(self, layers: nn.ModuleList, calls: Sequence[Callable[[], Any]]):
+        self.layers = layers
+        self.results: list[Any] = [None] * len(calls)
+        self._calls = list(calls)
+        self._halted: dict[int, list[Call]] = {}
+        self._threads: list[greenlet] = []
+        self._forwards: list[Callable[..., Any]] = []
+
+    def __enter__(self) -> Lockstep:
+        for index, layer in enumerate(self.layers):
+            self._forwards.append(layer.forward)
+            layer.forward = _halt(index)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for thread in self._threads:
+            if thread and not thread.dead:
+                thread.throw()  # GreenletExit unwinds the sample's own frames
+        self._halted.clear()
+        for layer in self.layers:
+            del layer.forward  # the instance attribute; the class's method shows again
+
+    def __iter__(self) -> Iterator[Stop]:
+        for number, call in enumerate(self._calls):
+            thread = greenlet(call)
+            self._threads.append(thread)
+            self._record(number, thread, thread.switch())
+        while self._halted:
+            index = min(self._halted) if len(self._halted) == 1 else self._only()
+            stop = Stop(index, self.layers[index], self._halted.pop(index), self._forwards[index], self._advance)
+            yield stop
+            if stop.calls:
+                raise RuntimeError(f"layer {index} was left without advance()")
+
+    def _only(self) -> int:
+        raise RuntimeError(f"samples stand before different layers: {sorted(self._halted)}")
+
+    def _advance(self, stop: Stop) -> None:
+        calls, stop.calls = stop.calls, []
+        calls.reverse()
+        while calls:
+            call = calls.pop()  # drop our hold on its inputs before the next one runs
+            out = stop.forward(*call.args, **call.kwargs)
+            thread, number = call.thread, call.number
+            del call
+            self._record(number, thread, thread.switch(out))
+            del out
+
+    def _record(self, number: int, thread: greenlet, value: Any) -> None:
+        if thread.dead:
+            self.results[number] = value
+        else:
+            index, args, kwargs = value
+            self._halted.setdefault(index, []).append(Call(number, args, kwargs, thread))
+
+
+def _halt(index: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        parent = greenlet.getcurrent().parent
+        assert parent is not None, "a decoder layer ran outside Lockstep"
+        return parent.switch((index, args, kwargs))
+
+    return forward
