@@ -6,15 +6,24 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 METHODS = ("awq", "gptq", "bnb", "rtn")
 FORMATS = ("awq", "gptq", "compressed-tensors", "bnb")
 HUBS = ("hf", "modelscope")
+SHARES = ("top1", "image_effect", "accuracy_drop")  # the limits that are shares of one
+KINDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list of text",
+    NoneType: "null",
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,10 @@ class Limits:
     accuracy_drop: float = 0.05
 
     def __post_init__(self) -> None:
+        _typed(self)
         for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, int | float) or value < 0:
-                raise ValueError(f"limits.{name} is {value!r}; it must be a number >= 0")
+            if not 0 <= value <= (1 if name in SHARES else float("inf")):
+                raise ValueError(f"{name} is {value!r}; it must be {'from 0 to 1' if name in SHARES else '>= 0'}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Recipe:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        _typed(self)
         _choice("method", self.method, METHODS)
         if self.format is not None:
             _choice("format", self.format, FORMATS)
@@ -61,13 +72,29 @@ class Recipe:
             raise ValueError(f"bits is {self.bits!r}; mmq writes 4-bit weights only")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size is {self.group_size!r}; it must be one of 32, 64, 128")
-        if not isinstance(self.samples, int) or self.samples < 1:
+        if self.samples < 1:
             raise ValueError(f"samples is {self.samples!r}; it must be a whole number >= 1")
 
 
 def _choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _typed(noun: Any) -> None:
+    """ValueError where a field of a dataclass holds another type than it is declared with."""
+    for name, hint in get_type_hints(type(noun)).items():
+        value = getattr(noun, name)
+        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is not tuple else [hint])]
+        kinds = kinds or [hint]
+        fits = type(value) in kinds or (float in kinds and type(value) is int)  # a bool is not a whole number here
+        if fits and isinstance(value, tuple):
+            fits = all(isinstance(item, str) for item in value)
+        if not fits:
+            names = " or ".join(KINDS.get(kind, str(kind)) for kind in kinds)
+            quote = " (put it in quotes)" if str in kinds and isinstance(value, int | float) else ""
+            told = list(value) if isinstance(value, tuple) else value  # as it stands in the YAML
+            raise ValueError(f"{name} is {told!r}; it must be {names}{quote}")
 
 
 def _known(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -90,31 +117,43 @@ def parse(text: str, *, where: str) -> Recipe:
         raise ValueError(f"{where}: a recipe is a mapping of keys to values")
     data = _known(Recipe, data, where)
     for key in ("name", "model"):
-        if not isinstance(data.get(key), str):
-            raise ValueError(f"{where}: key {key!r} is missing or not text")
+        if key not in data:
+            raise ValueError(f"{where}: key {key!r} is missing")
+    if isinstance(data.get("keep"), list):
+        data["keep"] = tuple(data["keep"])
     if "limits" in data:
+        inner = f"{where}: limits"
         if not isinstance(data["limits"], dict):
-            raise ValueError(f"{where}: limits is a mapping of measures to numbers")
-        data["limits"] = Limits(**_known(Limits, data["limits"], f"{where}: limits"))
-    keep = data.get("keep", ())
-    if not isinstance(keep, list | tuple) or not all(isinstance(k, str) for k in keep):
-        raise ValueError(f"{where}: keep is a list of module name prefixes")
-    data["keep"] = tuple(keep)
+            raise ValueError(f"{inner} is a mapping of measures to numbers")
+        data["limits"] = _made(Limits, _known(Limits, data["limits"], inner), inner)
+    return _made(Recipe, data, where)
+
+
+def _made(cls: type, data: dict[str, Any], where: str) -> Any:
     try:
-        return Recipe(**data)
+        return cls(**data)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from None
 
 
+def show(recipe: Recipe) -> str:
+    """The recipe as YAML with every key and default; `parse` reads it back to the same recipe."""
+    data = dataclasses.asdict(recipe)
+    data["keep"] = list(recipe.keep)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+
+
+def model_on(recipe: Recipe, hub: str) -> str:
+    """The id to fetch from `hub`: on ModelScope some models have another owner. ValueError for an unknown hub."""
+    _choice("hub", hub, HUBS)
+    return recipe.modelscope or recipe.model if hub == "modelscope" else recipe.model
+
+
 def bundled() -> dict[str, Recipe]:
     """The recipes in the package, by name, sorted."""
-    folder = resources.files(__package__) / "bundled"
-    found = {}
-    for item in sorted(folder.iterdir(), key=lambda i: i.name.lower()):
-        if item.name.endswith(".yaml"):
-            recipe = parse(item.read_text(encoding="utf-8"), where=item.name)
-            found[recipe.name] = recipe
-    return found
+    files = sorted((Path(__file__).parent / "bundled").glob("*.yaml"), key=lambda f: f.name.lower())
+    recipes = [parse(file.read_text(encoding="utf-8"), where=file.name) for file in files]
+    return {recipe.name: recipe for recipe in recipes}
 
 
 def recipe_for(model: str) -> Recipe:
@@ -123,21 +162,24 @@ def recipe_for(model: str) -> Recipe:
     ValueError with the nearest names where MODEL is none of these (a bare word that is neither recipe nor folder).
     """
     known = bundled()
-    for name, recipe in known.items():
-        if model.lower() == name.lower():
-            return recipe
-    path = Path(model)
+    by_name = {name.lower(): recipe for name, recipe in known.items()}
+    if model.lower() in by_name:
+        return by_name[model.lower()]
+    path = Path(model).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"no recipe file {model}")
-        return parse(path.read_text(encoding="utf-8"), where=model)
+        try:
+            return parse(path.read_text(encoding="utf-8"), where=model)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{model}: not UTF-8 at byte {e.start + 1}") from None
     if path.is_dir():
         return Recipe(name=path.resolve().name, model=str(path))
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/"):
         for recipe in known.values():
-            if recipe.model.lower() == model.lower():
+            if model.lower() in (recipe.model.lower(), (recipe.modelscope or "").lower()):
                 return recipe
         return Recipe(name=model.split("/")[1], model=model)
-    near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else "`mmq recipes` lists them"
+    near = difflib.get_close_matches(model.lower(), by_name, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(by_name[n].name for n in near)}?" if near else "`mmq recipes` lists the recipes"
     raise ValueError(f"no recipe, folder or hub id {model!r}: {hint}")
