@@ -51,7 +51,8 @@ def hash_file(path: Path) -> str:
 def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
     """Open the artifact in folder `path`. Sizes are always compared with the manifest, hashes when `verify`.
 
-    OSError names what is wrong: no such folder, no manifest (or an unfinished run), a file missing, cut short or changed.
+    OSError names what is wrong: no such folder, no manifest (or an unfinished run), a file missing,
+    cut short or changed.
     """
     if not path.is_dir():
         raise OSError(f"{path}: no such folder")

@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -171,7 +170,7 @@ def _files(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ..
 
 def _mark(skeleton: Skeleton) -> str:
     """A cheap mark of the base's tensors, so that a run is not taken up against other weights."""
-    files = sorted({p for p in skeleton.source.folder.glob("*.safetensors")})
+    files = sorted(skeleton.source.folder.glob("*.safetensors"))
     return json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 

@@ -37,7 +37,7 @@ def packed_linears(names: Mapping[str, Any], format: str) -> set[str]:
 
 
 def restore(linear: str, format: str, get: Callable[[str], Tensor], names: Mapping[str, Any]) -> Tensor:
-    """The float32 [out, in] of one packed linear. RuntimeError when bitsandbytes is wanted and absent."""
+    """The float32 [out, in] of one packed linear. ValueError when bitsandbytes is wanted and absent."""
     if format == "bnb":
         return _restore_nf4(linear, get, names)
     layout = LAYOUTS[format]
@@ -49,7 +49,7 @@ def _restore_nf4(linear: str, get: Callable[[str], Tensor], names: Mapping[str, 
     try:
         from bitsandbytes import functional
     except ImportError:
-        raise RuntimeError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
+        raise ValueError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
     state = {s: get(f"{linear}.weight.{s}") for s in NF4 if f"{linear}.weight.{s}" in names}
     quant_state = functional.QuantState.from_dict(state, device=torch.device("cpu"))
     return functional.dequantize_4bit(get(f"{linear}.weight"), quant_state).float()

@@ -37,7 +37,8 @@ def candidates(rms: Tensor, weights: list[Tensor], group_size: int) -> list[Tens
 
 
 def best_scale(weights: list[Tensor], gram: Tensor, grid: Grid, *, tie: int = 1, tie_block: int = 1) -> Tensor:
-    """The per-channel scale, float32 [in], that loses least over `weights`, a list of [out, in] with input Gram [in, in].
+    """The per-channel scale, float32 [in], that loses least over `weights`, each [out, in], given their input's
+    Gram matrix [in, in].
 
     With `tie` > 1 channels are query heads of width `tie_block` and each `tie` neighbouring heads read one value head:
     their scales must agree, so their statistics are averaged first.
@@ -118,7 +119,7 @@ def _fold_into_norm(
 def _fold_into_linear(
     name: str, rows: Tensor, weights: dict[str, Tensor], changed: dict[str, Tensor], *, stored: torch.dtype
 ) -> None:
-    """Divide the rows (and bias) of a linear by `rows` [out]. It is quantized itself, so its weight is not rounded yet."""
+    """Divide the rows (and bias) of a linear by `rows` [out]. Its weight is quantized itself, so not rounded yet."""
     weights[f"{name}.weight"] = weights[f"{name}.weight"] / rows[:, None]
     bias = f"{name}.bias"
     if bias in weights:

@@ -11,7 +11,7 @@ BLOCKSIZE = 64
 
 
 def bnb(problem: Problem, grid: Grid) -> Solution:
-    """Every linear of the layer as NF4. RuntimeError when bitsandbytes is not installed."""
+    """Every linear of the layer as NF4. ValueError when bitsandbytes is not installed."""
     names = [n for group in problem.groups for n in group.linears]
     return Solution({n: nf4(problem.weights[f"{n}.weight"], grid.scale_dtype) for n in names})
 
@@ -24,7 +24,7 @@ def nf4(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Nf4:
     try:
         from bitsandbytes import functional
     except ImportError:
-        raise RuntimeError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
+        raise ValueError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
     packed, state = functional.quantize_4bit(
         weight.to(dtype), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def checkpoint_names(module: Any, source: Source) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    rules = get_model_conversion_mapping(module)
+    rules: list[Any] = get_model_conversion_mapping(module)
     renamings = [r for r in rules if not isinstance(r, WeightConverter)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
     wanted = dict(module.named_parameters())
@@ -119,7 +119,7 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
     transformers.utils.logging.set_verbosity_error()
     hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(hf_config, "quantization_config"):
-        del hf_config.quantization_config
+        delattr(hf_config, "quantization_config")
     dtypes = [m.dtype for n, m in source.metas.items() if m.dtype is not None and len(m.shape) == 2]
     stored = max(set(dtypes), key=dtypes.count) if dtypes else torch.bfloat16
     if stored not in (torch.float16, torch.bfloat16):
@@ -132,17 +132,12 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
     generation = folder / "generation_config.json"
     if generation.is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    for _, buffer_owner, name in _buffers(module):
-        buffer_owner._buffers[name] = buffer_owner._buffers[name].to(place)
-    names = checkpoint_names(module, source)
-    return Skeleton(module, open_processor(folder), source, family, names, place, dtype, stored)
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    for path, owner in module.named_modules():
+    for owner in module.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None:
-                yield path, owner, name
+                owner._buffers[name] = buffer.to(place)
+    names = checkpoint_names(module, source)
+    return Skeleton(module, open_processor(folder), source, family, names, place, dtype, stored)
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
@@ -156,7 +151,7 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def load(skeleton: Skeleton, wanted: Iterator[str] | list[str] | dict[str, str]) -> None:
+def load(skeleton: Skeleton, wanted: Iterable[str]) -> None:
     """Load the named parameters (module names) from the source onto the device, in the compute dtype."""
     for name in wanted:
         if name in skeleton.names:
@@ -164,7 +159,7 @@ def load(skeleton: Skeleton, wanted: Iterator[str] | list[str] | dict[str, str])
             set_parameter(skeleton.module, name, tensor.to(skeleton.stored).to(skeleton.dtype))
 
 
-def release(skeleton: Skeleton, wanted: list[str]) -> None:
+def release(skeleton: Skeleton, wanted: Iterable[str]) -> None:
     """Send the named parameters back to the meta device."""
     for name in wanted:
         if name in skeleton.names:
