@@ -12,7 +12,7 @@ from torch import Tensor
 
 LEVELS = 15  # 4 bits: q in [0, 15]
 MIDDLE = 8  # the zero point of a symmetric grid
-TINY = 2.0**-14  # smallest normal fp16: below it a scale would lose digits in every format
+TINY, HUGE = 2.0**-14, 65280.0  # normal fp16, and the largest value that bf16 holds too
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_width(name: str, width: int, group_size: int) -> None:
 
 def exact_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` float32 [...] rounded to a value that both fp16 (on disk) and `dtype` (in the engine) hold exactly."""
-    scale = scale.clamp(TINY, 65504.0)
+    scale = scale.clamp(TINY, HUGE)
     if dtype == torch.bfloat16:
         scale = scale.to(
             torch.bfloat16
