@@ -1,0 +1,286 @@
+"""Make pebble again from a seed: `python -m mmq.recipes.pebble.train --out DIR --minutes 8.5 --seed 0`.
+
+Writes DIR/model (the checkpoint), DIR/train.log, DIR/loss.png and DIR/README.md (the model card with every task's
+exact answers on the test split). Wants a GPU and a dozen cores that draw; runs on a CPU too, slowly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import checkpoint
+from .batches import NAMES, batch
+from .measure import answers, rounding_loss, scores
+from .network import logits, text_block, vision_block
+from .tasks import samples
+
+Say = Callable[[str], None]
+
+
+def optimizers(model: Any, *, rate: float, small: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for the embedding, norms, biases and patches."""
+    matrices, rest, seen = [], [], set()
+    for name, p in model.named_parameters():
+        if id(p) in seen:
+            continue
+        seen.add(id(p))
+        (matrices if p.ndim == 2 and "embed" not in name else rest).append(p)
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=small, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def pace(done: float) -> float:
+    """The learning rate as a share of its peak at `done` of the run in [0, 1]: up, level, then straight down to nothing."""
+    return min(1.0, done / 0.02 + 0.01, max(0.0, (1 - done) / 0.55))
+
+
+def noisy(data: dict[str, torch.Tensor], *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Half of the batches get a little pixel noise, so that encoded pictures and video read as clean ones do."""
+    if torch.rand((), generator=generator) < 0.5:
+        return data
+    frames = data["frames"].float()
+    frames = frames + torch.randn_like(frames) * 6 * torch.rand((), generator=generator).item()
+    return {**data, "frames": frames.round().clamp(0, 255).to(torch.uint8)}
+
+
+def train(model: Any, handler: Any, args: argparse.Namespace, say: Say) -> tuple[int, list[tuple[float, float]]]:
+    """Train in place for the given minutes (or steps); the steps made and the curve as (seconds, loss)."""
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    make = partial(batch, seed=args.seed, rows=args.rows, tokenizer=args.out / "model" / "tokenizer.json")
+    loader = torch.utils.data.DataLoader(
+        range(10**9),  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        collate_fn=make,
+        num_workers=args.workers,
+        prefetch_factor=4 if args.workers else None,
+        pin_memory=on_gpu,
+    )
+    both = optimizers(model, rate=args.rate, small=args.small_rate)
+    peaks = [group["lr"] for o in both for group in o.param_groups]
+    weights = dict(model.named_parameters())
+    vision, text = vision_block, text_block
+    if on_gpu and not args.no_compile:
+        vision, text = torch.compile(vision_block, dynamic=True), torch.compile(text_block, dynamic=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    curve: list[tuple[float, float]] = []
+    since, lost = 0, torch.zeros((), device=device)
+    rights, totals = torch.zeros(2, len(NAMES), device=device)
+    begun, waited, step, saved, parts = time.monotonic(), 0.0, 0, False, 0
+    last = begun
+    for data in loader:
+        now = time.monotonic()
+        waited += now - last
+        data = {name: t.to(device, non_blocking=True) for name, t in data.items()}
+        guessed = logits(weights, model.config, noisy(data, generator=generator), vision=vision, text=text)
+        loss = F.cross_entropy(guessed, data["labels"])
+        (loss / 2).backward()
+        with torch.no_grad():
+            right = (guessed.argmax(-1) == data["labels"]).float()
+            whole = torch.ones(len(data["task"]), device=device).scatter_reduce(0, data["answer"], right, "amin")
+            rights.index_add_(0, data["task"], whole)
+            totals.index_add_(0, data["task"], torch.ones_like(whole))
+            lost += loss.detach()
+            since += 1
+        parts += 1
+        last = time.monotonic()
+        if parts % 2:  # one step is a batch on a small canvas and one on a large
+            continue
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        seconds = time.monotonic() - begun
+        done = step / args.steps if args.steps else seconds / (args.minutes * 60)
+        for group, peak in zip((g for o in both for g in o.param_groups), peaks, strict=True):
+            group["lr"] = peak * pace(done)
+        for o in both:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        step += 1
+        if step == 1 and not args.steps:  # the clock starts once everything is compiled
+            begun = last = time.monotonic()
+            waited = 0.0
+        if step % args.every == 0 or done >= 1:
+            mean = (lost / since).item()
+            curve.append((seconds, mean))
+            share = (rights / totals.clamp(min=1)).tolist()
+            told = " ".join(f"{name} {value:.3f}" for name, value in zip(NAMES, share, strict=True))
+            rate = step * 2 * args.rows / max(seconds, 1e-9)
+            head = f"step {step} {seconds:.0f}s loss {mean:.4f} rate {pace(done):.2f} {rate:.0f}/s wait {waited:.0f}s"
+            say(f"{head} {told}")
+            since = 0
+            for t in (lost, rights, totals):
+                t.zero_()
+        if done >= 1 or (args.steps and step >= args.steps):
+            break
+        if done > 0.5 and not saved:
+            saved = True
+            checkpoint.save(model, handler, args.out / "model")
+        last = time.monotonic()
+    return step, curve
+
+
+def plot(curve: list[tuple[float, float]], path: Path) -> None:
+    """The loss curve as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(7, 3.5), dpi=110)
+    axes.plot([t / 60 for t, _ in curve], [loss for _, loss in curve], color="#2454de", linewidth=1.2)
+    axes.set(xlabel="minutes", ylabel="loss on answers, nats a token", yscale="log", title="pebble: training loss")
+    axes.grid(alpha=0.3, which="both")
+    fig.tight_layout()
+    fig.savefig(path)
+
+
+def card(result: dict[str, Any]) -> str:
+    """The model card."""
+    table = ["| task | English | Chinese | together |", "|---|---|---|---|"]
+    for task, row in result["tasks"].items():
+        (en, n_en), (zh, n_zh) = row["en"], row["zh"]
+        together = f"{100 * (en + zh) / (n_en + n_zh):.1f}% of {n_en + n_zh}"
+        table.append(f"| {task} | {100 * en / max(n_en, 1):.1f}% | {100 * zh / max(n_zh, 1):.1f}% | {together} |")
+    table.append(f"| **all** | | | **{100 * result['exact']:.1f}%** |")
+    loss = result["rounding"]
+    return f"""---
+license: apache-2.0
+language: [en, zh]
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# pebble
+
+A Qwen2-VL of {result["parameters"]:,} parameters ({result["bytes"] / 1e6:.1f} MB in bfloat16) that knows a small drawn
+world: coloured shapes, their places and counts, printed words and numbers, bar charts, small documents, two or three
+pictures at once, a shape that moves in a video. It answers in English and Chinese, says when something is not in the
+picture, and describes a picture in a sentence or two. It is made to be quantized, checked, served and measured on a
+laptop; it knows nothing of photographs.
+
+## Exact answers on the test split
+
+Greedy, bfloat16, through transformers' own pass and the processor beside the weights; an answer counts when every
+character is right.
+
+{chr(10).join(table)}
+
+Plain rounding of its decoder to int4 (asymmetric, group 128) costs {loss["mean_kl"]:.4f} nats of KL a token
+on {loss["tokens"]:.0f} answer tokens of the test split (top-1 agreement {100 * loss["top1_agreement"]:.2f}%).
+
+## How it was made
+
+`{result["command"]}`, from random weights and seed {result["seed"]}: {result["steps"]} steps in {result["minutes"]:.1f}
+minutes on {result["device"]}, {result["conversations"]:,} conversations, each drawn once. Trained {result["date"]} with
+{result["versions"]}.
+
+The data is drawn by `draw.py` and asked by `questions.py` and `talk.py`; nothing is downloaded. What a picture says
+(not where exactly or how large it is drawn) is hashed, and the hash says whether it is of the training, calibration or
+test split; texts without a picture likewise. Loss on the answers' tokens alone; Muon for the matrices and AdamW for
+the rest; some pictures are shrunk or given noise. Loss curve: `loss.png`; log: `train.log`.
+
+Pictures are resized to between 112 x 112 and 224 x 224 pixels by the processor, the sizes it was trained on.
+"""
+
+
+def main() -> None:
+    import matplotlib  # noqa: F401  (missing? say so before training, not after)
+
+    parser = argparse.ArgumentParser(description="train pebble, the embedded model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="of training; drawing, scoring and saving come after"
+    )
+    parser.add_argument("--steps", type=int, default=0, help="train this many steps instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=256, help="conversations a batch; a step is two batches")
+    parser.add_argument("--rate", type=float, default=6e-3, help="Muon's peak learning rate")
+    parser.add_argument("--small-rate", type=float, default=3e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--every", type=int, default=100, help="steps between lines of the log")
+    parser.add_argument("--tests", type=int, default=150, help="test questions a task")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint instead of random weights")
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = (args.out / "train.log").open("w", encoding="utf-8")
+
+    def say(line: str) -> None:
+        log.write(line + "\n")
+        log.flush()
+        print(line, flush=True)  # noqa: T201
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    handler = checkpoint.processor(checkpoint.tokenizer(seed=args.seed))
+    handler.save_pretrained(args.out / "model")
+    model: Any = checkpoint.model(handler.tokenizer)
+    if args.start:
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(args.start, dtype=torch.float32)
+    model.to(device)
+    say(
+    say(f"{sum(p.numel() for p in model.parameters())} parameters, {len(handler.tokenizer)} tokens, {device}")
+    say(str(vars(args)))
+    )
+    begun = time.monotonic()
+    steps, curve = train(model, handler, args, say)
+    minutes = (time.monotonic() - begun) / 60
+    checkpoint.save(model, handler, args.out / "model")
+    plot(curve, args.out / "loss.png")
+    say(f"trained for {minutes:.1f} minutes")
+
+    asked = list(samples("test", args.tests * len(NAMES), seed=args.seed + 1))
+    model.to(torch.bfloat16).eval()
+    given = answers(model, handler, asked, rows=128 if device.type == "cuda" else 32)
+    table = scores(asked, given)
+    for task, row in table.items():
+        say(f"{task}: en {row['en'][0]}/{row['en'][1]}, zh {row['zh'][0]}/{row['zh'][1]}")
+    wrong = [(s, text) for s, text in zip(asked, given, strict=True) if s.answer != text]
+    for s, text in wrong[:40]:
+        say(f"  {s.task}: {s.messages[-2]['content'][-1]['text']} | {s.answer} | {text}")
+    make = partial(batch, seed=1, rows=32, tokenizer=args.out / "model" / "tokenizer.json", split="test")
+    tests = ({name: t.to(device) for name, t in make(i).items()} for i in range(8))
+    rounding = rounding_loss(model, tests)
+    say(f"int4 rounding: {rounding}")
+    import PIL
+    import tokenizers
+    import transformers
+
+    result = {
+        "tasks": table,
+        "exact": 1 - len(wrong) / len(asked),
+        "rounding": rounding,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": (args.out / "model" / "model.safetensors").stat().st_size,
+        "command": f"python -m mmq.recipes.pebble.train --out DIR --minutes {args.minutes:g} --seed {args.seed}",
+        "seed": args.seed,
+        "steps": steps,
+        "conversations": steps * 2 * args.rows,
+        "minutes": minutes,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"tokenizers {tokenizers.__version__}, Pillow {PIL.__version__}, Python {platform.python_version()}",
+    }
+    (args.out / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False))
+    (args.out / "README.md").write_text(card(result), encoding="utf-8")
+    say(f"exact {100 * result['exact']:.2f}% of {len(asked)}; model {result['bytes'] / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
