@@ -8,9 +8,9 @@ better to say so than to guess. Please write down the name, the address, the dat
 weather will be cold in the morning and warm in the afternoon, with some rain in the evening. She bought two tickets for
 the train and waited at the station with her brother. We could not find the key, because it was under the chair next to
 the window. This model was trained to answer questions about its own small world, and it does not know much about yours.
-Which of these would you like to have first? There should be enough room for all of us. He works in a small shop and works?
-sells fruit, bread, milk and cheese. My children go to school by bus; their teacher is very friendly. Can you explain how
-this works? I would like to understand it better. Yesterday we walked along the river until we came to an old bridge.
+Which of these would you like to have first? There should be enough room for all of us. He works in a small shop and
+sells fruit, bread, milk and cheese. My children go to school by bus; their teacher is very friendly. Can you explain
+how this works? I would like to understand it better. Yesterday we walked along the river until we came to an old bridge.
 From here you can see the mountains, the lake and the forest. It takes about twenty minutes to get there. What happened
 after that? Nobody knows, but many people have told stories about it. Give me a short summary, then translate it into
 Chinese. The following table shows the results of each year. Memory, speed and quality are measured on the same machine.

@@ -43,7 +43,7 @@ def optimizers(model: Any, *, rate: float, small: float) -> list[torch.optim.Opt
 
 
 def pace(done: float) -> float:
-    """The learning rate as a share of its peak at `done` of the run in [0, 1]: up, level, then straight down to nothing."""
+    """The learning rate as a share of its peak at `done` of the run in [0, 1]: up, level, straight down to nothing."""
     return min(1.0, done / 0.02 + 0.01, max(0.0, (1 - done) / 0.55))
 
 
@@ -233,10 +233,8 @@ def main() -> None:
 
         model = AutoModelForImageTextToText.from_pretrained(args.start, dtype=torch.float32)
     model.to(device)
-    say(
     say(f"{sum(p.numel() for p in model.parameters())} parameters, {len(handler.tokenizer)} tokens, {device}")
     say(str(vars(args)))
-    )
     begun = time.monotonic()
     steps, curve = train(model, handler, args, say)
     minutes = (time.monotonic() - begun) / 60
