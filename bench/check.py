@@ -32,6 +32,17 @@ Score = Callable[[Sample, str], bool]
 
 
 @dataclass(frozen=True)
+class Walked:
+    """Both models on the same samples: `tokens` per sample, `blind` per sample with its pictures taken out (None where
+    there are none), `effects` the mean KL that makes, (FP16, int4), and the error after each decoder layer."""
+
+    tokens: tuple[Tokens, ...]
+    blind: tuple[Tokens | None, ...]
+    effects: tuple[tuple[float, float], ...]
+    layers: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Checked:
     """What a check found. `measures`: flat name -> number. `failures`: one line each, naming measure, value and limit.
     `layers`: relative squared error of the hidden states that leave each decoder layer. `samples`: raw, per sample."""
@@ -64,7 +75,7 @@ def check(
     before, after = build(base, device=device), build(artifact.path, source=view(artifact.path), device=device)
     coverage = _coverage(artifact, before)
     with torch.no_grad():
-        tokens, effects, layers = _walk(before, after, samples, tell)
+        walked = walk_both(before, after, samples, tell=tell)
         prompts = [[encode(s, x, prompt_only=True) for x in samples] for s in (before, after)]
         said = [
             answers(s, p, max_new_tokens=max_new_tokens, resident=fits(s), name=f"answers {n}", tell=tell)
@@ -82,12 +93,12 @@ def check(
             "length": len(a),
             "repeats": repeats(b) and not repeats(a),
         }
-        for sample, t, a, b in zip(samples, tokens, *said, strict=True)
+        for sample, t, a, b in zip(samples, walked.tokens, *said, strict=True)
     ]
-    measures = {**coverage, **_measures(samples, tokens, effects, raw)}
+    measures = {**coverage, **_measures(samples, walked, raw)}
     if score is not None:
         measures |= _accuracy(samples, raw, score)
-    return Checked(measures, tuple(_failures(measures, limits, layers)), tuple(layers), tuple(raw))
+    return Checked(measures, tuple(_failures(measures, limits, walked.layers)), walked.layers, tuple(raw))
 
 
 def _kind(sample: Sample) -> str:
@@ -105,12 +116,13 @@ def blind(sample: Sample) -> Sample:
     return replace(sample, messages=messages, images=(), videos=())
 
 
-def _walk(
-    before: Skeleton, after: Skeleton, samples: Sequence[Sample], tell: Tell
-) -> tuple[list[Tokens], list[tuple[float, float]], list[float]]:
-    """One walk of both models: tokens per sample, (FP16, int4) image effect per image sample, error per layer."""
-    pictured = [s for s in samples if _kind(s) == "image"]
-    shown = [*samples, *(blind(s) for s in pictured)]
+def walk_both(before: Skeleton, after: Skeleton, samples: Sequence[Sample], *, tell: Tell = silent) -> Walked:
+    """One walk of both models over `samples` and, where there are pictures, over the same without them.
+
+    ValueError when the two processors make different tokens of a sample.
+    """
+    pictured = [i for i, s in enumerate(samples) if _kind(s) == "image"]
+    shown = [*samples, *(blind(samples[i]) for i in pictured)]
     encoded = [[encode(s, x) for x in shown] for s in (before, after)]
     for sample, a, b in zip(shown, *encoded, strict=True):
         if not torch.equal(a["input_ids"], b["input_ids"]):
@@ -119,52 +131,46 @@ def _walk(
                 f"the artifact's processor or chat template reads a sample otherwise than its base: {asked}"
             )
     masks = [answer_mask(before, x, e["input_ids"]) for x, e in zip(shown, encoded[0], strict=True)]
-    load_outside(before)
-    load_outside(after)
-    runs = [
-        Lockstep(s.layers, [_hidden(s, e, m) for e, m in zip(inputs, masks, strict=True)])
-        for s, inputs in zip((before, after), encoded, strict=True)
-    ]
+    following = [e["input_ids"][0, 1:][m[:-1]] for e, m in zip(encoded[0], masks, strict=True)]
     layers: list[float] = []
-    with runs[0] as one, runs[1] as two:
-        for a, b in zip(one, two, strict=True):
-            if a.index == 0:
-                release(before, vision(before))
-                release(after, vision(after))
-            else:
-                layers.append(_apart(a.calls, b.calls))
-            load_layer(before, a.index)
-            load_layer(after, b.index)
-            a.advance()
-            b.advance()
-            release_layer(before, a.index)
-            release_layer(after, b.index)
-            tell(Step("layer", a.index + 1, len(before.layers)))
-    states = list(zip(runs[0].results, runs[1].results, strict=True))
-    layers.append(_mean_error([(a, b) for a, b in states]))
-    tokens, effects = [], []
-    heads = [s.module.get_output_embeddings() for s in (before, after)]
-    for number in range(len(samples)):
-        following = encoded[0][number]["input_ids"][0][1:][masks[number][:-1]]
-        tokens.append(compare_logits(heads[0](states[number][0]), heads[1](states[number][1]), following))
-    for number, sample in enumerate(pictured):
-        seen, unseen = states[_index(samples, sample)], states[len(samples) + number]
-        effect = [float(divergence(h(s), h(u)).mean()) for h, s, u in zip(heads, seen, unseen, strict=True)]
-        effects.append((effect[0], effect[1]))
-    return tokens, effects, layers
-
-
-def _index(samples: Sequence[Sample], wanted: Sample) -> int:
-    return next(i for i, s in enumerate(samples) if s is wanted)
+    with torch.no_grad():
+        load_outside(before)
+        load_outside(after)
+        one, two = (
+            Lockstep(s.layers, [_hidden(s, e, m) for e, m in zip(inputs, masks, strict=True)])
+            for s, inputs in zip((before, after), encoded, strict=True)
+        )
+        with one, two:
+            for a, b in zip(one, two, strict=True):
+                if a.index == 0:
+                    release(before, vision(before))
+                    release(after, vision(after))
+                else:
+                    layers.append(_mean_error([(x.hidden, y.hidden) for x, y in zip(a.calls, b.calls, strict=True)]))
+                load_layer(before, a.index)
+                load_layer(after, b.index)
+                a.advance()
+                b.advance()
+                release_layer(before, a.index)
+                release_layer(after, b.index)
+                tell(Step("layer", a.index + 1, len(before.layers)))
+        states = list(zip(one.results, two.results, strict=True))
+        layers.append(_mean_error(states))
+        heads = [s.module.get_output_embeddings() for s in (before, after)]
+        tokens = [compare_logits(heads[0](a), heads[1](b), f) for (a, b), f in zip(states, following, strict=True)]
+        effects = []
+        for number, index in enumerate(pictured):
+            seen, unseen = states[index], states[len(samples) + number]
+            fp16, int4 = (float(divergence(h(s), h(u)).mean()) for h, s, u in zip(heads, seen, unseen, strict=True))
+            effects.append((fp16, int4))
+    without = dict(zip(pictured, tokens[len(samples) :], strict=True))
+    unseen = tuple(without.get(i) for i in range(len(samples)))
+    return Walked(tuple(tokens[: len(samples)]), unseen, tuple(effects), tuple(layers))
 
 
 def _hidden(skeleton: Skeleton, inputs: Mapping[str, Tensor], mask: Tensor) -> Callable[[], Tensor]:
     base = skeleton.module.base_model
     return lambda: base(**inputs, use_cache=False).last_hidden_state[0, mask]
-
-
-def _apart(a: Sequence[Any], b: Sequence[Any]) -> float:
-    return _mean_error([(x.hidden, y.hidden) for x, y in zip(a, b, strict=True)])
 
 
 def _mean_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -183,23 +189,18 @@ def _coverage(artifact: Artifact, before: Skeleton) -> dict[str, float]:
     return {"coverage": len(intended & found) / len(intended), "unintended": float(len(found - intended))}
 
 
-def _measures(
-    samples: Sequence[Sample],
-    tokens: Sequence[Tokens],
-    effects: Sequence[tuple[float, float]],
-    raw: Sequence[Mapping[str, Any]],
-) -> dict[str, float]:
-    measures: dict[str, float] = dict(summary(tokens))
+def _measures(samples: Sequence[Sample], walked: Walked, raw: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    measures: dict[str, float] = dict(summary(walked.tokens))
     for kind in ("image", "text"):
-        part = [t for t, s in zip(tokens, samples, strict=True) if _kind(s) == kind]
+        part = [t for t, s in zip(walked.tokens, samples, strict=True) if _kind(s) == kind]
         if part:
             measures |= {f"{kind}.{name}": value for name, value in summary(part).items()}
-    measures["finite"] = float(all(t.finite for t in tokens))
+    measures["finite"] = float(all(t.finite for t in walked.tokens))
     measures["prefix"] = statistics.fmean(r["prefix"] / max(r["length"], 1) for r in raw)
     measures["same_answer"] = statistics.fmean(float(r["fp16"] == r["int4"]) for r in raw)
-    measures["repeating"] = float(sum(bool(r["repeats"]) for r in raw))
-    if effects:
-        was, now = (statistics.fmean(e[i] for e in effects) for i in (0, 1))
+    measures["repeating"] = statistics.fmean(float(r["repeats"]) for r in raw)
+    if walked.effects:
+        was, now = (statistics.fmean(e[i] for e in walked.effects) for i in (0, 1))
         measures |= {"image_effect_fp16": was, "image_effect_int4": now, "image_effect": now / max(was, 1e-9)}
     return measures
 
@@ -226,7 +227,7 @@ def _failures(measures: Mapping[str, float], limits: Limits, layers: Sequence[fl
         ("p99_kl", "<=", limits.p99_kl),
         ("top1", ">=", limits.top1),
         ("perplexity_ratio", "<=", limits.perplexity_ratio),
-        ("repeating", "<=", 0.0),
+        ("repeating", "<=", limits.repeating),
     ]
     if "image_effect" in measures:
         bounds.append(("image_effect", ">=", limits.image_effect))

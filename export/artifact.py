@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..recipes.hub import Base, fetch
+from ..recipes.progress import Tell, silent
+
 MANIFEST = "mmq.json"
 UNFINISHED = ".mmq-unfinished.json"
 SCHEMA = 1
@@ -79,6 +82,14 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
         if verify and hash_file(item) != entry["sha256"]:
             raise OSError(f"{item}: changed since it was made (its hash differs from the manifest's)")
     return Artifact(path, manifest)
+
+
+def base_of(artifact: Artifact, *, tell: Tell = silent) -> Base:
+    """The FP16 checkpoint that the artifact was made from, fetched at its recorded revision. Errors as `fetch`'s."""
+    base = artifact.manifest["base"]
+    if base["hub"] in ("local", "embedded"):
+        return fetch(base["model"], tell=tell)
+    return fetch(base["model"], hub=base["hub"], revision=base["revision"], tell=tell)
 
 
 def prepare(out: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = False) -> bool:

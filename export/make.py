@@ -29,7 +29,7 @@ from ..quantize.skeleton import Skeleton, build, read_config
 from ..quantize.walk import CALIBRATED, Layer, check_groups, count_tokens, linears, walk
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, hub_id
 from ..recipes.samples import Sample, digest
 from .artifact import Artifact, check_disk, finish, hash_file, prepare, write_json
 from .config import CONFIGS, Packing, settle
@@ -123,7 +123,7 @@ def make(
             "symmetric": symmetric,
             "recipe": dataclasses.asdict(recipe),
             "base": {
-                "model": base.name,
+                "model": _address(recipe, base),
                 "hub": base.hub,
                 "revision": base.revision,
                 "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
@@ -136,6 +136,11 @@ def make(
             "versions": versions(),
         },
     )
+
+
+def _address(recipe: Recipe, base: Base) -> str:
+    """What `fetch` finds the base by again."""
+    return str(base.path) if base.hub == "local" else base.name if base.hub == "embedded" else hub_id(recipe, base.hub)
 
 
 def versions() -> dict[str, str]:

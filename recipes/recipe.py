@@ -36,6 +36,7 @@ class Limits:
     perplexity_ratio: float = 1.10
     image_effect: float = 0.5  # fraction of FP16's own KL between with and without the picture that must remain
     accuracy_drop: float = 0.05
+    repeating: float = 0.02  # share of answers that end in a loop where FP16's do not
 
     def __post_init__(self) -> None:
         _typed(self)
@@ -154,6 +155,11 @@ def bundled() -> dict[str, Recipe]:
     files = sorted((Path(__file__).parent / "bundled").glob("*.yaml"), key=lambda f: f.name.lower())
     recipes = [parse(file.read_text(encoding="utf-8"), where=file.name) for file in files]
     return {recipe.name: recipe for recipe in recipes}
+
+
+def hub_id(recipe: Recipe, hub: str) -> str:
+    """What to ask `hub` for: ModelScope may know the model by another id."""
+    return recipe.modelscope or recipe.model if hub == "modelscope" else recipe.model
 
 
 def recipe_for(model: str) -> Recipe:

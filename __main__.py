@@ -1,0 +1,349 @@
+"""The command line: options in, rooms composed, one summary out. Everything that prints is here.
+
+Exit codes: 0 done; 1 measured and past a limit; 2 input, files or hub; 3 an engine died; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .recipes.progress import Tell
+    from .recipes.recipe import Recipe
+    from .recipes.samples import Sample
+
+REAL_SIZE = 448  # pixels: the longer side of drawn pictures for models other than the embedded one
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mmq")
+def cli() -> None:
+    """From a vision-language checkpoint to an int4 artifact that is proven, served and measured.
+
+    MODEL is a recipe's name (`mmq recipes`), a local folder or a hub id.
+    """
+
+
+hub_options = [
+    click.option("--hub", type=click.Choice(["hf", "modelscope"]), envvar="MMQ_HUB", default="hf", show_default=True),
+    click.option("--revision", help="Branch, tag or commit on the hub; pinned to its commit in the manifest."),
+]
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
+
+def hub_choice(command: Any) -> Any:
+    """Add --hub and --revision."""
+    for option in reversed(hub_options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("name", required=False)
+@json_option
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes, or show the one called NAME."""
+    from .recipes.recipe import bundled, recipe_for, show
+
+    if name:
+        recipe = recipe_for(name)
+        click.echo(json.dumps(dataclasses.asdict(recipe), indent=2, ensure_ascii=False) if as_json else show(recipe))
+        return
+    found = bundled()
+    if as_json:
+        click.echo(json.dumps({n: dataclasses.asdict(r) for n, r in found.items()}, indent=2, ensure_ascii=False))
+        return
+    rows = [[n, r.method, r.model, r.description] for n, r in found.items()]
+    show_table(["recipe", "method", "model", ""], rows)
+    next_step("mmq quantize pebble")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--method", type=click.Choice(["awq", "gptq", "bnb", "rtn"]), help="Default: the recipe's, else awq.")
+@click.option("--format", "format_", type=click.Choice(["awq", "gptq", "compressed-tensors", "bnb"]))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: ./out-METHOD]")
+@click.option("--group-size", type=int, help="Input columns that share a scale: 32, 64 or 128.")
+@click.option("--symmetric/--asymmetric", default=None, help="Default: what the format's engines want.")
+@click.option("--keep", multiple=True, metavar="PREFIX", help="Leave modules of this name in 16 bit. Repeatable.")
+@click.option("--calibration", metavar="NAME|FILE|FOLDER", help="drawn, text, a JSONL file or a folder.")
+@click.option("--samples", type=int, help="Calibration samples to use.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@device_option
+@hub_choice
+@json_option
+def quantize(
+    model: str,
+    method: str | None,
+    format_: str | None,
+    out: Path | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    keep: tuple[str, ...],
+    calibration: str | None,
+    samples: int | None,
+    overwrite: bool,
+    device: str,
+    hub: str,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Make MODEL's decoder int4, calibrated on pictures and text."""
+    from .recipes.recipe import hub_id, recipe_for
+
+    recipe = recipe_for(model)
+    asked = {
+        "method": method,
+        "format": format_,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "keep": keep or None,
+        "calibration": calibration,
+        "samples": samples,
+        "revision": revision,
+    }
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in asked.items() if v is not None})
+    out = out or Path(f"out-{recipe.method}")
+    from .export.config import settle
+
+    settle(recipe.method, recipe.symmetric, recipe.format)  # refuse what cannot be before anything is downloaded
+    from .export.make import make
+    from .recipes.hub import fetch
+
+    start = time.monotonic()
+    with progress(quiet=as_json) as tell:
+        base = fetch(hub_id(recipe, hub), hub=hub, revision=recipe.revision, tell=tell)
+        chosen = calibration_samples(recipe, embedded=base.hub == "embedded")
+        artifact = make(
+            recipe,
+            base,
+            out,
+            samples=chosen,
+            calibration=recipe.calibration,
+            device=pick_device(device),
+            overwrite=overwrite,
+            tell=tell,
+        )
+    manifest = artifact.manifest
+    size = sum(f["size"] for n, f in manifest["files"].items() if n.endswith(".safetensors"))
+    errors = [e for layer in manifest["layers"] for e in layer["errors"].values()]
+    facts = {
+        "artifact": str(out),
+        "method": recipe.method,
+        "format": artifact.format,
+        "linears": len(manifest["quantized"]),
+        "mean_error": sum(errors) / max(len(errors), 1),
+        "base_bytes": manifest["base"]["weight_bytes"],
+        "bytes": size,
+        "seconds": round(time.monotonic() - start, 1),
+        "digest": artifact.digest,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    calibrated = manifest["calibration"]
+    rows = [
+        ["artifact", str(out)],
+        ["format", f"{artifact.format}, 4 bit, groups of {manifest['group_size']}"],
+        ["weights", f"{human(facts['base_bytes'])} -> {human(size)} ({facts['base_bytes'] / size:.2f}x smaller)"],
+        ["int4 linears", f"{facts['linears']}, mean output error {facts['mean_error']:.2e} of the signal"],
+        ["calibration", "none" if calibrated is None else calibration_line(calibrated)],
+        ["time", f"{facts['seconds']} s"],
+    ]
+    show_table(["", ""], rows)
+    next_step(f"mmq check {out}")
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="The FP16 checkpoint, where the manifest's is elsewhere.")
+@click.option("--dataset", metavar="FILE|FOLDER", help="Held-out samples of your own (JSONL with answers).")
+@click.option("--samples", type=int, default=78, show_default=True, help="Held-out samples to use.")
+@click.option("--engine", type=click.Choice(["vllm"]), help="Ask the artifact as this engine serves it.")
+@device_option
+@json_option
+def check(
+    artifact: Path, base: Path | None, dataset: str | None, samples: int, engine: str | None, device: str, as_json: bool
+) -> None:
+    """Hold ARTIFACT against its FP16 base; exit 1 past the recipe's limits."""
+    from .export.artifact import base_of, open_artifact
+    from .recipes.recipe import Limits
+
+    opened = open_artifact(artifact, verify=True)
+    limits = Limits(**opened.manifest["recipe"]["limits"])
+    with progress(quiet=as_json) as tell:
+        checkpoint = base or base_of(opened, tell=tell).path
+        embedded = opened.manifest["base"]["hub"] == "embedded"
+        held_out = held_out_samples(dataset, samples, embedded=embedded)
+        score = None
+        if embedded and dataset is None:
+            from .recipes.pebble.tasks import exact as score
+        if engine:
+            from .bench.served import check_served
+
+            result = check_served(opened, checkpoint, samples=held_out, limits=limits, engine=engine, tell=tell)
+        else:
+            from .bench.check import check as compare
+
+            result = compare(
+                opened,
+                checkpoint,
+                samples=held_out,
+                limits=limits,
+                score=score,
+                device=pick_device(device),
+                tell=tell,
+            )
+    from .bench.verdict import rows, write
+
+    path = write(opened, result, engine=engine)
+    if as_json:
+        click.echo(json.dumps({"measures": dict(result.measures), "failures": list(result.failures)}))
+    else:
+        show_table(["measure", "value", "limit"], rows(result, limits))
+        click.echo(f"report: {path} and {path.with_suffix('.md').name}")
+    if result.failures:
+        for line in result.failures:
+            click.echo(f"mmq: past the limit: {line}", err=True)
+        sys.exit(1)
+    if not as_json:
+        next_step(f"mmq serve {artifact}")
+
+
+def calibration_samples(recipe: Recipe, *, embedded: bool) -> list[Sample]:
+    """The recipe's calibration set: a bundled one by name, or the user's own file or folder."""
+    from .recipes.calibration import CALIBRATIONS
+    from .recipes.samples import load
+
+    if recipe.method == "bnb":
+        return []
+    if recipe.calibration in CALIBRATIONS:
+        return CALIBRATIONS[recipe.calibration](recipe.samples, size=None if embedded else REAL_SIZE)
+    if not Path(recipe.calibration).exists():
+        raise ValueError(
+            f"no calibration {recipe.calibration!r}: name a JSONL file, a folder, or one of {', '.join(CALIBRATIONS)}"
+        )
+    return load(recipe.calibration, count=recipe.samples)
+
+
+def held_out_samples(dataset: str | None, count: int, *, embedded: bool) -> list[Sample]:
+    """What a check compares on: drawn from the test split, or the user's own."""
+    if dataset:
+        from .recipes.samples import load
+
+        return load(dataset, count=count)
+    from .recipes.pebble.tasks import samples
+
+    return list(samples("test", count, size=None if embedded else REAL_SIZE))
+
+
+def pick_device(name: str) -> str:
+    """'auto' is the first GPU where there is one. ValueError when a GPU is asked for and absent."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise ValueError(f"--device {name}: it must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+def human(size: float) -> str:
+    """Bytes for a reader."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.2f} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    raise AssertionError
+
+
+def calibration_line(info: dict[str, Any]) -> str:
+    """How much calibration there was, for a reader."""
+    return f"{info['name']}: {info['samples']} samples, {info['media']} image and {info['text']} text tokens"
+
+
+def show_table(head: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=any(head))
+    for column, title in enumerate(head):
+        table.add_column(title, no_wrap=column == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def next_step(line: str) -> None:
+    """The next command to type."""
+    click.echo(f"\nnext: {line}")
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Tell]:
+    """A progress bar a kind of step, on stderr; nothing when `quiet`."""
+    from .recipes.progress import Step, silent
+
+    if quiet:
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(step: Step) -> None:
+            if step.name not in tasks:
+                tasks[step.name] = bars.add_task(step.name, total=step.total, note="")
+            bars.update(tasks[step.name], completed=step.done, total=step.total, note=step.note)
+
+        yield tell
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One red line, and out."""
+    click.secho(f"mmq: {message}", fg="red", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line; library errors become one line (MMQ_DEBUG=1 shows where they came from)."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted; what is finished is kept, and the same command takes it up again", 130)
+    except (ValueError, OSError, RuntimeError) as e:
+        if os.environ.get("MMQ_DEBUG"):
+            raise
+        fail(" ".join(str(e).split()), 3 if isinstance(e, RuntimeError) else 2)
+
+
+if __name__ == "__main__":
+    main()

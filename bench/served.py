@@ -1,0 +1,115 @@
+"""The check of a *served* artifact: the logprobs an engine gives, against those its files promise.
+
+The same samples are walked here, as FP16 and as the artifact's own int4 weights, and sent to the engine. An engine that
+quietly loads 16 bit is nearer to the first than to the second; one that drops the picture, or reads the packed words
+in another order, is near to neither.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..export.artifact import Artifact
+from ..export.view import view
+from ..quantize.skeleton import build
+from ..recipes.progress import Step, Tell, silent
+from ..recipes.recipe import Limits
+from ..recipes.samples import Sample, as_openai
+from ..serve.engines import plan
+from ..serve.launch import free_port, running
+from ..serve.machine import this_machine
+from .check import Checked, blind, walk_both
+
+DISTANCE = 0.08  # nats: mean difference of logprobs that 16-bit arithmetic alone may make
+
+
+def check_served(
+    artifact: Artifact,
+    base: Path,
+    *,
+    samples: Sequence[Sample],
+    limits: Limits,
+    engine: str = "vllm",
+    device: str = "cpu",
+    tell: Tell = silent,
+) -> Checked:
+    """Serve `artifact` under `engine` and compare its logprobs of the reference answers with both walks.
+
+    Videos are left out: engines sample their frames on their own. RuntimeError when the engine dies.
+    """
+    samples = [s for s in samples if s.answer and not s.videos]
+    before, after = build(base, device=device), build(artifact.path, source=view(artifact.path), device=device)
+    walked = walk_both(before, after, samples, tell=tell)
+    launch = plan(engine, artifact.path, machine=this_machine(), port=free_port())
+    log = artifact.path / f"{engine}.log"
+    seen: list[list[float]] = []
+    unseen: list[list[float] | None] = []
+    with running(launch, log_path=log, tell=tell) as server:
+        for number, (sample, tokens) in enumerate(zip(samples, walked.tokens, strict=True)):
+            seen.append(answer_logprobs(server.url, server.name, sample, tokens.kl.numel()))
+            pictured = bool(sample.images)
+            unseen.append(
+                answer_logprobs(server.url, server.name, blind(sample), tokens.kl.numel()) if pictured else None
+            )
+            tell(Step("ask the engine", number + 1, len(samples)))
+    to_int4, to_fp16, served_effect, own_effect = [], [], [], []
+    raw = []
+    for sample, tokens, dark, got, gone in zip(samples, walked.tokens, walked.blind, seen, unseen, strict=True):
+        int4, fp16 = (-tokens.nll_after).tolist(), (-tokens.nll_before).tolist()
+        to_int4 += [abs(a - b) for a, b in zip(got, int4, strict=True)]
+        to_fp16 += [abs(a - b) for a, b in zip(got, fp16, strict=True)]
+        if gone is not None and dark is not None:
+            served_effect += [a - b for a, b in zip(got, gone, strict=True)]
+            own_effect += (dark.nll_after - tokens.nll_after).tolist()
+        raw.append({"task": sample.task, "answer": sample.answer, "served": got, "int4": int4, "fp16": fp16})
+    measures = {
+        "tokens": float(len(to_int4)),
+        "served_to_int4": statistics.fmean(to_int4),
+        "served_to_fp16": statistics.fmean(to_fp16),
+        "finite": float(all(map(math.isfinite, to_int4))),
+    }
+    if own_effect:
+        measures["served_image_effect"] = statistics.fmean(served_effect) / max(statistics.fmean(own_effect), 1e-9)
+    return Checked(measures, tuple(_failures(measures, limits, engine)), walked.layers, tuple(raw))
+
+
+def answer_logprobs(url: str, model: str, sample: Sample, count: int) -> list[float]:
+    """The engine's logprobs of the sample's last `count` tokens: its reference answer and what ends the turn."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
+    reply = client.chat.completions.create(
+        model=model,
+        messages=as_openai(sample),  # pyright: ignore[reportArgumentType]
+        max_tokens=1,
+        temperature=0,
+        extra_body={"prompt_logprobs": 0, "add_generation_prompt": False},
+    )
+    entries = (reply.model_extra or {}).get("prompt_logprobs")
+    if not entries:
+        raise RuntimeError(f"the server at {url} gives no prompt_logprobs; this check needs vLLM")
+    return [next(iter(e.values()))["logprob"] for e in entries[-count:]]
+
+
+def _failures(measures: dict[str, float], limits: Limits, engine: str) -> list[str]:
+    found = []
+    near, far = measures["served_to_int4"], measures["served_to_fp16"]
+    if not near <= DISTANCE:
+        found.append(
+            f"served_to_int4 is {near:.4g}, the limit is <= {DISTANCE}: "
+            f"{engine} does not compute with the weights on disk"
+        )
+    if not near < far:
+        found.append(
+            f"served_to_int4 is {near:.4g} and served_to_fp16 {far:.4g}: "
+            f"{engine} is as near to FP16 as to the artifact; did it load 16-bit weights?"
+        )
+    effect = measures.get("served_image_effect")
+    if effect is not None and not effect >= limits.image_effect:
+        found.append(
+            f"served_image_effect is {effect:.4g}, the limit is >= {limits.image_effect}: is the picture dropped?"
+        )
+    return found

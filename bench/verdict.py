@@ -1,0 +1,81 @@
+"""A check's result for readers: rows for the terminal, Markdown, and the JSON kept beside the artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+
+from ..export.artifact import Artifact, write_json
+from ..export.make import versions
+from ..recipes.recipe import Limits
+from .check import Checked
+
+SHOWN = (
+    ("mean_kl", "mean KL to FP16 (nats a token)", "<="),
+    ("p99_kl", "p99 KL", "<="),
+    ("top1", "top-1 agreement", ">="),
+    ("perplexity_ratio", "perplexity, int4 / FP16", "<="),
+    ("image.mean_kl", "mean KL, image samples", ""),
+    ("text.mean_kl", "mean KL, text samples", ""),
+    ("image_effect", "effect of the picture, int4 / FP16", ">="),
+    ("prefix", "identical greedy prefix (share of the answer)", ""),
+    ("same_answer", "same greedy answer", ""),
+    ("accuracy_fp16", "right answers, FP16", ""),
+    ("accuracy_int4", "right answers, int4", ""),
+    ("coverage", "intended linears that are int4", ""),
+)
+
+
+def rows(result: Checked, limits: Limits) -> list[list[str]]:
+    """[measure, value, limit] for each measure that was taken."""
+    found = []
+    for key, title, sign in SHOWN:
+        if key in result.measures:
+            limit = f"{sign} {getattr(limits, key):g}" if sign else ""
+            found.append([title, f"{result.measures[key]:.4g}", limit])
+    return found
+
+
+def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
+    """The report as Markdown."""
+    lines = [f"# Check of {artifact.manifest['name']}", ""]
+    lines += ["| measure | value | limit |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(result, limits)]
+    lines += ["", "Passed." if not result.failures else "Failed:", *(f"- {f}" for f in result.failures), ""]
+    tasks = sorted(k.partition(".")[2] for k in result.measures if k.startswith("accuracy_fp16."))
+    if tasks:
+        lines += ["| task | FP16 | int4 |", "|---|---|---|"]
+        for task in tasks:
+            pair = (result.measures[f"accuracy_{w}.{task}"] for w in ("fp16", "int4"))
+            lines.append(f"| {task} | " + " | ".join(f"{p:.3f}" for p in pair) + " |")
+        lines.append("")
+    if result.layers:
+        lines += ["Relative error of the hidden states after each decoder layer:", ""]
+        lines += [f"- layer {i}: {e:.3e}" for i, e in enumerate(result.layers)]
+    return "\n".join(lines) + "\n"
+
+
+def write(artifact: Artifact, result: Checked, *, engine: str | None = None) -> Path:
+    """Write check.json and check.md (or check-ENGINE) into the artifact's folder; returns the JSON's path."""
+    path = artifact.path / (f"check-{engine}.json" if engine else "check.json")
+    limits = Limits(**artifact.manifest["recipe"]["limits"])
+    write_json(
+        path,
+        {
+            "kind": "check",
+            "artifact": artifact.manifest["name"],
+            "digest": artifact.digest,
+            "engine": engine,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "passed": not result.failures,
+            "failures": list(result.failures),
+            "measures": dict(result.measures),
+            "limits": dataclasses.asdict(limits),
+            "layers": list(result.layers),
+            "samples": [dict(s) for s in result.samples],
+            "versions": versions(),
+        },
+    )
+    path.with_suffix(".md").write_text(markdown(artifact, result, limits), encoding="utf-8")
+    return path

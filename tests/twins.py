@@ -1,0 +1,57 @@
+"""Run as a program in an environment with vLLM: prompt logprobs and greedy tokens of several folders, as JSON.
+
+    python twins.py REQUESTS.json OUT.json      REQUESTS: {"folders": [...], "prompts": [{"token_ids"|"prompt", "image"}]}
+
+One process for all, since importing vLLM takes longer than loading a small model.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_INT4_W4A8": "0",  # with 8-bit activations nothing would be exact
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def run(folder: str, prompts: list[dict]) -> dict:
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(folder, max_model_len=1024, enforce_eager=True, max_num_seqs=4, seed=0, dtype="bfloat16")
+    params = SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=0, logprobs=0, ignore_eos=True)
+    requests = []
+    for p in prompts:
+        request = {"prompt": p["prompt"]}
+        if p.get("image"):
+            request["multi_modal_data"] = {"image": Image.open(p["image"]).convert("RGB")}
+        requests.append(request)
+    found = []
+    for out in llm.generate(requests, params, use_tqdm=False):
+        logprobs = [next(iter(entry.values())).logprob for entry in out.prompt_logprobs if entry]
+        found.append({"logprobs": logprobs, "tokens": list(out.outputs[0].token_ids)})
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    packed = sum(1 for n, _ in model.named_parameters() if "qweight" in n or "weight_packed" in n or "absmax" in n)
+    del llm, model
+    gc.collect()
+    return {"outputs": found, "packed": packed}
+
+
+if __name__ == "__main__":
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answers = {}
+    for folder in asked["folders"]:
+        try:
+            answers[folder] = run(folder, asked["prompts"])
+        except Exception as e:
+            answers[folder] = {"error": f"{type(e).__name__}: {e}"}
+    Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
