@@ -1,0 +1,113 @@
+"""Lockstep: any model's own loop over layers, halted at each, gives what it gives unhalted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmq.quantize.lockstep import Lockstep
+from torch import Tensor, nn
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, *, shift: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.linear(hidden)) + shift
+
+
+class Model(nn.Module):
+    """A loop with a quirk that differs layer by layer, as real models have."""
+
+    def __init__(self, layers: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+
+    def forward(self, x: Tensor, *, rounds: int = 1) -> Tensor:
+        for _ in range(rounds):
+            for i, layer in enumerate(self.layers):
+                x = layer(x, shift=torch.full_like(x, 0.1 * i))
+                if i == 0:
+                    x = x * 1.5
+        return x
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().requires_grad_(False)
+
+
+def test_same_as_unhalted(model: Model) -> None:
+    xs = [torch.randn(1, n, 8) for n in (3, 5, 2)]
+    expected = [model(x) for x in xs]
+    met = []
+    with Lockstep(model.layers, [lambda x=x: model(x) for x in xs]) as steps:
+        for stop in steps:
+            met.append((stop.index, [c.hidden.shape[1] for c in stop.calls]))
+            stop.advance()
+    assert met == [(i, [3, 5, 2]) for i in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(steps.results, expected, strict=True))
+    assert torch.equal(model(xs[0]), expected[0])  # the model's own forward is back
+
+
+def test_calls_of_different_length(model: Model) -> None:
+    """Some answers end before others, as under `generate`."""
+    x = torch.randn(1, 2, 8)
+    rounds = (1, 3, 2)
+    expected = [model(x, rounds=n) for n in rounds]
+    with Lockstep(model.layers, [lambda n=n: model(x, rounds=n) for n in rounds]) as steps:
+        counts = []
+        for stop in steps:
+            counts.append(len(stop.calls))
+            stop.advance()
+    assert counts == [3] * 3 + [2] * 3 + [1] * 3
+    assert all(torch.equal(a, b) for a, b in zip(steps.results, expected, strict=True))
+
+
+def test_a_changed_layer_is_felt_by_later_ones(model: Model) -> None:
+    x = torch.randn(1, 2, 8)
+    other = Model().requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    other.layers[1].linear.weight.zero_()
+    with Lockstep(model.layers, [lambda: model(x)]) as steps:
+        for stop in steps:
+            if stop.index == 1:
+                stop.layer.linear.weight.zero_()
+            stop.advance()
+    assert torch.equal(steps.results[0], other(x))
+
+
+def test_leaving_early_ends_the_calls(model: Model) -> None:
+    ended = []
+
+    def call() -> Tensor:
+        try:
+            return model(torch.zeros(1, 1, 8))
+        finally:
+            ended.append(True)
+
+    with Lockstep(model.layers, [call, call]) as steps:
+        next(iter(steps))
+    assert ended == [True, True]
+    assert "forward" not in vars(model.layers[0])
+
+
+def test_an_error_in_a_call_is_the_callers(model: Model) -> None:
+    def broken() -> Tensor:
+        model(torch.zeros(1, 1, 8))
+        raise ValueError("broken sample")
+
+    with pytest.raises(ValueError, match="broken sample"), Lockstep(model.layers, [broken]) as steps:
+        for stop in steps:
+            stop.advance()
+    assert "forward" not in vars(model.layers[0])
+
+
+def test_a_stop_must_advance(model: Model) -> None:
+    with (
+        pytest.raises(RuntimeError, match="without advance"),
+        Lockstep(model.layers, [lambda: model(torch.zeros(1, 1, 8))]) as steps,
+    ):
+        list(steps)
