@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import Distribution
 from pathlib import Path
+from typing import Any
 
+from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from .flags import Flag, Launch, given, merged, number
 from .machine import GIB, Machine
 from .shape import Shape, read_shape
@@ -127,11 +129,19 @@ def vllm(
 ENGINES: dict[str, Callable[..., Launch]] = {"vllm": vllm}
 
 
-def plan(engine: str, target: Path, **options: object) -> Launch:
-    """The launch of `target` under the engine of this name; options as the engine's function. ValueError if unknown."""
+def plan(engine: str, target: Path, *, served_model_name: str | None = None, **options: Any) -> Launch:
+    """The launch of `target` under the engine of this name; options as the engine's function.
+
+    `target` is an artifact, which must be whole, or any 16-bit checkpoint folder; the artifact's name is the model's.
+    ValueError for an unknown engine, OSError for a folder that cannot be served.
+    """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known engines are {', '.join(sorted(ENGINES))}")
-    return ENGINES[engine](target, **options)
+    if not target.is_dir():
+        raise OSError(f"no folder {target}; `mmq quantize` makes an artifact, and a checkpoint's folder serves as well")
+    if (target / MANIFEST).is_file() or (target / UNFINISHED).is_file():
+        served_model_name = served_model_name or open_artifact(target).manifest.get("name")
+    return ENGINES[engine](target, served_model_name=served_model_name, **options)
 
 
 def _host_reason(host: str, extra: Sequence[str], environ: Mapping[str, str]) -> str:

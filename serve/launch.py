@@ -19,10 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import httpx
-
 from ..recipes.progress import Step, Tell, silent
 from .flags import Launch
+from .http import get
 from .log import why_it_died
 
 GRACE = 15.0  # seconds between SIGTERM and SIGKILL
@@ -68,10 +67,10 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def healthy(url: str, *, timeout: float = 2.0) -> bool:
-    """Whether the server at `url` answers 200 on /health. Proxies are not used."""
+    """Whether the server at `url` answers 200 on /health."""
     try:
-        return httpx.get(f"{url}/health", timeout=timeout, trust_env=False).status_code == 200
-    except httpx.HTTPError:
+        return get(f"{url}/health", timeout=timeout)[0] == 200
+    except OSError:
         return False
 
 
@@ -141,7 +140,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], launch: Launch, log: Path, t
         if waited > timeout:
             why = why_it_died(log)
             raise RuntimeError(f"the engine was not healthy after {timeout:.0f} s; its log ends: {why} (log: {log})")
-        tell(Step("start the engine", int(waited), int(timeout)))
+        tell(Step("start the engine", int(waited), int(waited), "seconds"))  # nobody knows how long it will take
         time.sleep(0.25)
 
 

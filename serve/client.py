@@ -1,0 +1,216 @@
+"""Talk to a server: chat by the openai client, pictures as data URLs, /metrics as numbers. Starts nothing.
+
+Works with any OpenAI-compatible server; `url` is its root, with or without /v1.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from .http import get
+
+TIMEOUT = 600.0  # seconds for one answer
+SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)")
+_LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `finish` is the server's reason: stop, or length where max_tokens cut it; seconds to the last."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: str
+    seconds: float
+
+
+def root(url: str) -> str:
+    """The server's root: without a trailing slash and /v1. ValueError when it is no http(s) address."""
+    if not re.match(r"https?://[^/]+", url):
+        raise ValueError(f"{url!r} is no server's address; it looks like http://127.0.0.1:8000")
+    return re.sub(r"(/v1)?/*$", "", url)
+
+
+def _client_options(url: str, api_key: str | None, timeout: float, retries: int) -> dict[str, Any]:
+    key = api_key or os.environ.get("MMQ_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
+    return {"base_url": f"{root(url)}/v1", "api_key": key, "timeout": timeout, "max_retries": retries}
+
+
+def connect(url: str, *, api_key: str | None = None, timeout: float = TIMEOUT, retries: int = 2) -> openai.OpenAI:
+    """An openai client for the server; the key from MMQ_API_KEY or VLLM_API_KEY where none is given."""
+    # trust_env: a proxy of the environment does not reach loopback
+    plain = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(**_client_options(url, api_key, timeout, retries), http_client=plain)
+
+
+def connect_async(
+    url: str, *, api_key: str | None = None, timeout: float = TIMEOUT, retries: int = 2
+) -> openai.AsyncOpenAI:
+    """As `connect`, for many requests at once."""
+    plain = openai.DefaultAsyncHttpxClient(trust_env=False)
+    return openai.AsyncOpenAI(**_client_options(url, api_key, timeout, retries), http_client=plain)
+
+
+@contextmanager
+def plain_errors(url: str) -> Iterator[None]:
+    """The openai client's exceptions as ours: OSError for the connection, ValueError for what was asked."""
+    try:
+        yield
+    except openai.APITimeoutError:
+        raise OSError(f"the server at {url} did not answer in time; is it busy, or the answer too long?") from None
+    except openai.APIConnectionError:
+        raise OSError(f"no server answers at {url}; start one with `mmq serve ARTIFACT`") from None
+    except (openai.AuthenticationError, openai.PermissionDeniedError):
+        raise OSError(f"the server at {url} wants an API key; set MMQ_API_KEY") from None
+    except openai.APIStatusError as e:
+        body: Any = e.body
+        said = body.get("message") if isinstance(body, dict) else None
+        text = f"the server refused the request ({e.status_code}): {said or e.message}"
+        raise (ValueError(text) if e.status_code < 500 else RuntimeError(text)) from None
+
+
+def served_name(client: openai.OpenAI, *, url: str = "the given address") -> str:
+    """The name of the server's first model. OSError when nobody answers."""
+    with plain_errors(url):
+        models = client.models.list().data
+    if not models:
+        raise OSError(f"the server at {url} serves no model")
+    return models[0].id
+
+
+def image_url(picture: str | Path) -> str:
+    """A picture for a message: http(s) and data URLs as they are, a file as a data URL, in its own bytes where the
+    servers read its format and as PNG otherwise. ValueError names a file that is missing or no picture.
+    """
+    if isinstance(picture, str) and re.match(r"(https?://|data:)", picture):
+        return picture
+    from PIL import Image, UnidentifiedImageError
+
+    path = Path(picture).expanduser()
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            kind = SENT_AS_THEY_ARE.get(image.format or "")
+            if kind is None:
+                buffer = io.BytesIO()
+                image.convert("RGB").save(buffer, "PNG")
+                data, kind = buffer.getvalue(), "image/png"
+    except FileNotFoundError:
+        raise ValueError(f"no picture {path}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture that can be read; PNG, JPEG, WEBP, GIF, BMP and TIFF can") from None
+    except (OSError, Image.DecompressionBombError) as e:
+        raise ValueError(f"the picture {path} cannot be read: {e}") from None
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def user_message(prompt: str, images: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """A user's message: the pictures, then the text."""
+    if not images:
+        return {"role": "user", "content": prompt}
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image_url(i)}} for i in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+
+
+def ask(
+    client: openai.OpenAI,
+    messages: Sequence[Message],
+    *,
+    model: str,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    **options: Any,
+) -> Answer:
+    """One whole answer. Further options go to `chat.completions.create` (seed, logprobs, extra_body, ...)."""
+    begun = time.perf_counter()
+    with plain_errors(str(client.base_url)):
+        reply = client.chat.completions.create(
+            model=model,
+            messages=list(messages),  # type: ignore[arg-type]
+            max_tokens=max_tokens,
+            temperature=temperature,
+            **options,
+        )
+    return answer_of(reply, time.perf_counter() - begun)
+
+
+def answer_of(reply: Any, seconds: float) -> Answer:
+    """The openai package's ChatCompletion as an `Answer`."""
+    usage, choice = reply.usage, reply.choices[0]
+    return Answer(
+        text=choice.message.content or "",
+        prompt_tokens=usage.prompt_tokens if usage else 0,
+        tokens=usage.completion_tokens if usage else 0,
+        finish=choice.finish_reason or "",
+        seconds=seconds,
+    )
+
+
+def stream(
+    client: openai.OpenAI,
+    messages: Sequence[Message],
+    *,
+    model: str,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    **options: Any,
+) -> Iterator[str]:
+    """One answer as it comes, piece by piece; closing the iterator ends the request."""
+    with plain_errors(str(client.base_url)):
+        chunks = client.chat.completions.create(
+            model=model,
+            messages=list(messages),  # type: ignore[arg-type]
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stream=True,
+            **options,
+        )
+        with chunks:
+            for chunk in chunks:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+
+
+def parse_metrics(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Prometheus' text form: name -> [(labels, value), ...]."""
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for line in text.splitlines():
+        sample = _SAMPLE.match(line)
+        if sample:
+            name, labels, value = sample.groups()
+            found.setdefault(name, []).append((dict(_LABEL.findall(labels or "")), float(value)))
+    return found
+
+
+def metrics(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """The server's /metrics. OSError when it has none."""
+    address = f"{root(url)}/metrics"
+    status, text = get(address)
+    if status != 200:
+        raise OSError(f"the server gives no metrics at {address} ({status})")
+    return parse_metrics(text)
+
+
+def cache_tokens(found: Mapping[str, list[tuple[dict[str, str], float]]]) -> int | None:
+    """Tokens that the engine's key-value cache holds, by vLLM's own word in its metrics; None if it does not say."""
+    for labels, _ in found.get("vllm:cache_config_info", []):
+        for blocks in ("num_gpu_blocks", "num_cpu_blocks"):  # the CPU backend counts its blocks under gpu too
+            if labels.get(blocks, "").isdigit() and labels.get("block_size", "").isdigit():
+                return int(labels[blocks]) * int(labels["block_size"])
+    return None
