@@ -122,7 +122,7 @@ def walk(
         load_outside(skeleton)
         inputs = [encode(skeleton, s) for s in samples]
         base = skeleton.module.base_model
-        calls = [lambda i=i: (base(**i, use_cache=False), None)[1] for i in inputs]
+        calls = [lambda i=i: base(**i, use_cache=False) for i in inputs]
         del inputs
         total = len(skeleton.layers)
         with Lockstep(skeleton.layers, calls) as steps:
