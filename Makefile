@@ -1,0 +1,32 @@
+# make demo   the main job, from a checkpoint to a comparison table
+# make test   the tests (ARGS="-k name" chooses)
+# make lint   ruff and pyright
+# make pins   resolve requirements/*.in anew
+# make clean  remove .venv, caches and build leftovers (artifacts and measurements stay)
+# Each makes .venv first where it is missing or old. PYTHON names the Python to make it with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint environment pins clean
+
+demo: environment
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/demo.sh
+
+test: environment
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: environment
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+environment:
+	@$(PYTHON) tools/bootstrap.py
+
+pins:
+	@$(PYTHON) tools/pin.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
