@@ -24,7 +24,7 @@ def pebble() -> Path:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`artifact(method, format=None, **recipe)`: pebble quantized so, made on first use and shared. Do not change it."""
+    """`artifact(method, format=None, **recipe)`: pebble quantized so, made on first use and shared; never change it."""
     made: dict[tuple, Path] = {}
 
     def make_once(method: str, format: str | None = None, **changes: object) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mmq.quantize.lockstep import Lockstep
 from torch import Tensor, nn
+
+from mmq.quantize.lockstep import Lockstep
 
 
 class Layer(nn.Module):
@@ -99,9 +100,13 @@ def test_an_error_in_a_call_is_the_callers(model: Model) -> None:
         model(torch.zeros(1, 1, 8))
         raise ValueError("broken sample")
 
-    with pytest.raises(ValueError, match="broken sample"), Lockstep(model.layers, [broken]) as steps:
-        for stop in steps:
-            stop.advance()
+    def walk() -> None:
+        with Lockstep(model.layers, [broken]) as steps:
+            for stop in steps:
+                stop.advance()
+
+    with pytest.raises(ValueError, match="broken sample"):
+        walk()
     assert "forward" not in vars(model.layers[0])
 
 

@@ -1,6 +1,6 @@
 """Run as a program in an environment with vLLM: prompt logprobs and greedy tokens of several folders, as JSON.
 
-    python twins.py REQUESTS.json OUT.json      REQUESTS: {"folders": [...], "prompts": [{"token_ids"|"prompt", "image"}]}
+    python twins.py REQUESTS.json OUT.json      REQUESTS: {"folders": [...], "prompts": [{"prompt", "image"}]}
 
 One process for all, since importing vLLM takes longer than loading a small model.
 """
