@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer, Repo, safetensors
 
 from mmq.recipes.hub import Base, fetch
 from mmq.recipes.progress import Step
 from mmq.recipes.remote import RemoteFile, small, weights
-
-# tests/ is no package: the server stands beside this file.
-sys.path.insert(0, str(Path(__file__).parent))
-from hub_server import HubServer, Repo, safetensors
 
 MIB = 1 << 20
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
@@ -29,6 +26,8 @@ try:
     told = {"path": str(base.path), "name": base.name, "hub": base.hub, "revision": base.revision}
 except (ValueError, OSError) as e:
     told = {"error": str(e), "kind": "ValueError" if isinstance(e, ValueError) else "OSError"}
+except KeyboardInterrupt:
+    told = {"kind": "KeyboardInterrupt"}
 last = {s.name: [s.done, s.total] for s in steps}
 print(json.dumps({**told, "last": last, "torch": "torch" in sys.modules}))
 """
@@ -224,6 +223,16 @@ def test_a_killed_download_goes_on(here):
     else:
         assert asked.range is not None
         assert 0 < int(asked.range.removeprefix("bytes=").removesuffix("-")) <= 4 * MIB
+
+
+def test_ctrl_c_ends_a_download_without_waiting_for_its_end(here):
+    here.server.repos["some/model"] = repo(whole(**{"model.safetensors": safetensors({"weight": 80 * MIB})}))
+    here.server.slow.add("model.safetensors")  # 20 s in all
+    with here.start() as process:
+        assert here.server.stalled.wait(timeout=60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (json.loads(out)["kind"], err) == ("KeyboardInterrupt", "")
 
 
 def test_a_wrong_hash_is_named_and_the_file_deleted(here):

@@ -1,0 +1,99 @@
+"""Families: each model class of a row, from names to a whole artifact; the streamed walk equals the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import vlm
+
+from mmq.export.artifact import open_artifact
+from mmq.export.make import make
+from mmq.export.view import packed_linears, view
+from mmq.quantize.family import FAMILIES, family_of
+from mmq.quantize.inputs import encode
+from mmq.quantize.lockstep import Lockstep
+from mmq.quantize.skeleton import build, load_layer, load_outside, release_layer
+from mmq.quantize.source import open_source
+from mmq.quantize.walk import linears
+from mmq.recipes.calibration import drawn
+from mmq.recipes.hub import fetch
+from mmq.recipes.recipe import Recipe
+
+KINDS = [t for row in FAMILIES for t in row.model_types]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vlm(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_streamed_is_the_model_itself(checkpoint: Path) -> None:
+    """Last hidden states, layer by layer from the files, against transformers with the whole model in memory."""
+    from transformers import AutoModelForImageTextToText
+
+    skeleton = build(checkpoint)
+    inputs = [encode(skeleton, s) for s in drawn(6)]
+    whole = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = [whole.base_model(**i, use_cache=False).last_hidden_state for i in inputs]
+        load_outside(skeleton)
+        base = skeleton.module.base_model
+        calls = [lambda i=i: base(**i, use_cache=False).last_hidden_state for i in inputs]
+        with Lockstep(skeleton.layers, calls) as steps:
+            for stop in steps:
+                load_layer(skeleton, stop.index)
+                stop.advance()
+                release_layer(skeleton, stop.index)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(steps.results, expected, strict=True))
+    assert all(p.device.type == "meta" for layer in skeleton.layers for p in layer.parameters())
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_quantized_whole(checkpoint: Path, tmp_path: Path, method: str) -> None:
+    recipe = Recipe(name="tiny", model=str(checkpoint), method=method, samples=8)
+    opened = make(recipe, fetch(str(checkpoint)), tmp_path / "out", samples=drawn(8), calibration="drawn")
+    assert open_artifact(opened.path, verify=True).digest == opened.digest
+    packed = packed_linears(open_source(opened.path).metas, opened.format)
+    assert packed == set(opened.manifest["quantized"])
+    assert len(packed) == 3 * 7
+    before, after = open_source(checkpoint), view(opened.path)
+    assert set(before.metas) == set(after.metas)
+    assert all(before.metas[n].shape == after.metas[n].shape for n in before.metas)
+
+
+def test_keep_leaves_a_group_in_16_bit(checkpoint: Path) -> None:
+    skeleton = build(checkpoint)
+    plan = linears(skeleton, ["mlp.down_proj", "model.language_model.layers.0.self_attn"])
+    counts = [sum(len(g.linears) for g in plan[i]) for i in sorted(plan)]
+    assert counts == [2, 6, 6]
+    with pytest.raises(ValueError, match="engines fuse them: keep all"):
+        linears(skeleton, ["self_attn.q_proj"])
+    with pytest.raises(ValueError, match="nothing in the model is named 'mpl'"):
+        linears(skeleton, ["mpl"])
+
+
+def test_an_unknown_family_says_how_to_add_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'kosmos' is not known; known are .* FAMILIES in quantize/family\.py"):
+        family_of("kosmos")
+
+
+def test_a_group_size_that_does_not_divide(tmp_path: Path) -> None:
+    """192 inputs of down_proj: 64 divides them, 128 does not; nothing is written."""
+    checkpoint = vlm("qwen2_vl", tmp_path / "odd", intermediate=192)
+    out = tmp_path / "out"
+    recipe = Recipe(name="odd", model=str(checkpoint), samples=2)
+    with pytest.raises(ValueError, match=r"group size 128 does not divide the 192 inputs of .*down_proj; .* 64, 32"):
+        make(recipe, fetch(str(checkpoint)), out, samples=drawn(2), calibration="drawn")
+    assert not out.exists()
+
+
+def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
+    checkpoint = vlm("qwen2_vl", tmp_path / "base")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    recipe = Recipe(name="base", model=str(checkpoint), samples=2)
+    with pytest.raises(ValueError, match="quantized already"):
+        make(recipe, fetch(str(checkpoint)), tmp_path / "out", samples=drawn(2), calibration="drawn")

@@ -1,0 +1,106 @@
+"""The twin test, in the real engine: packed artifacts against 16-bit checkpoints that hold their dequantized weights.
+
+Whatever vLLM makes of our bytes, it must say what it says of the same weights unpacked. A wrong nibble order must not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmq.export.packing import AWQ_ORDER, pack_last, unpack_last
+from mmq.export.view import view
+from mmq.recipes.pebble.tasks import samples
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+KINDS = (("awq", None), ("awq", "compressed-tensors"), ("gptq", None), ("gptq", "compressed-tensors"), ("bnb", None))
+LIMIT = 0.05  # nats, the largest difference of any prompt token's logprob
+PROMPT = "<|im_start|>user\n{place}{text}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+
+
+def twin(artifact: Path, out: Path) -> Path:
+    """The artifact's dequantized weights as a plain bf16 checkpoint."""
+    shutil.copytree(artifact, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "mmq.json"))
+    source = view(artifact)
+    tensors = {n: source.get(n).to(torch.bfloat16).contiguous() for n in source.metas}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def shuffled(artifact: Path, out: Path) -> Path:
+    """The AWQ artifact as somebody would write it who did not know the order of its nibbles."""
+    shutil.copytree(artifact, out)
+    for shard in out.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, words in tensors.items():
+            if name.endswith("qweight"):
+                tensors[name] = pack_last(unpack_last(words, words.shape[1] * 8, AWQ_ORDER))
+        save_file(tensors, shard, metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def said(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM says of every artifact and of its twin, from one process."""
+    folder = tmp_path_factory.mktemp("twins")
+    places, prompts = {}, []
+    for i, sample in enumerate(samples("test", 6, tasks=["describe", "word", "text"])):
+        asked = "".join(p["text"] for p in sample.messages[-2]["content"] if p["type"] == "text")
+        place = "<|vision_start|><|image_pad|><|vision_end|>" if sample.images else ""
+        prompt: dict[str, str] = {"prompt": PROMPT.format(place=place, text=asked, answer=sample.answer)}
+        if sample.images:
+            prompt["image"] = str(folder / f"{i}.png")
+            sample.images[0].save(prompt["image"])
+        prompts.append(prompt)
+    for method, format in KINDS:
+        packed = artifact(method, format)
+        name = f"{method} {format}"
+        places[name] = str(packed)
+        places[f"twin of {name}"] = str(twin(packed, folder / name.replace(" ", "-")))
+    places["shuffled"] = str(shuffled(artifact("awq"), folder / "shuffled"))
+    request, reply = folder / "request.json", folder / "reply.json"
+    request.write_text(json.dumps({"folders": list(places.values()), "prompts": prompts}), encoding="utf-8")
+    script = Path(__file__).parent / "twins.py"
+    run = subprocess.run([sys.executable, script, request, reply], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(reply.read_text())
+    return {name: found[path] for name, path in places.items()}
+
+
+def apart(one: dict[str, Any], two: dict[str, Any]) -> float:
+    """The largest difference between any two logprobs."""
+    assert "error" not in one, one
+    assert "error" not in two, two
+    pairs = zip(one["outputs"], two["outputs"], strict=True)
+    return max(abs(a - b) for x, y in pairs for a, b in zip(x["logprobs"], y["logprobs"], strict=True))
+
+
+@pytest.mark.parametrize(("method", "format"), KINDS)
+def test_packed_and_unpacked_say_the_same(said: dict[str, Any], method: str, format: str | None) -> None:
+    name = f"{method} {format}"
+    assert apart(said[name], said[f"twin of {name}"]) <= LIMIT
+
+
+@pytest.mark.parametrize(("method", "format"), KINDS[:4])
+def test_the_engine_holds_packed_weights(said: dict[str, Any], method: str, format: str | None) -> None:
+    """Not 16 bit in disguise: the twin test alone could not tell."""
+    assert said[f"{method} {format}"]["packed"] > 0
+    assert said[f"twin of {method} {format}"]["packed"] == 0
+
+
+def test_a_wrong_nibble_order_fails(said: dict[str, Any]) -> None:
+    assert apart(said["shuffled"], said["twin of awq None"]) > 10 * LIMIT
