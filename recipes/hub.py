@@ -7,6 +7,7 @@ only if the download is whole. Without network a whole copy in the cache does. K
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -116,22 +118,34 @@ def _get(hub: Hub, model: str, commit: str, files: Sequence[RemoteFile], path: P
         return
     total = sum(f.size for f in missing)
     _room(model, path, missing, hub.cache_env)
-    lock, done = threading.Lock(), 0
+    lock, stop, done = threading.Lock(), threading.Event(), 0
 
     def count(size: int) -> None:
         nonlocal done
+        if stop.is_set():
+            raise KeyboardInterrupt  # ends the library's thread at its next piece of bytes
         with lock:
             done += size
             tell(Step("download", min(max(done, 0), total), total, model))
 
     tell(Step("download", 0, total, model))
     try:
-        hub.get(model, commit, missing, count=count)
+        _interruptible(functools.partial(hub.get, model, commit, missing, count=count), stop)
     except Unreachable as e:
         raise OSError(f"lost {model} while downloading: {e}; run again, what is whole is kept") from None
     for f in missing:
         if not _there(path, f):
             raise OSError(f"{model}: {f.path} did not come whole ({f.size} bytes are due); run again to get the rest")
+
+
+def _interruptible(work: Callable[[], None], stop: threading.Event) -> None:
+    """Run `work` in a thread, so that Ctrl-C sets `stop`: the libraries' thread pools would first end their files."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            future.result()
+        finally:
+            stop.set()
 
 
 def _there(path: Path, f: RemoteFile) -> bool:

@@ -47,6 +47,7 @@ class HubServer:
         self.tokens: set[str] = set()
         self.cut: dict[str, int] = {}  # path: the next GET of it breaks off after so many bytes
         self.stall: dict[str, int] = {}  # path: the next GET of it stops after so many bytes and waits for `resume`
+        self.slow: set[str] = set()  # paths that come at 4 MiB a second
         self.stalled, self.resume = threading.Event(), threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
@@ -217,8 +218,13 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         cut, stall = self.hub.cut.pop(path, None), self.hub.stall.pop(path, None)
         try:
-            self.wfile.write(data[start : cut if cut is not None else stall])
-            self.wfile.flush()
+            end = cut if cut is not None else stall if stall is not None else len(data)
+            for at in range(start, end, 1 << 20):
+                self.wfile.write(data[at : min(at + (1 << 20), end)])
+                self.wfile.flush()
+                if path in self.hub.slow:
+                    self.hub.stalled.set()
+                    self.hub.resume.wait(timeout=0.25)
             if stall is not None:
                 self.hub.stalled.set()
                 self.hub.resume.wait(timeout=60)
