@@ -25,6 +25,7 @@ from .shape import Shape, read_shape
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CPU_CONTEXT = 8192  # tokens; a CPU prefills slowly, and eight such sequences bound the cache
 CPU_SEQUENCES = 8
+FEW_CORES = 4
 CPU_RUNTIME = 2 * GIB  # what vLLM's two processes take beside weights and cache (2.3 GiB seen with a tiny model)
 GPU_SHARE = 0.90  # of the card's memory; the rest is for the driver and the display
 MIN_CONTEXT = 512  # tokens; less does not hold one picture and its question
@@ -230,9 +231,11 @@ def _cpu_flags(
     ]
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": (str(space), f"GiB of cache, for {sequences} sequences of {tokens} tokens"),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "the engine's core and its worker in one process: less memory"),
         "TORCHDYNAMO_DISABLE": ("1", "the few functions compiled even in eager mode run as they are"),
     }
+    if machine.cores <= FEW_CORES:  # with more, the worker's own process is where vLLM binds threads to cores
+        why = f"core and worker in one process: 0.4 GiB less, and {machine.cores} cores have no use for two"
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = ("0", why)
     if shape.quantized:
         variables["VLLM_CPU_INT4_W4A8"] = ("0", "else vLLM rounds activations to 8 bits too, where the CPU has AMX")
     return flags, variables

@@ -1,0 +1,75 @@
+"""Which checkpoints a comparison means: names among the artifacts of a folder, their common base, or paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..export.artifact import MANIFEST, Artifact, base_of, open_artifact
+from ..recipes.progress import Tell, silent
+from ..serve.shape import read_config
+
+BASE_NAMES = ("fp16", "bf16", "base")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint to measure; `artifact` is None for a 16-bit checkpoint."""
+
+    label: str
+    path: Path
+    artifact: Artifact | None
+
+
+def artifacts_in(folder: Path) -> list[Artifact]:
+    """The whole artifacts directly in `folder`, by name. OSError for a damaged one: it is not skipped in silence."""
+    return [open_artifact(p.parent) for p in sorted(folder.glob(f"*/{MANIFEST}"))]
+
+
+def find(names: Sequence[str], *, folder: Path, tell: Tell = silent) -> list[Subject]:
+    """The subjects that `names` mean, in their order. A name is `fp16` (the common base of the artifacts compared, or
+    of all in `folder`), a path, or an artifact's method, format, name or folder.
+
+    ValueError when a name means nothing or several things, or when the artifacts have no common base.
+    """
+    if not names:
+        raise ValueError("nothing to measure; name artifacts, as in --compare fp16 awq")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{' '.join(names)}: each name once")
+    near = artifacts_in(folder) if any(not Path(n).is_dir() for n in names) else []
+    found = {n: _one(n, near, folder) for n in names if n.lower() not in BASE_NAMES}
+    for name in names:
+        if name.lower() in BASE_NAMES:
+            among = [s.artifact for s in found.values() if s.artifact] or near
+            found[name] = Subject(name, _common_base(among, folder, tell), None)
+    return [found[n] for n in names]
+
+
+def _one(name: str, near: Sequence[Artifact], folder: Path) -> Subject:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / MANIFEST).is_file():
+            return Subject(path.resolve().name, path, open_artifact(path))
+        read_config(path)
+        return Subject(path.resolve().name, path, None)
+    for key in ("method", "format", "name"):
+        fitting = [a for a in near if a.manifest.get(key) == name]
+        if len(fitting) > 1:
+            places = ", ".join(str(a.path) for a in fitting)
+            raise ValueError(f"{name!r} could be any of {places}; give the path of one")
+        if fitting:
+            return Subject(name, fitting[0].path, fitting[0])
+    known = sorted({str(a.manifest.get("method")) for a in near} | {a.path.name for a in near})
+    there = f"here are {', '.join(known)} and fp16" if known else "there is none; `mmq quantize` makes one"
+    raise ValueError(f"no artifact {name!r} in {folder.resolve()}: {there}")
+
+
+def _common_base(artifacts: Sequence[Artifact], folder: Path, tell: Tell) -> Path:
+    bases = {(a.manifest["base"]["model"], a.manifest["base"].get("revision")): a for a in artifacts}
+    if not bases:
+        raise ValueError(f"fp16 is the base of the artifacts compared, and {folder.resolve()} has none; give its path")
+    if len(bases) > 1:
+        said = " and ".join(f"{a.path} of {model}" for (model, _), a in bases.items())
+        raise ValueError(f"fp16 could be several bases: {said}; give the path of one")
+    return base_of(next(iter(bases.values())), tell=tell).path
