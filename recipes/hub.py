@@ -92,10 +92,12 @@ def _from_hub(hub: Hub, model: str, revision: str | None, tell: Tell) -> tuple[P
         return _from_cache(root, model, revision or hub.branch, e)
     path = root / "snapshots" / remote.commit
     if not _recorded(root, remote.commit):
-        weights(model, remote.files)  # refuses what has no safetensors before any download
         first = small(remote.files)
+        indexed = any(f.path == INDEX for f in first)
+        if not indexed:
+            weights(model, remote.files)  # refuses what has no safetensors before any download
         _get(hub, model, remote.commit, first, path, tell)
-        shards = weights(model, remote.files, index=folder.index_of(path) if _lists(remote, INDEX) else None)
+        shards = weights(model, remote.files, index=folder.index_of(path) if indexed else None)
         _get(hub, model, remote.commit, shards, path, tell)
         if not hub.verifies:
             _verify(model, path, [*first, *shards], tell)
@@ -105,10 +107,6 @@ def _from_hub(hub: Hub, model: str, revision: str | None, tell: Tell) -> tuple[P
     if revision != remote.commit and (not ref.is_file() or ref.read_text() != remote.commit):
         _write(ref, remote.commit)
     return path, remote.commit
-
-
-def _lists(remote: Remote, path: str) -> bool:
-    return any(f.path == path for f in remote.files)
 
 
 def _get(hub: Hub, model: str, commit: str, files: Sequence[RemoteFile], path: Path, tell: Tell) -> None:
