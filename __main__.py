@@ -102,7 +102,7 @@ def quantize(
     as_json: bool,
 ) -> None:
     """Make MODEL's decoder int4, calibrated on pictures and text."""
-    from .recipes.recipe import hub_id, recipe_for
+    from .recipes.recipe import model_on, recipe_for
 
     recipe = recipe_for(model)
     asked = {
@@ -125,7 +125,7 @@ def quantize(
 
     start = time.monotonic()
     with progress(quiet=as_json) as tell:
-        base = fetch(hub_id(recipe, hub), hub=hub, revision=recipe.revision, tell=tell)
+        base = fetch(model_on(recipe, hub), hub=hub, revision=recipe.revision, tell=tell)
         chosen = calibration_samples(recipe, embedded=base.hub == "embedded")
         artifact = make(
             recipe,

@@ -19,7 +19,8 @@ from ..recipes.hub import Base, fetch
 from ..recipes.progress import Tell, silent
 
 MANIFEST = "mmq.json"
-UNFINISHED = ".mmq-unfinished.json"
+SCRATCH = ".mmq-"  # how files that only an unfinished run needs are called
+UNFINISHED = f"{SCRATCH}unfinished.json"
 SCHEMA = 1
 
 
@@ -123,15 +124,16 @@ def prepare(out: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = Fals
 
 
 def finish(out: Path, manifest: Mapping[str, Any]) -> Artifact:
-    """Hash every file, write the manifest last, and take the mark of an unfinished run away."""
+    """Hash every file, write the manifest last, and take away what only the unfinished run needed."""
     files = {
         p.name: {"sha256": hash_file(p), "size": p.stat().st_size}
         for p in sorted(out.iterdir())
-        if p.is_file() and p.name not in (MANIFEST, UNFINISHED)
+        if p.is_file() and p.name != MANIFEST and not p.name.startswith(SCRATCH)
     }
     whole = {"schema": SCHEMA, **manifest, "files": files}
     write_json(out / MANIFEST, whole)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    for left in out.glob(f"{SCRATCH}*"):
+        left.unlink()
     return Artifact(out, whole)
 
 

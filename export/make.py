@@ -29,9 +29,9 @@ from ..quantize.skeleton import Skeleton, build, read_config
 from ..quantize.walk import CALIBRATED, Layer, check_groups, count_tokens, linears, walk
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
-from ..recipes.recipe import Recipe, hub_id
+from ..recipes.recipe import Recipe, model_on
 from ..recipes.samples import Sample, digest
-from .artifact import Artifact, check_disk, finish, hash_file, prepare, write_json
+from .artifact import SCRATCH, Artifact, check_disk, finish, hash_file, prepare, write_json
 from .config import CONFIGS, Packing, settle
 from .packing import LAYOUTS
 from .view import restored_tensors
@@ -107,7 +107,7 @@ def make(
             _write_layer(skeleton, order, layer)
     for number, (file, names) in enumerate(rest.items()):
         if not (out / file).is_file():
-            _save(out / file, {n: skeleton.source.get(n) for n in names}, {})
+            _save(out / file, {n: skeleton.source.get(n) for n in names})
         tell(Step("copy", number + 1, len(rest)))
     _write_index(order)
     _write_config(skeleton, order)
@@ -132,7 +132,7 @@ def make(
             if tokens is None
             else {"name": calibration, "digest": marks["calibration"], **dataclasses.asdict(tokens)},
             "quantized": sorted(_quantized_names(skeleton, order)),
-            "layers": [_errors(out / f) for f in layer_files],
+            "layers": [json.loads(_note(out, i).read_text(encoding="utf-8")) for i in range(len(layer_files))],
             "versions": versions(),
         },
     )
@@ -140,7 +140,9 @@ def make(
 
 def _address(recipe: Recipe, base: Base) -> str:
     """What `fetch` finds the base by again."""
-    return str(base.path) if base.hub == "local" else base.name if base.hub == "embedded" else hub_id(recipe, base.hub)
+    return (
+        str(base.path) if base.hub == "local" else base.name if base.hub == "embedded" else model_on(recipe, base.hub)
+    )
 
 
 def versions() -> dict[str, str]:
@@ -222,21 +224,21 @@ def _write_layer(skeleton: Skeleton, order: Order, layer: Layer) -> None:
         else:
             tensors[name] = skeleton.source.get(name)
     errors = {"index": layer.index, "errors": {n: float(f"{e:.6g}") for n, e in layer.errors.items()}}
-    _save(order.out / order.layer_files[layer.index], tensors, {"mmq.layer": json.dumps(errors)})
+    write_json(_note(order.out, layer.index), errors)  # before the file whose presence says that the layer is done
+    _save(order.out / order.layer_files[layer.index], tensors)
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _note(out: Path, index: int) -> Path:
+    """Where a layer's errors wait for the manifest. Not in the shard's own metadata: its order there is random."""
+    return out / f"{SCRATCH}layer-{index}.json"
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(path.name + ".part")
     whole = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
-    save_file(whole, temporary, metadata={"format": "pt", **metadata})
+    save_file(whole, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors writes 0600, which an engine under another user could not read
     os.replace(temporary, path)
-
-
-def _errors(path: Path) -> dict[str, Any]:
-    """What `_write_layer` noted in a layer's file."""
-    with safe_open(path, framework="pt") as f:
-        return json.loads(f.metadata()["mmq.layer"])
 
 
 def _write_index(order: Order) -> None:

@@ -157,11 +157,6 @@ def bundled() -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in recipes}
 
 
-def hub_id(recipe: Recipe, hub: str) -> str:
-    """What to ask `hub` for: ModelScope may know the model by another id."""
-    return recipe.modelscope or recipe.model if hub == "modelscope" else recipe.model
-
-
 def recipe_for(model: str) -> Recipe:
     """The recipe that MODEL names: a bundled one, a YAML file, or the defaults for a local folder or a hub id.
 
