@@ -21,7 +21,7 @@ STAMP = VENV / "mmq-environment"
 PINS = ROOT / "requirements"
 MEND = ROOT / "tools" / "vllm-cpu-mend"
 OLDEST_PYTHON = (3, 11)
-OLDEST_UV = (0, 8)  # the first with `pip install --torch-backend` out of preview
+OLDEST_UV = (0, 8)  # an older one may lack `pip install --torch-backend`
 CPU_TORCH = "torch-2.13.0+cpu-cp{}{}-*.whl".format(*sys.version_info[:2])
 
 
@@ -30,11 +30,16 @@ def main() -> int:
     try:
         check_python()
         kind = "cuda" if has_nvidia_gpu() else "cpu"
-        wanted = digest(kind)
-        if STAMP.is_file() and STAMP.read_text() == wanted:
+        wanted = f"pins {kind} {digest(pinned(kind))}\n", f"local {kind} {digest(local_sources())}\n"
+        stamp = STAMP.read_text() if STAMP.is_file() else ""
+        if stamp == "".join(wanted):
             return 0
-        install(kind)
-        STAMP.write_text(wanted)
+        uv = make_venv()
+        STAMP.unlink(missing_ok=True)  # from here until the end the environment is not whole
+        if wanted[0] not in stamp:
+            install_pins(uv, kind)
+        install_local(uv, kind)
+        STAMP.write_text("".join(wanted))
     except RuntimeError as error:
         print(f"bootstrap: {error}", file=sys.stderr)
         return 1
@@ -59,34 +64,49 @@ def has_nvidia_gpu() -> bool:
     return found.returncode == 0 and "GPU" in found.stdout
 
 
-def digest(kind: str) -> str:
-    """One line that changes with anything the environment is made from: the pins, the mend, our metadata, the place."""
-    files = [PINS / f"{kind}.txt", PINS / "dev.txt", ROOT / "pyproject.toml"]
-    files += sorted(
-        path for path in MEND.rglob("*") if path.suffix in {".py", ".pth", ".toml"} and "tests" not in path.parts
-    )
+def pinned(kind: str) -> list[Path]:
+    return [PINS / f"{kind}.txt", PINS / "dev.txt"]
+
+
+def local_sources() -> list[Path]:
+    """What the two local packages are built from; mmq's own modules are read in place and need no second build."""
+    mend = [path for path in MEND.rglob("*") if path.suffix in {".py", ".pth", ".toml"} and "tests" not in path.parts]
+    return [ROOT / "pyproject.toml", *sorted(mend)]
+
+
+def digest(files: list[Path]) -> str:
+    """A hash that changes with the files' names and contents, and with the place of the checkout."""
     total = hashlib.sha256(str(ROOT).encode())
     for path in files:
-        total.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"{kind} {total.hexdigest()}\n"
+        total.update(b"\0" + path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
 
 
-def install(kind: str) -> None:
-    """Create `.venv` if it is missing and install the pins into it, then the local packages."""
+def make_venv() -> str:
+    """Create `.venv` if it is missing; the uv to install with."""
     uv = find_uv()
     if not VENV.joinpath("bin", "python").exists():
         run(uv, "venv", "--quiet", "--python", sys.executable, str(VENV))
-    STAMP.unlink(missing_ok=True)  # from here until the end the environment is not whole
-    pip = [uv, "pip", "install", "--python", str(VENV / "bin" / "python"), "--compile-bytecode"]
+    return uv
+
+
+def install_pins(uv: str, kind: str) -> None:
     say(f"installing the {kind} environment into {VENV.name} (a few GB the first time)")
-    pins = ["-r", str(PINS / f"{kind}.txt"), "-r", str(PINS / "dev.txt")]
+    files = [option for path in pinned(kind) for option in ("-r", str(path))]
     # --no-deps: the files list the whole closure, and what they leave out is left out on purpose.
-    run(*pip, "--no-deps", *torch_source(kind), *pins)
-    # The build tools are among the pins, so building these two needs no network.
-    local = ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
+    run(*pip_install(uv), "--no-deps", *torch_source(kind), *files)
+
+
+def install_local(uv: str, kind: str) -> None:
+    """mmq in place, and the mend on a CPU. The build tools are among the pins, so this needs no network."""
+    packages = ["--editable", str(ROOT)]
     if kind == "cpu":
-        local += ["--reinstall-package", "vllm", str(MEND)]
-    run(*pip, *local)
+        packages += ["--reinstall-package", "vllm", str(MEND)]
+    run(*pip_install(uv), "--no-deps", "--no-build-isolation", *packages)
+
+
+def pip_install(uv: str) -> list[str]:
+    return [uv, "pip", "install", "--python", str(VENV / "bin" / "python"), "--compile-bytecode"]
 
 
 def find_uv() -> str:

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("vllm_cpu_mend", reason="the mend is for the CPU environment")
 
 WITHOUT_MEND = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__ != 'vllm_cpu_mend']\n"
-PACKAGE = Path(importlib.metadata.distribution("vllm").locate_file("vllm_cpu_mend"))
+PACKAGE = Path(str(importlib.metadata.distribution("vllm").locate_file("vllm_cpu_mend")))
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -52,9 +52,8 @@ def decode_image(input, mode=0, apply_exif_orientation=False):
     from torchvision.io import ImageReadMode
     from torchvision.transforms.functional import pil_to_tensor
 
-    if isinstance(mode, str):
-        mode = ImageReadMode[mode.upper()]
-    wanted = _PILLOW_MODES.get(getattr(mode, "value", mode))
+    mode = ImageReadMode[mode.upper()] if isinstance(mode, str) else ImageReadMode(mode)
+    wanted = _PILLOW_MODES.get(mode.value)
     source = io.BytesIO(input.numpy().tobytes()) if hasattr(input, "numpy") else input
     try:
         with Image.open(source) as opened:
