@@ -223,6 +223,207 @@ def check(
         next_step(f"mmq serve {artifact}")
 
 
+@cli.command(context_settings={"ignore_unknown_options": False})
+@click.argument("target")
+@click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--engine", default="vllm", show_default=True, help="Which engine serves it.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=int, default=8000, show_default=True)
+@click.option("--max-model-len", type=int, help="Longest sequence in tokens.  [default: what fits]")
+@click.option("--served-model-name", help="The model's name in requests.  [default: the folder's]")
+@click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python files run.")
+@click.option(
+    "--print", "print_only", is_flag=True, help="Print the command with a reason for each flag, start nothing."
+)
+@hub_choice
+def serve(
+    target: str,
+    engine_flags: tuple[str, ...],
+    engine: str,
+    host: str,
+    port: int,
+    max_model_len: int | None,
+    served_model_name: str | None,
+    trust_remote_code: bool,
+    print_only: bool,
+    hub: str,
+    revision: str | None,
+) -> None:
+    """Serve TARGET (an artifact, or a model in 16 bit) with an OpenAI-compatible API.
+
+    Flags after `--` go to the engine as they are and win over mmq's own.
+    """
+    from .serve.engines import plan
+    from .serve.flags import shell_line
+    from .serve.launch import Server, foreground
+    from .serve.machine import this_machine
+
+    with progress(quiet=print_only) as tell:
+        folder, name = servable(target, hub, revision, tell)
+    launch = plan(
+        engine,
+        folder,
+        machine=this_machine(),
+        host=host,
+        port=port,
+        max_model_len=max_model_len,
+        served_model_name=served_model_name or name,
+        trust_remote_code=trust_remote_code,
+        extra=engine_flags,
+    )
+    click.echo(shell_line(launch), err=not print_only)
+    show_table(["", ""], [[flag, why] for flag, why in launch.reasons], err=not print_only)
+    if print_only:
+        return
+
+    def ready(server: Server) -> None:
+        click.secho(
+            f"\nready after {server.startup_s:.0f} s: {server.url}/v1, model {server.name}", fg="green", err=True
+        )
+        next_step(f'mmq infer {server.url} "What is in the picture?" --image PICTURE   (Ctrl-C here ends the server)')
+
+    log = Path.cwd() / f"mmq-serve-{launch.port}.log"
+    sys.exit(foreground(launch, log_path=log, on_line=lambda line: click.echo(line, err=True), on_ready=ready))
+
+
+@cli.command()
+@click.argument("target")
+@click.argument("prompt", required=False)
+@click.option("--image", "images", multiple=True, metavar="FILE|URL", help="A picture to ask about. Repeatable.")
+@click.option("--dataset", type=click.Path(path_type=Path), help="Ask each line of a JSONL file instead of PROMPT.")
+@click.option(
+    "--result-path", type=click.Path(path_type=Path), help="Answers to --dataset.  [default: NAME-answers.jsonl]"
+)
+@click.option("--engine", default="vllm", show_default=True, help="Which engine serves TARGET, where it is a folder.")
+@click.option("--max-tokens", type=int, default=512, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--concurrency", type=int, default=8, show_default=True, help="Requests under way at once.")
+@click.option("--count", type=int, help="Only the first COUNT lines of --dataset.")
+@click.option("--overwrite", is_flag=True, help="Ask again what --result-path has answers for.")
+@hub_choice
+@json_option
+def infer(
+    target: str,
+    prompt: str | None,
+    images: tuple[str, ...],
+    dataset: Path | None,
+    result_path: Path | None,
+    engine: str,
+    max_tokens: int,
+    temperature: float,
+    concurrency: int,
+    count: int | None,
+    overwrite: bool,
+    hub: str,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Ask TARGET (an artifact, a model, or the URL of a running server) PROMPT, or every line of --dataset."""
+    if (prompt is None) == (dataset is None):
+        raise ValueError(
+            'give a prompt, as in `mmq infer out-awq "What is this?" --image photo.jpg`, or --dataset FILE'
+        )
+    from .serve.client import image_url
+    from .serve.infer import infer as ask
+    from .serve.infer import infer_dataset, serving
+
+    for picture in images:
+        image_url(picture)  # an unreadable picture is told before a server starts
+    with progress(quiet=as_json) as tell:
+        place = target if "://" in target else str(servable(target, hub, revision, tell)[0])
+        with serving(place, engine=engine, tell=tell) as url:
+            if dataset is not None:
+                out = result_path or Path(f"{dataset.stem}-answers.jsonl")
+                facts = infer_dataset(
+                    url,
+                    dataset,
+                    out,
+                    count=count,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    concurrency=concurrency,
+                    overwrite=overwrite,
+                    tell=tell,
+                )
+            else:
+                assert prompt is not None
+                pieces = list(ask(url, prompt, images, max_tokens=max_tokens, temperature=temperature))
+                click.echo(json.dumps({"answer": "".join(pieces)}, ensure_ascii=False) if as_json else "".join(pieces))
+                return
+    if as_json:
+        click.echo(json.dumps({"result": str(out), **facts}))
+        return
+    show_table(["", ""], [[name, f"{value:g}"] for name, value in facts.items()])
+    click.echo(f"answers: {out}")
+
+
+@cli.command()
+@click.argument("names", nargs=-1, required=True)
+@click.option(
+    "--compare", is_flag=True, help="NAMES side by side, each against the first (what several names do anyway)."
+)
+@click.option("--engine", default="vllm", show_default=True)
+@click.option("--vram", default="24GiB", show_default=True, help="The memory that max length and max batch are for.")
+@click.option("--context", type=int, default=2048, show_default=True, help="Tokens a sequence, for max batch.")
+@click.option("--requests", type=int, help="Requests in a run.")
+@click.option("--concurrency", type=int, help="Requests under way at once.")
+@click.option("--runs", type=int, help="Runs, of which the median is told.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("bench-results"), show_default=True)
+@json_option
+def bench(
+    names: tuple[str, ...],
+    compare: bool,
+    engine: str,
+    vram: str,
+    context: int,
+    requests: int | None,
+    concurrency: int | None,
+    runs: int | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Measure NAMES under one engine and one load: speed, memory, max length, max batch.
+
+    A name is fp16 (the common base), a method or a name among the artifacts of this folder, or a path.
+    """
+    from .bench.compare import compare as measure
+    from .bench.compare import load_line, markdown, table
+    from .bench.report import parse_bytes, write_report
+    from .bench.speed import CPU_LOAD, Load
+    from .serve.machine import this_machine
+
+    load = Load() if this_machine().gpus else CPU_LOAD
+    asked = {"requests": requests, "concurrency": concurrency, "runs": runs}
+    load = dataclasses.replace(load, **{k: v for k, v in asked.items() if v is not None})
+    with progress(quiet=as_json) as tell:
+        report, place = measure(
+            names, out=out, vram=parse_bytes(vram), context=context, load=load, engine=engine, tell=tell
+        )
+    data, text = write_report(report, place, markdown=markdown(report))
+    if as_json:
+        click.echo(data.read_text(encoding="utf-8"))
+        return
+    show_table(*table(report))
+    click.echo(f"load: {load_line(report)}")
+    click.echo(f"report: {text}, raw samples: {data}")
+    next_step("mmq serve " + str(next((s["path"] for s in report.subjects.values() if "method" in s), names[-1])))
+
+
+def servable(target: str, hub: str, revision: str | None, tell: Tell) -> tuple[Path, str]:
+    """The folder that TARGET means and its name: an artifact or checkpoint here, else a recipe's or a hub's model."""
+    from .export.artifact import MANIFEST, open_artifact
+    from .recipes.hub import fetch
+    from .recipes.recipe import model_on, recipe_for
+
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        if (folder / MANIFEST).is_file():
+            open_artifact(folder)
+        return folder, folder.resolve().name
+    recipe = recipe_for(target)
+    return fetch(model_on(recipe, hub), hub=hub, revision=revision or recipe.revision, tell=tell).path, recipe.name
+
+
 def calibration_samples(recipe: Recipe, *, embedded: bool) -> list[Sample]:
     """The recipe's calibration set: a bundled one by name, or the user's own file or folder."""
     from .recipes.calibration import CALIBRATIONS
@@ -277,8 +478,8 @@ def calibration_line(info: dict[str, Any]) -> str:
     return f"{info['name']}: {info['samples']} samples, {info['media']} image and {info['text']} text tokens"
 
 
-def show_table(head: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout."""
+def show_table(head: list[str], rows: list[list[str]], *, err: bool = False) -> None:
+    """A table on stdout, or on stderr."""
     from rich.console import Console
     from rich.table import Table
 
@@ -287,7 +488,7 @@ def show_table(head: list[str], rows: list[list[str]]) -> None:
         table.add_column(title, no_wrap=column == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(stderr=err).print(table)
 
 
 def next_step(line: str) -> None:
