@@ -1,0 +1,194 @@
+"""The laws of the house, held by reading the source: who imports whom, who may be heavy, who may print."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("recipes", "quantize", "export", "serve", "bench")  # a room imports itself and the rooms before it
+HEAVY = {"torch", "torchvision", "transformers", "accelerate", "vllm", "modelscope"}
+TRAINER = "recipes.pebble.train"
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: `target` is dotted from the package root ("" for mmq itself), or from the top if `outside`."""
+
+    target: str
+    outside: bool
+    line: int
+    at_start: bool  # runs when the module is imported: not within a function, not under TYPE_CHECKING
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the rooms: dotted name -> file, packages without their `__init__`."""
+    found = {}
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+@cache
+def imports(name: str) -> tuple[Import, ...]:
+    """What a module of the rooms imports, wherever the statement stands."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: list[Import] = []
+
+    def visit(node: ast.AST, at_start: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, True, node.lineno, at_start) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.append(Import(node.module or "", True, node.lineno, at_start))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level]
+            assert node.level <= len(package) + 1, f"{path}:{node.lineno} reaches out of the package"
+            target = [*base, *(node.module or "").split(".")] if node.module else base
+            for alias in node.names:
+                inner = ".".join([*target, alias.name])
+                found.append(Import(inner if inner in MODULES else ".".join(target), False, node.lineno, at_start))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                visit(child, False)
+            for child in node.orelse:
+                visit(child, at_start)
+        else:
+            inside = at_start and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                visit(child, inside)
+
+    visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)), True)
+    return tuple(found)
+
+
+def place(name: str, found: Import) -> str:
+    return f"{MODULES[name].relative_to(ROOT)}:{found.line} imports {found.target or 'mmq'}"
+
+
+def test_every_room_is_there_and_read():
+    assert {name.split(".")[0] for name in MODULES} == set(ROOMS)
+    assert len(MODULES) > 20
+    assert sum(len(imports(name)) for name in MODULES) > 100
+
+
+def test_a_room_imports_only_the_rooms_before_it():
+    wrong = []
+    for name in MODULES:
+        allowed = ROOMS[: ROOMS.index(name.split(".")[0]) + 1]
+        wrong += [
+            place(name, found)
+            for found in imports(name)
+            if not found.outside and found.target and found.target.split(".")[0] not in allowed
+        ]
+    assert not wrong
+
+
+def test_inside_the_package_imports_are_relative():
+    assert not [place(n, f) for n in MODULES for f in imports(n) if f.outside and f.target.split(".")[0] == "mmq"]
+
+
+def test_no_room_imports_the_command_line():
+    assert not [place(n, f) for n in MODULES for f in imports(n) if not f.outside and f.target == "__main__"]
+
+
+def test_serve_knows_no_torch_and_bench_no_engine():
+    strangers = {"serve": {"torch", "transformers", "vllm"}, "bench": {"vllm", "lmdeploy"}}
+    assert not [
+        place(name, found)
+        for name in MODULES
+        for found in imports(name)
+        if found.outside and found.target.split(".")[0] in strangers.get(name.split(".")[0], ())
+    ]
+
+
+def test_recipes_and_serve_start_without_torch():
+    """The trainer of the embedded model may: nothing but the trainer's own modules starts with those of it that do."""
+    light = [name for name in MODULES if name.split(".")[0] in ("recipes", "serve")]
+    torch_at_start = {n for n in light if any(f.outside and f.at_start and top(f) in HEAVY for f in imports(n))}
+    of_trainer, todo = set(), [TRAINER]
+    while todo:
+        name = todo.pop()
+        if name in MODULES and name not in of_trainer:
+            of_trainer.add(name)
+            todo += [found.target for found in imports(name) if not found.outside]
+    assert torch_at_start <= of_trainer
+    drawn_in = [
+        place(name, found)
+        for name in light
+        for found in imports(name)
+        if name not in torch_at_start and found.at_start and not found.outside and found.target in torch_at_start
+    ]
+    assert not drawn_in
+
+
+def top(found: Import) -> str:
+    return found.target.split(".")[0]
+
+
+def test_only_the_command_line_prints():
+    """A script (a module that can be run) may; a library module leaves the terminal to `__main__`."""
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        prints = [c.lineno for c in calls if ast.unparse(c.func) in ("print", "click.echo", "click.secho")]
+        runnable = any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+        assert runnable or not prints, f"{name} prints at lines {prints}"
+
+
+def test_the_root_has_exactly_two_modules():
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+def test_every_package_is_shipped():
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    folders = {name.rpartition(".")[0] for name in MODULES if MODULES[name].name != "__init__.py"}
+    assert folders <= packages, "a folder with modules has no __init__.py"
+    assert set(listed) == {"mmq", *(f"mmq.{name}" for name in packages)}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["quantize", "--help"], ["serve", "--help"], ["recipes"]]
+)
+def test_a_light_command_imports_nothing_heavy(arguments):
+    code = """
+import json, sys
+from mmq.__main__ import main
+sys.argv = ["mmq", *json.loads(sys.argv[1])]
+try:
+    main()
+finally:
+    print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})), file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    loaded = json.loads(done.stderr.splitlines()[-1])
+    assert not HEAVY & set(loaded)
+
+
+def test_help_comes_in_less_than_three_tenths_of_a_second():
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mmq", "--help"], capture_output=True, timeout=60, check=True)
+        return time.perf_counter() - start
+
+    # The best of several: what the code costs, and not what else the machine was doing.
+    assert min(seconds() for _ in range(5)) < 0.3
