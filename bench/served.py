@@ -23,8 +23,6 @@ from ..serve.launch import free_port, running
 from ..serve.machine import this_machine
 from .check import Checked, blind, walk_both
 
-DISTANCE = 0.08  # nats: mean difference of logprobs that 16-bit arithmetic alone may make
-
 
 def check_served(
     artifact: Artifact,
@@ -97,9 +95,9 @@ def answer_logprobs(url: str, model: str, sample: Sample, count: int) -> list[fl
 def _failures(measures: dict[str, float], limits: Limits, engine: str) -> list[str]:
     found = []
     near, far = measures["served_to_int4"], measures["served_to_fp16"]
-    if not near <= DISTANCE:
+    if not near <= limits.served_to_int4:
         found.append(
-            f"served_to_int4 is {near:.4g}, the limit is <= {DISTANCE}: "
+            f"served_to_int4 is {near:.4g}, the limit is <= {limits.served_to_int4}: "
             f"{engine} does not compute with the weights on disk"
         )
     if not near < far:

@@ -23,6 +23,9 @@ SHOWN = (
     ("same_answer", "same greedy answer", ""),
     ("accuracy_fp16", "right answers, FP16", ""),
     ("accuracy_int4", "right answers, int4", ""),
+    ("served_to_int4", "served logprobs, distance to the int4 weights", "<="),
+    ("served_to_fp16", "served logprobs, distance to FP16", ""),
+    ("served_image_effect", "effect of the picture, served / int4 weights", ""),
     ("coverage", "intended linears that are int4", ""),
 )
 

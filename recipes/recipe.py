@@ -36,6 +36,7 @@ class Limits:
     perplexity_ratio: float = 1.10
     image_effect: float = 0.5  # fraction of FP16's own KL between with and without the picture that must remain
     accuracy_drop: float = 0.05
+    served_to_int4: float = 0.08  # mean difference of an engine's logprobs from the files' own; 16-bit arithmetic's
     repeating: float = 0.02  # share of answers that end in a loop where FP16's do not
 
     def __post_init__(self) -> None:
