@@ -22,6 +22,7 @@ from .find import Subject, find
 from .report import Figure, Report, describe, digest_of, markdown_table, now, versions
 from .speed import CPU_LOAD, Load
 
+SPREAD = 1.25  # fastest run over slowest: beyond it the rates are not to be trusted
 CONTEXT = 2048  # tokens, as the field's own tables have it
 # random prompts would hit no cache, but warm-ups and repetitions may: switched off, so every run does all its work
 SAME_FOR_ALL = ("--no-enable-prefix-caching",)
@@ -184,6 +185,19 @@ def load_line(report: Report) -> str:
     )
 
 
+def warnings(report: Report) -> list[str]:
+    """What a reader must know before believing the rates: runs of one load that differ much, by the label."""
+    said = []
+    for label, found in report.numbers.items():
+        rate = found["output_rate"]
+        if rate.low and rate.high and rate.high > SPREAD * rate.low:
+            said.append(
+                f"{label}: output tok/s from {rate.low:.1f} to {rate.high:.1f} between runs of one load; "
+                "something else uses this machine, measure again when it is quiet"
+            )
+    return said
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown: the table, the load, the machine, the versions, the commands."""
     head, rows = table(report)
@@ -203,6 +217,7 @@ def markdown(report: Report) -> str:
         f"- Machine: {report.machine['words']}, {report.machine['system']}.",
         f"- Engine: {report.engine}; {versions_line}.",
         f"- Taken: {report.created}.",
+        *(f"- Beware: {line}." for line in warnings(report)),
         "",
     ]
     for label, subject in report.subjects.items():

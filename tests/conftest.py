@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mmq.serve.launch import Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub that is not the test's own
 
@@ -43,3 +47,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make_once
+
+
+@pytest.fixture(scope="session")
+def served(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """AWQ pebble under the real vLLM, one server for all tests."""
+    from mmq.serve.engines import plan
+    from mmq.serve.launch import free_port, running
+    from mmq.serve.machine import this_machine
+
+    log = tmp_path_factory.mktemp("served") / "vllm.log"
+    launch = plan("vllm", artifact("awq"), machine=this_machine(), port=free_port())
+    with running(launch, timeout=300, log_path=log) as server:
+        yield server

@@ -1,0 +1,198 @@
+"""infer: one answer streamed, a dataset in and answers out, taken up where it stopped. The server is the real vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmq.recipes.pebble.tasks import samples
+from mmq.recipes.progress import Step
+from mmq.serve.infer import infer, infer_dataset, serving, summary
+from mmq.serve.launch import Server, free_port
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+COUNT = 10
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A JSONL of pebble's test questions in the two forms, pictures beside it, and one with no answer."""
+    lines = []
+    for number, sample in enumerate(s for s in samples("test", 2 * COUNT) if not s.videos):
+        names = []
+        for at, image in enumerate(sample.images):
+            names.append(f"{number}-{at}.png")
+            image.save(tmp_path / names[-1])
+        line: dict = {"messages": sample.question.messages, "images": names, "task": sample.task}
+        if number % 2:
+            line["messages"] = sample.messages
+        lines.append(json.dumps(line, ensure_ascii=False))
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(lines[:COUNT]) + "\n", encoding="utf-8")
+    return path
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@needs_vllm
+def test_one_prompt_streams(served: Server, dataset: Path) -> None:
+    pieces = list(infer(served.url, "What is in the picture?", [dataset.parent / "0-0.png"], max_tokens=24))
+    assert len(pieces) > 1
+    assert "".join(infer(served.url, "图中有什么？", [dataset.parent / "0-0.png"], max_tokens=24)).strip()
+
+
+@needs_vllm
+def test_a_dataset_in_and_answers_out(served: Server, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "answers.jsonl"
+    steps: list[Step] = []
+    figures = infer_dataset(served.url, dataset, out, max_tokens=16, concurrency=4, tell=steps.append)
+    found = records(out)
+    assert [r["index"] for r in found] == list(range(COUNT))
+    assert [bool(r.get("reference")) for r in found] == [bool(n % 2) for n in range(COUNT)]
+    assert all(r["answer"] and r["task"] and r["seconds"] > 0 and 0 < r["tokens"] <= 16 for r in found)
+    assert figures["num_samples"] == COUNT
+    assert figures["num_generated_tokens"] == sum(r["tokens"] for r in found)
+    assert figures["num_prompt_tokens"] == sum(r["prompt_tokens"] for r in found)
+    assert figures["tokens/s"] == pytest.approx(figures["num_generated_tokens"] / figures["runtime"], rel=0.02)
+    assert (steps[-1].done, steps[-1].total) == (COUNT, COUNT)
+    assert "tok/s" in steps[-1].note
+    alone = [
+        "".join(infer(served.url, "", model=served.name, max_tokens=16, history=history(dataset, n))) for n in (0, 3)
+    ]
+    assert all(alone)
+
+
+def history(dataset: Path, number: int) -> list[dict]:
+    from mmq.recipes.samples import as_openai, load
+
+    return as_openai(load(dataset)[number].question)
+
+
+@needs_vllm
+def test_an_interrupted_run_is_taken_up(served: Server, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+
+    def stop_at(count: int) -> Callable[[Step], None]:
+        def tell(step: Step) -> None:
+            if step.done == count:
+                raise KeyboardInterrupt
+
+        return tell
+
+    with pytest.raises(KeyboardInterrupt):
+        infer_dataset(served.url, dataset, out, max_tokens=8, concurrency=2, tell=stop_at(4))
+    kept = records(out)
+    assert len(kept) == 4
+    with out.open("a") as file:
+        file.write('{"index": 9, "sam')  # the line that was being written
+    figures = infer_dataset(served.url, dataset, out, max_tokens=8, concurrency=2)
+    assert (figures["resumed"], figures["num_samples"]) == (4, COUNT - 4)
+    found = records(out)
+    assert [r["index"] for r in found] == list(range(COUNT))
+    assert all(found[r["index"]] == r for r in kept)
+    again = infer_dataset(served.url, dataset, out, max_tokens=8)
+    assert (again["resumed"], again["num_samples"], again["tokens/s"]) == (COUNT, 0, 0.0)
+    assert records(out) == found
+    whole = infer_dataset(served.url, dataset, out, max_tokens=8, overwrite=True)
+    assert (whole["resumed"], whole["num_samples"]) == (0, COUNT)
+
+
+@needs_vllm
+def test_one_refused_request_does_not_end_the_run(served: Server, dataset: Path, tmp_path: Path) -> None:
+    lines = dataset.read_text(encoding="utf-8").splitlines()
+    lines[1] = json.dumps({"query": "word " * 20000})
+    dataset.write_text("\n".join(lines[:3]), encoding="utf-8")
+    out = tmp_path / "answers.jsonl"
+    figures = infer_dataset(served.url, dataset, out, max_tokens=8)
+    assert (figures["num_samples"], figures["failed"]) == (2, 1)
+    found = records(out)
+    assert "answer" not in found[1]
+    assert "context length" in found[1]["error"] or "max_model_len" in found[1]["error"]
+    assert infer_dataset(served.url, dataset, out, max_tokens=8)["failed"] == 1  # asked again, the two others are not
+
+
+@needs_vllm
+def test_results_of_something_else_are_not_mixed(served: Server, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    infer_dataset(served.url, dataset, out, count=2, max_tokens=4)
+    before = out.read_bytes()
+    lines = dataset.read_text(encoding="utf-8").splitlines()
+    dataset.write_text("\n".join(reversed(lines)), encoding="utf-8")
+    with pytest.raises(ValueError, match="answers to other samples"):
+        infer_dataset(served.url, dataset, out, max_tokens=4)
+    out.write_text("hello\nworld\n")
+    with pytest.raises(ValueError, match="line 1: not a line of answers"):
+        infer_dataset(served.url, dataset, out, max_tokens=4)
+    out.write_bytes(before.replace(served.name.encode(), b"another"))
+    dataset.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match="holds answers of another"):
+        infer_dataset(served.url, dataset, out, max_tokens=4)
+
+
+@needs_vllm
+def test_a_broken_input_costs_no_request(served: Server, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    whole = dataset.read_text(encoding="utf-8")
+    dataset.write_text(whole + '{"messages": [', encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"questions\.jsonl, line {COUNT + 1}: broken JSON"):
+        infer_dataset(served.url, dataset, out)
+    dataset.write_text(whole, encoding="utf-8")
+    picture = dataset.parent / "0-0.png"
+    picture.write_bytes(picture.read_bytes()[:40])
+    with pytest.raises(ValueError, match="line 1: picture 1: "):
+        infer_dataset(served.url, dataset, out)
+    with pytest.raises(ValueError, match="concurrency is 0"):
+        infer_dataset(served.url, dataset, out, concurrency=0)
+    assert not out.exists()
+
+
+def test_a_server_that_is_gone_ends_the_run(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(OSError, match=r"no server answers at .* start one with `mmq serve"):
+        infer_dataset(nobody, dataset, out, model="x")
+    assert records(out) == []
+    with pytest.raises(ValueError, match="no picture"):  # found before the connection
+        list(infer(nobody, "hello", [tmp_path / "none.png"]))
+
+
+def test_an_address_is_served_already() -> None:
+    with serving("http://127.0.0.1:8000/v1/") as url:
+        assert url == "http://127.0.0.1:8000"
+
+
+def test_figures_by_hand() -> None:
+    answered = [{"tokens": 10, "prompt_tokens": 30}, {"tokens": 30, "prompt_tokens": 20}, {"error": "no"}]
+    assert summary(answered, 4.0) == {
+        "num_prompt_tokens": 50,
+        "num_generated_tokens": 40,
+        "num_samples": 2,
+        "runtime": 4.0,
+        "samples/s": 0.5,
+        "tokens/s": 10.0,
+        "failed": 1,
+    }
+    assert summary([], 0.0)["tokens/s"] == 0.0
+
+
+def test_an_engine_is_started_and_ended_for_a_folder(
+    artifact: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the engine's program refuses: what `serving` starts dies, and says so
+    fails = tmp_path / "vllm"
+    fails.write_text("#!/bin/sh\necho 'RuntimeError: no such device'\nexit 1\n")
+    fails.chmod(0o755)
+    monkeypatch.setenv("MMQ_VLLM", str(fails))
+    with (
+        pytest.raises(RuntimeError, match="died at its start: RuntimeError: no such device"),
+        serving(str(artifact("awq")), log_path=tmp_path / "log"),
+    ):
+        pass
+    assert shutil.which("vllm", path=str(tmp_path))
