@@ -6,9 +6,11 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -169,3 +171,25 @@ def test_the_requirements_name_no_place():
         assert "://" not in text, path
         assert "--find-links" not in text, path
         assert " @ " not in text, path
+
+
+def test_the_wheel_has_the_package_and_nothing_else(tmp_path):
+    """Every module, recipe and weight, and neither tests nor tools; built as `pip install .` builds it."""
+    source = tmp_path / "source"
+    for room in ("recipes", "quantize", "export", "serve", "bench"):
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "__main__.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("mmq_toolkit-*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name.removeprefix("mmq/") for name in archive.namelist() if name.startswith("mmq/")}
+        others = {name.split("/")[0] for name in archive.namelist()} - {"mmq"}
+    kinds = ("*.py", "recipes/bundled/*.yaml", "recipes/pebble/model/*")
+    wanted = {path.relative_to(source).as_posix() for kind in kinds for path in source.rglob(kind) if path.is_file()}
+    built = {name for name in wanted if name.startswith("build/")}
+    assert packed == wanted - built
+    assert others == {wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
