@@ -17,6 +17,7 @@ from ..serve.flags import Launch, shell_line
 from ..serve.footprint import footprint
 from ..serve.launch import START_TIMEOUT, free_port, running
 from ..serve.machine import GIB, Machine, this_machine
+from ..serve.shape import context_length, read_config
 from . import memory, speed
 from .find import Subject, find
 from .report import Figure, Report, describe, digest_of, markdown_table, now, versions
@@ -49,6 +50,10 @@ def compare(
     budget, computed elsewhere. `extra` flags go to every server. ValueError for names, RuntimeError for the engine.
     """
     subjects = find(names, folder=folder, tell=tell)
+    for subject in subjects:
+        longest = context_length(read_config(subject.path))
+        if context > longest:
+            raise ValueError(f"a context of {context} tokens is more than {subject.label} can do: {longest}")
     machine = this_machine()
     load = load or (Load() if machine.gpus else CPU_LOAD)
     created = now()

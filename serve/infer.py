@@ -88,10 +88,7 @@ def infer_dataset(
     """
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
-    # all of the input is read once before the first request: a broken last line costs nothing but a message
-    marks = [digest([sample.question]) for _, sample in _numbered(source, count)]
-    if not marks:
-        raise ValueError(f"{source} holds no samples")
+    marks = check_dataset(source, count=count)
     with connect(url, api_key=api_key) as client:
         name = model or served_name(client, url=url)
     done = {} if overwrite else _finished(out, marks, name)
@@ -115,6 +112,19 @@ def infer_dataset(
     runtime = time.perf_counter() - begun
     _write(out, sorted([*done.values(), *fresh], key=lambda record: record["index"]))
     return summary(fresh, runtime) | {"resumed": len(done)}
+
+
+def check_dataset(source: Path, *, count: int | None = None) -> list[str]:
+    """Read all of the input, pictures too, before anything is started or asked: the samples' digests, in order.
+
+    ValueError names the line that is broken.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"count is {count}; it must be at least 1")
+    marks = [digest([sample.question]) for _, sample in _numbered(source, count)]
+    if not marks:
+        raise ValueError(f"{source} holds no samples")
+    return marks
 
 
 def summary(records: Sequence[Record], runtime: float) -> dict[str, float]:

@@ -108,14 +108,21 @@ def _group_alive(pgid: int) -> bool:
 def end(process: subprocess.Popen[bytes], *, grace: float = GRACE) -> None:
     """End the process and its whole group: SIGTERM, then SIGKILL to what is left after `grace` seconds.
 
-    A second Ctrl-C meanwhile cuts the grace short and leaves nothing behind.
+    The leader is asked first and ends its own children: signalled all at once, an engine reports the death of its
+    workers as a failure. A second Ctrl-C meanwhile cuts the grace short and leaves nothing behind.
     """
     until = time.monotonic() + grace
-    _signal_group(process.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        process.send_signal(signal.SIGTERM)
+    orphans_told = False
     try:
         while time.monotonic() < until:
-            if process.poll() is not None and not _group_alive(process.pid):
-                return
+            if process.poll() is not None:
+                if not _group_alive(process.pid):
+                    return
+                if not orphans_told:
+                    _signal_group(process.pid, signal.SIGTERM)
+                    orphans_told = True
             time.sleep(0.05)
     finally:
         _signal_group(process.pid, signal.SIGKILL)

@@ -264,6 +264,12 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
     assert text.read_text(encoding="utf-8").startswith("# fp16 against awq")
 
 
+def test_a_context_too_long_is_told_before_any_start(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a context of 8192 tokens is more than awq can do: 4096"):
+        compare(["awq"], folder=folder, out=tmp_path / "results", context=8192)
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_load_is_checked() -> None:
     with pytest.raises(ValueError, match="requests of the load is 0"):
         Load(requests=0)

@@ -12,7 +12,7 @@ import pytest
 
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
-from mmq.serve.infer import infer, infer_dataset, serving, summary
+from mmq.serve.infer import check_dataset, infer, infer_dataset, serving, summary
 from mmq.serve.launch import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -148,6 +148,8 @@ def test_a_broken_input_costs_no_request(served: Server, dataset: Path, tmp_path
     picture.write_bytes(picture.read_bytes()[:40])
     with pytest.raises(ValueError, match="line 1: picture 1: "):
         infer_dataset(served.url, dataset, out)
+    with pytest.raises(ValueError, match="count is 0"):
+        check_dataset(dataset, count=0)
     with pytest.raises(ValueError, match="concurrency is 0"):
         infer_dataset(served.url, dataset, out, concurrency=0)
     assert not out.exists()
