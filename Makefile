@@ -11,7 +11,7 @@ BIN := .venv/bin
 .PHONY: demo test lint environment pins clean
 
 demo: environment
-	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/demo.sh
+	@tools/demo.sh
 
 test: environment
 	$(BIN)/python -m pytest $(ARGS)

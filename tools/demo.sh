@@ -4,7 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-bold=$(tput bold 2>/dev/null || true) plain=$(tput sgr0 2>/dev/null || true)
+PATH=$PWD/.venv/bin:$PATH
+bold="" plain=""
+if [ -t 1 ]; then
+    bold=$(tput bold 2>/dev/null || true) plain=$(tput sgr0 2>/dev/null || true)
+fi
 log=$(mktemp "${TMPDIR:-/tmp}/mmq-demo-XXXXXX.log")
 server=""
 
