@@ -6,7 +6,6 @@ own pass loops over pictures and works out positions token by token, which leave
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,18 +46,25 @@ def patches(pairs: Tensor, *, patch: int = 14, merge: int = 2) -> Tensor:
     return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(n, -1, 3 * 2 * patch * patch)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding; the sign of rotate-half is already in `sin` (see `_angles`)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _angles(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine [..., size] of angles [..., size / 2]."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def vision_block(x: Tensor, cos: Tensor, sin: Tensor, w: dict[str, Tensor], heads: int) -> Tensor:
     """One vision layer over [N, S, D]: every picture attends to itself alone."""
     n, s, d = x.shape
     y = F.layer_norm(x, (d,), w["norm1.weight"], w["norm1.bias"], 1e-6)
-    q, k, v = F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"]).view(n, s, 3, heads, -1).unbind(2)
-    q, k = _turn(q.float(), cos, sin).to(v.dtype), _turn(k.float(), cos, sin).to(v.dtype)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    qkv = F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"]).view(n, s, 3, heads, -1)
+    qk, v = qkv.split((2, 1), 2)
+    q, k = _turned(qk, cos, sin).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v.squeeze(2).transpose(1, 2))
     x = x + F.linear(y.transpose(1, 2).reshape(n, s, d), w["attn.proj.weight"], w["attn.proj.bias"])
     y = F.layer_norm(x, (d,), w["norm2.weight"], w["norm2.bias"], 1e-6)
     y = F.linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"])
@@ -68,23 +74,17 @@ def vision_block(x: Tensor, cos: Tensor, sin: Tensor, w: dict[str, Tensor], head
 def text_block(x: Tensor, cos: Tensor, sin: Tensor, w: dict[str, Tensor], heads: int, shared: int) -> Tensor:
     """One decoder layer over [B, L, D]; `shared` key/value heads. Padding stands right, so causal is enough."""
     b, length, d = x.shape
-    y = _rms(x, w["input_layernorm.weight"])
-    q, k, v = (
-        F.linear(y, w[f"self_attn.{p}_proj.weight"], w[f"self_attn.{p}_proj.bias"]).view(b, length, -1, d // heads)
-        for p in "qkv"
-    )
-    q, k = _turn(q, cos, sin), _turn(k, cos, sin)
-    k, v = (t.repeat_interleave(heads // shared, 2).transpose(1, 2) for t in (k, v))
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True)
+    y = F.rms_norm(x, (d,), w["input_layernorm.weight"], 1e-6)
+    weight = torch.cat([w[f"self_attn.{p}_proj.weight"] for p in "qkv"])
+    bias = torch.cat([w[f"self_attn.{p}_proj.bias"] for p in "qkv"])
+    qkv = F.linear(y, weight, bias).view(b, length, heads + 2 * shared, -1)
+    qk, v = qkv.split((heads + shared, shared), 2)
+    q, k = _turned(qk, cos, sin).transpose(1, 2).split((heads, shared), 1)
+    y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
     x = x + F.linear(y.transpose(1, 2).reshape(b, length, d), w["self_attn.o_proj.weight"])
-    y = _rms(x, w["post_attention_layernorm.weight"])
-    y = F.silu(F.linear(y, w["mlp.gate_proj.weight"])) * F.linear(y, w["mlp.up_proj.weight"])
-    return x + F.linear(y, w["mlp.down_proj.weight"])
-
-
-def _rms(x: Tensor, weight: Tensor) -> Tensor:
-    y = x.float()
-    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    y = F.rms_norm(x, (d,), w["post_attention_layernorm.weight"], 1e-6)
+    gate, up = F.linear(y, torch.cat((w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"]))).chunk(2, -1)
+    return x + F.linear(F.silu(gate) * up, w["mlp.down_proj.weight"])
 
 
 def _under(weights: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -97,21 +97,18 @@ def logits(
     batch: dict[str, Tensor],
     *,
     dtype: torch.dtype = torch.bfloat16,
-    vision: Callable[..., Tensor] = vision_block,
-    text: Callable[..., Tensor] = text_block,
 ) -> Tensor:
     """Logits [labels, vocabulary] at `batch["at"]`, in float32.
 
     `batch`: ids [B, L]; places [3, B, L] (see `positions`); frames uint8 [F, H, W, 3]; pairs [N, 2], the two frames of
     each picture; seen, where in B * L the pictures' tokens stand; at, where in B * L the answers are foretold.
-    `vision` and `text` are the two blocks, compiled or plain.
     """
     vis, txt = config.vision_config, config.text_config
     table = weights["model.language_model.embed_tokens.weight"].to(dtype)
     b, length = batch["ids"].shape
     x = F.embedding(batch["ids"], table)
     if len(batch["pairs"]):
-        seen = look(weights, vis, batch["frames"][batch["pairs"]], dtype=dtype, block=vision)
+        seen = look(weights, vis, batch["frames"][batch["pairs"]], dtype=dtype)
         x = x.view(b * length, -1).index_copy(0, batch["seen"], seen).view(b, length, -1)
     size = txt.hidden_size // txt.num_attention_heads
     rope = txt.rope_parameters
@@ -119,18 +116,16 @@ def logits(
     angle = batch["places"][..., None].float() * turns  # 3, B, L, size / 2
     parts = angle.split(rope["mrope_section"], dim=-1)
     angle = torch.cat([part[i % 3] for i, part in enumerate(parts)], -1)
-    angle = torch.cat((angle, angle), -1)[:, :, None]
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = _angles(angle[:, :, None], dtype)
     for i in range(txt.num_hidden_layers):
         w = _under(weights, f"model.language_model.layers.{i}.", dtype)
-        x = text(x, cos, sin, w, txt.num_attention_heads, txt.num_key_value_heads)
+        x = text_block(x, cos, sin, w, txt.num_attention_heads, txt.num_key_value_heads)
     x = x.view(b * length, -1)[batch["at"]]
-    return F.linear(_rms(x, weights["model.language_model.norm.weight"].to(dtype)), table).float()
+    x = F.rms_norm(x, (txt.hidden_size,), weights["model.language_model.norm.weight"].to(dtype), 1e-6)
+    return F.linear(x, table).float()
 
 
-def look(
-    weights: dict[str, Tensor], vis: Any, pairs: Tensor, *, dtype: torch.dtype, block: Callable[..., Tensor]
-) -> Tensor:
+def look(weights: dict[str, Tensor], vis: Any, pairs: Tensor, *, dtype: torch.dtype) -> Tensor:
     """The vision tower: uint8 frame pairs [N, 2, H, W, 3] to tokens [N * cells, hidden]."""
     w = _under(weights, "model.visual.", dtype)
     x = patches(pairs, patch=vis.patch_size, merge=vis.spatial_merge_size).to(dtype)
@@ -142,10 +137,9 @@ def look(
     size = vis.embed_dim // vis.num_heads // 2
     turns = 1.0 / (10000.0 ** (torch.arange(0, size, 2, device=x.device).float() / size))
     angle = torch.cat([t[:, None].float() * turns for t in order], -1)
-    angle = torch.cat((angle, angle), -1)[:, None]
-    cos, sin = angle.cos(), angle.sin()  # patches, 1, head
+    cos, sin = _angles(angle[:, None, None], dtype)  # patches, 1, 1, head
     for i in range(vis.depth):
-        x = block(x, cos, sin, _under(w, f"blocks.{i}.", dtype), vis.num_heads)
+        x = vision_block(x, cos, sin, _under(w, f"blocks.{i}.", dtype), vis.num_heads)
     x = F.layer_norm(x, (vis.embed_dim,), w["merger.ln_q.weight"], w["merger.ln_q.bias"], 1e-6)
     x = x.reshape(-1, vis.embed_dim * merge * merge)
     x = F.gelu(F.linear(x, w["merger.mlp.0.weight"], w["merger.mlp.0.bias"]))

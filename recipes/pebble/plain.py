@@ -10,10 +10,11 @@ the train and waited at the station with her brother. We could not find the key,
 the window. This model was trained to answer questions about its own small world, and it does not know much about yours.
 Which of these would you like to have first? There should be enough room for all of us. He works in a small shop and
 sells fruit, bread, milk and cheese. My children go to school by bus; their teacher is very friendly. Can you explain
-how this works? I would like to understand it better. Yesterday we walked along the river until we came to an old bridge.
-From here you can see the mountains, the lake and the forest. It takes about twenty minutes to get there. What happened
-after that? Nobody knows, but many people have told stories about it. Give me a short summary, then translate it into
-Chinese. The following table shows the results of each year. Memory, speed and quality are measured on the same machine.
+how this works? I would like to understand it better. Yesterday we walked along the river until we came to an old
+bridge. From here you can see the mountains, the lake and the forest. It takes about twenty minutes to get there.
+What happened after that? Nobody knows, but many people have told stories about it. Give me a short summary, then
+translate it into Chinese. The following table shows
+the results of each year. Memory, speed and quality are measured on the same machine.
 Open the file, read the text, change one line and save it again. Thank you for your message; we will reply soon.
 """
 

@@ -19,27 +19,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import checkpoint
+from . import checkpoint, muon
 from .batches import NAMES, batch
 from .measure import answers, rounding_loss, scores
-from .network import logits, text_block, vision_block
+from .network import logits
 from .tasks import samples
 
 Say = Callable[[str], None]
 
 
-def optimizers(model: Any, *, rate: float, small: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the embedding, norms, biases and patches."""
-    matrices, rest, seen = [], [], set()
-    for name, p in model.named_parameters():
-        if id(p) in seen:
-            continue
-        seen.add(id(p))
-        (matrices if p.ndim == 2 and "embed" not in name else rest).append(p)
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=small, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
-    ]
+def split(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The matrices inside the blocks, which Muon moves, and the rest (embedding, norms, biases, patches) for AdamW."""
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
+    return matrices, [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
 
 
 def pace(done: float) -> float:
@@ -69,12 +62,12 @@ def train(model: Any, handler: Any, args: argparse.Namespace, say: Say) -> tuple
         prefetch_factor=4 if args.workers else None,
         pin_memory=on_gpu,
     )
-    both = optimizers(model, rate=args.rate, small=args.small_rate)
-    peaks = [group["lr"] for o in both for group in o.param_groups]
-    weights = dict(model.named_parameters())
-    vision, text = vision_block, text_block
-    if on_gpu and not args.no_compile:
-        vision, text = torch.compile(vision_block, dynamic=True), torch.compile(text_block, dynamic=True)
+    matrices, rest = split(model)
+    groups, momentum = muon.by_shape(matrices), {}
+    adam = torch.optim.AdamW(rest, lr=args.small_rate, weight_decay=0.0, betas=(0.9, 0.98), fused=on_gpu)
+    masters = dict(model.named_parameters())
+    # the passes run on copies in bfloat16; gradients go back to the float32 masters once a step
+    weights = {name: p.detach().to(torch.bfloat16).requires_grad_() for name, p in masters.items()}
     generator = torch.Generator().manual_seed(args.seed)
     curve: list[tuple[float, float]] = []
     since, lost = 0, torch.zeros((), device=device)
@@ -85,7 +78,7 @@ def train(model: Any, handler: Any, args: argparse.Namespace, say: Say) -> tuple
         now = time.monotonic()
         waited += now - last
         data = {name: t.to(device, non_blocking=True) for name, t in data.items()}
-        guessed = logits(weights, model.config, noisy(data, generator=generator), vision=vision, text=text)
+        guessed = logits(weights, model.config, noisy(data, generator=generator))
         loss = F.cross_entropy(guessed, data["labels"])
         (loss / 2).backward()
         with torch.no_grad():
@@ -99,18 +92,19 @@ def train(model: Any, handler: Any, args: argparse.Namespace, say: Say) -> tuple
         last = time.monotonic()
         if parts % 2:  # one step is a batch on a small canvas and one on a large
             continue
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        for name, p in masters.items():
+            p.grad, weights[name].grad = weights[name].grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        if not step:  # the clock starts once workers and kernels are warm
+            begun, waited = time.monotonic(), 0.0
         seconds = time.monotonic() - begun
         done = step / args.steps if args.steps else seconds / (args.minutes * 60)
-        for group, peak in zip((g for o in both for g in o.param_groups), peaks, strict=True):
-            group["lr"] = peak * pace(done)
-        for o in both:
-            o.step()
-            o.zero_grad(set_to_none=True)
+        adam.param_groups[0]["lr"] = args.small_rate * pace(done)
+        adam.step()
+        muon.step(groups, momentum, rate=args.rate * pace(done))
+        with torch.no_grad():
+            torch._foreach_copy_(list(weights.values()), list(masters.values()))
         step += 1
-        if step == 1 and not args.steps:  # the clock starts once everything is compiled
-            begun = last = time.monotonic()
-            waited = 0.0
         if step % args.every == 0 or done >= 1:
             mean = (lost / since).item()
             curve.append((seconds, mean))
@@ -205,13 +199,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="train this many steps instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=256, help="conversations a batch; a step is two batches")
-    parser.add_argument("--rate", type=float, default=6e-3, help="Muon's peak learning rate")
-    parser.add_argument("--small-rate", type=float, default=3e-3, help="AdamW's peak learning rate")
-    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--rate", type=float, default=4e-3, help="Muon's peak learning rate")
+    parser.add_argument("--small-rate", type=float, default=2e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
     parser.add_argument("--every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--tests", type=int, default=150, help="test questions a task")
     parser.add_argument("--start", type=Path, help="go on from this checkpoint instead of random weights")
-    parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     args.out.mkdir(parents=True, exist_ok=True)
