@@ -21,13 +21,13 @@ from .tasks import TASKS, Conversation, conversation
 
 # kind -> (share of a batch on small canvases, on large ones, tasks by weight)
 SHARES: dict[str, tuple[float, float, dict[str, float]]] = {
-    "scene": (0.36, 0.2, {"colour": 1, "shape": 1, "count": 1.5, "position": 1.5, "describe": 1.2, "refusal": 1.2}),
-    "card": (0.18, 0.14, {"word": 1.5, "digits": 1.5, "describe": 0.8, "refusal": 0.7}),
-    "several": (0.2, 0.0, {"several": 1}),
-    "clip": (0.13, 0.0, {"motion": 1}),
-    "chart": (0.0, 0.26, {"chart": 3, "describe": 0.8, "refusal": 0.6}),
-    "document": (0.0, 0.3, {"document": 3, "describe": 1, "refusal": 0.6}),
-    "text": (0.13, 0.1, {"text": 1}),
+    "scene": (0.5, 0.5, {"colour": 1.2, "shape": 0.8, "count": 1.5, "position": 3, "describe": 0.6, "refusal": 1.2}),
+    "card": (0.1, 0.08, {"word": 1.5, "digits": 1.5, "describe": 0.8, "refusal": 0.7}),
+    "several": (0.24, 0.0, {"several": 1}),
+    "clip": (0.06, 0.0, {"motion": 1}),
+    "chart": (0.0, 0.12, {"chart": 3, "describe": 0.8, "refusal": 0.6}),
+    "document": (0.0, 0.2, {"document": 3, "describe": 1, "refusal": 0.6}),
+    "text": (0.1, 0.1, {"text": 1}),
 }
 LENGTHS = (192, 224)  # tokens a row, on small and on large canvases
 SYSTEM = (
@@ -64,9 +64,8 @@ def render(spoken: Conversation, cells: int, *, system: str | None = None, last:
     return out
 
 
-def _pixels(spoken: Conversation, rng: Random) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-    """Frames [H, W, 3] and which two make each picture; some are drawn twice as large and shrunk, as real ones are."""
-    scale = 2 if rng.random() < 0.15 else 1
+def pixels(spoken: Conversation, *, scale: int = 1) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """Frames [H, W, 3] and which two of them make each picture; drawn `scale` times as large and shrunk again."""
     frames, pairs = [], []
     for spec in spoken.specs:
         drawn = draw.frames(spec, scale=scale) if isinstance(spec, Clip) else (draw.picture(spec, scale=scale),)
@@ -76,6 +75,13 @@ def _pixels(spoken: Conversation, rng: Random) -> tuple[list[np.ndarray], list[t
         frames += [np.asarray(image) for image in drawn]
         pairs += [(start, start + 1), (start + 2, start + 3)] if isinstance(spec, Clip) else [(start, start)]
     return frames, pairs
+
+
+def stacked(frames: list[np.ndarray], pairs: list[tuple[int, int]]) -> dict[str, Any]:
+    """Frames and pairs as the tensors `network.logits` takes."""
+    import torch
+
+    return {"frames": torch.from_numpy(np.stack(frames)), "pairs": torch.tensor(pairs).reshape(-1, 2)}
 
 
 def batch(index: int, *, seed: int, rows: int, tokenizer: Path | str, split: str = "train") -> dict[str, Any]:
@@ -131,15 +137,13 @@ def batch(index: int, *, seed: int, rows: int, tokenizer: Path | str, split: str
         grids = [(2 if isinstance(spec, Clip) else 1, *grid) for spec in said.specs]
         places[:, row, : len(line)] = positions(ids[row, : len(line)], grids, pads)
         seen.append(row * length + np.flatnonzero(np.isin(ids[row, : len(line)], pads)))
-        shown, paired = _pixels(said, rng)
+        shown, paired = pixels(said, scale=2 if rng.random() < 0.15 else 1)  # real pictures are mostly shrunk
         pairs += [(len(frames) + one, len(frames) + two) for one, two in paired]
         frames += shown
     arrays = {
         "ids": ids,
         "places": places,
-        "frames": np.stack(frames),
-        "pairs": np.array(pairs, np.int64).reshape(-1, 2),
         "seen": np.concatenate(seen),
         **{"at": np.array(at), "labels": np.array(labels), "answer": np.array(answer), "task": np.array(task)},
     }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {**stacked(frames, pairs), **{name: torch.from_numpy(array) for name, array in arrays.items()}}

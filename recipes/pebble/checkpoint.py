@@ -157,5 +157,12 @@ def save(made: Any, handler: Any, folder: Path) -> None:
 
     import torch
 
-    copy.deepcopy(made).to(torch.bfloat16).save_pretrained(folder)
+    half = copy.deepcopy(made).to(torch.bfloat16)
+    for config in (half.config, half.config.text_config, half.config.vision_config):
+        config.dtype = torch.bfloat16
+    half.save_pretrained(folder)
+    for key in ("is_local", "local_files_only"):  # how this tokenizer was loaded is not part of it
+        handler.tokenizer.init_kwargs.pop(key, None)
     handler.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)

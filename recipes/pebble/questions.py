@@ -10,7 +10,7 @@ from collections import Counter
 from random import Random
 
 from .draw import Card, Chart, Clip, Document, Scene, Shape, Spec
-from .phrases import a, describe, moves, noun, plural, shapes_told, there_are
+from .phrases import a, describe, joined, moves, noun, plural, shapes_told, there_are
 from .words import BARS, COLOURS, FIELDS, FIELDS_ZH, NUMBERS, NUMBERS_ZH, ORDINALS, PLACES, SHAPES, TITLES
 
 Asked = tuple[str, str] | None
@@ -93,6 +93,8 @@ def position(scene: Scene, rng: Random, zh: bool) -> Asked:
         return None
     if len(pairs) > 1 and rng.random() < 0.35:
         return _relation(rng.sample(pairs, 2), rng, zh)
+    if len(pairs) > 1 and rng.random() < 0.4:
+        return _places(rng.sample(pairs, rng.randint(2, min(4, len(pairs)))), rng, zh)
     one = rng.choice(pairs)
     thing = noun(one.kind, one.colour, zh=zh)
     english = ("Where is the {0}?", "In which part of the picture is the {0}?", "Where do you see the {0}?")
@@ -100,6 +102,20 @@ def position(scene: Scene, rng: Random, zh: bool) -> Asked:
     place, place_zh = PLACES[one.cell]
     answer = f"{thing}在{place_zh}。" if zh else f"The {thing} is {place}."
     return rng.choice(chinese if zh else english).format(thing), answer
+
+
+def _places(some: list[Shape], rng: Random, zh: bool) -> Asked:
+    """Where each of several shapes is, in the order they were asked for."""
+    things = [noun(s.kind, s.colour, zh=zh) for s in some]
+    if zh:
+        asked = rng.choice(("{0}分别在哪里？", "请说出{0}的位置。")).format("、".join(things))
+        told = joined([f"{t}在{PLACES[s.cell][1]}" for t, s in zip(things, some, strict=True)], zh=True)
+        return asked, f"{told}。"
+    asked = rng.choice(("Where are {0}?", "Tell me where {0} are.")).format(
+        joined([f"the {t}" for t in things], zh=False)
+    )
+    told = joined([f"the {t} is {PLACES[s.cell][0]}" for t, s in zip(things, some, strict=True)], zh=False)
+    return asked, f"T{told[1:]}."
 
 
 def _relation(two: list[Shape], rng: Random, zh: bool) -> Asked:

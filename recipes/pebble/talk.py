@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from random import Random
 
-from .draw import scene
+from . import questions
+from .draw import card, chart, document, scene
 from .phrases import describe, joined, noun, plural, shapes_told
 from .words import BACKGROUNDS, COLOURS, NAMES, NUMBERS_ZH, ORDINALS, PRINTED, SHAPES
 
@@ -153,25 +154,26 @@ def repeated(rng: Random, zh: bool) -> Asked:
 
 def blind(rng: Random, zh: bool) -> Asked:
     """A question about a picture that was not sent."""
-    kind, tint = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
-    if zh:
-        question = rng.choice(
-            ("请描述这张图片。", "{0}是什么颜色？", "图中有几个{1}？", "{1}在哪里？", "图中的单词是什么？")
-        )
-        return _polite(
-            question.format(SHAPES[kind], noun(kind, tint, zh=True)), rng, zh
-        ), "这里没有图片，请发一张图片给我。"
-    question = rng.choice(
-        ("Describe the picture.", "What colour is the {0}?", "Where is the {1}?", "Is there a {0} in the picture?")
-    )
     answer = "There is no picture here. Please send me a picture."
-    return _polite(question.format(kind, noun(kind, tint, zh=False)), rng, zh), answer
+    while True:
+        draws, asks = rng.choice(SEEN)
+        asked = rng.choice(asks)(draws(rng, (112, 112)), rng, zh)
+        if asked:
+            return _polite(asked[0], rng, zh), "这里没有图片，请发一张图片给我。" if zh else answer
 
 
 def _polite(question: str, rng: Random, zh: bool) -> str:
     return rng.choice(POLITE_ZH if zh else POLITE).format(question)
 
 
+# what `blind` asks about things it does not draw
+SEEN = (
+    (scene, (questions.colour, questions.shape, questions.count, questions.position, questions.refusal)),
+    (scene, (questions.described,)),
+    (card, (questions.word, questions.digits, questions.described)),
+    (chart, (questions.chart,)),
+    (document, (questions.document,)),
+)
 ALL = (small_talk, fact, total, total, larger, listed, listed, imagined, imagined, repeated, blind)
 
 
