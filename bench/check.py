@@ -157,7 +157,11 @@ def walk_both(before: Skeleton, after: Skeleton, samples: Sequence[Sample], *, t
         states = list(zip(one.results, two.results, strict=True))
         layers.append(_mean_error(states))
         heads = [s.module.get_output_embeddings() for s in (before, after)]
-        tokens = [compare_logits(heads[0](a), heads[1](b), f) for (a, b), f in zip(states, following, strict=True)]
+        behind = [m.numel() - 2 - int(m.nonzero()[-1]) for m in masks]
+        tokens = [
+            compare_logits(heads[0](a), heads[1](b), f, behind=n)
+            for (a, b), f, n in zip(states, following, behind, strict=True)
+        ]
         effects = []
         for number, index in enumerate(pictured):
             seen, unseen = states[index], states[len(samples) + number]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..quantize.inputs import end_tokens
 from ..quantize.lockstep import Lockstep
 from ..quantize.skeleton import Skeleton, load_layer, load_outside, release_layer
 from ..recipes.progress import Step, Tell, silent
@@ -30,8 +31,7 @@ def answers(
     is in memory at a time, and every new token reads the whole model again.
     """
     module = skeleton.module
-    ends = module.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = end_tokens(skeleton)
 
     def call(prompt: Mapping[str, Tensor]) -> list[int]:
         out = module.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)

@@ -11,16 +11,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """Two models on the same tokens. All float32 or bool, [tokens]; KL in nats, `nll` of the token that follows."""
+    """Two models on the same tokens. All float32 or bool, [tokens]; KL in nats, `nll` of the token that follows.
+
+    `behind`: how many more tokens stand after these in their sequence.
+    """
 
     kl: Tensor
     agree: Tensor
     nll_before: Tensor
     nll_after: Tensor
     finite: bool
+    behind: int = 0
 
 
-def compare_logits(before: Tensor, after: Tensor, following: Tensor) -> Tokens:
+def compare_logits(before: Tensor, after: Tensor, following: Tensor, *, behind: int = 0) -> Tokens:
     """KL(before || after) over the whole vocabulary, top-1 agreement and surprise, for logits [tokens, vocabulary].
 
     following: int64 [tokens], the token that in fact comes next.
@@ -30,7 +34,7 @@ def compare_logits(before: Tensor, after: Tensor, following: Tensor) -> Tokens:
     agree = before.argmax(-1) == after.argmax(-1)
     at = following[:, None]
     finite = bool(torch.isfinite(after).all())
-    return Tokens(kl.cpu(), agree.cpu(), -p.gather(1, at)[:, 0].cpu(), -q.gather(1, at)[:, 0].cpu(), finite)
+    return Tokens(kl.cpu(), agree.cpu(), -p.gather(1, at)[:, 0].cpu(), -q.gather(1, at)[:, 0].cpu(), finite, behind)
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..export.artifact import Artifact
@@ -47,11 +48,9 @@ def check_served(
     unseen: list[list[float] | None] = []
     with running(launch, log_path=log, tell=tell) as server:
         for number, (sample, tokens) in enumerate(zip(samples, walked.tokens, strict=True)):
-            seen.append(answer_logprobs(server.url, server.name, sample, tokens.kl.numel()))
-            pictured = bool(sample.images)
-            unseen.append(
-                answer_logprobs(server.url, server.name, blind(sample), tokens.kl.numel()) if pictured else None
-            )
+            ask = partial(answer_logprobs, server.url, server.name, count=tokens.kl.numel(), behind=tokens.behind)
+            seen.append(ask(sample))
+            unseen.append(ask(blind(sample)) if sample.images else None)
             tell(Step("ask the engine", number + 1, len(samples)))
     to_int4, to_fp16, served_effect, own_effect = [], [], [], []
     raw = []
@@ -74,8 +73,9 @@ def check_served(
     return Checked(measures, tuple(_failures(measures, limits, engine)), walked.layers, tuple(raw))
 
 
-def answer_logprobs(url: str, model: str, sample: Sample, count: int) -> list[float]:
-    """The engine's logprobs of the sample's last `count` tokens: its reference answer and what ends the turn."""
+def answer_logprobs(url: str, model: str, sample: Sample, *, count: int, behind: int) -> list[float]:
+    """The engine's logprobs of the `count` tokens of the sample's reference answer, its end token included; `behind`
+    more tokens follow it in the chat template."""
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
@@ -89,7 +89,7 @@ def answer_logprobs(url: str, model: str, sample: Sample, count: int) -> list[fl
     entries = (reply.model_extra or {}).get("prompt_logprobs")
     if not entries:
         raise RuntimeError(f"the server at {url} gives no prompt_logprobs; this check needs vLLM")
-    return [next(iter(e.values()))["logprob"] for e in entries[-count:]]
+    return [next(iter(e.values()))["logprob"] for e in entries[len(entries) - behind - count : len(entries) - behind]]
 
 
 def _failures(measures: dict[str, float], limits: Limits, engine: str) -> list[str]:

@@ -46,9 +46,19 @@ def media_mask(skeleton: Skeleton, input_ids: Tensor) -> Tensor:
 def answer_mask(skeleton: Skeleton, sample: Sample, input_ids: Tensor) -> Tensor:
     """bool [tokens]: True where the *next* token is part of the assistant's last answer, its end token included.
 
-    This is where a model speaks, so this is where its distribution is compared.
+    This is where a model speaks, so this is where its distribution is compared. What a chat template writes behind
+    the end token (a newline, as a rule) no model ever says, so it is left out.
     """
     prompt = encode(skeleton, sample, prompt_only=True)["input_ids"].shape[1]
+    ends = torch.tensor(sorted(end_tokens(skeleton)), device=input_ids.device)
+    ended = torch.isin(input_ids[0, prompt:], ends).nonzero()
+    last = prompt + int(ended[0]) if len(ended) else input_ids.shape[1] - 1  # the answer's last token
     mask = torch.zeros(input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
-    mask[prompt - 1 : -1] = True
+    mask[prompt - 1 : last] = True
     return mask
+
+
+def end_tokens(skeleton: Skeleton) -> set[int]:
+    """The token ids that end an answer, by the model's generation config."""
+    ends = skeleton.module.generation_config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}

@@ -25,8 +25,8 @@ from mmq.recipes.pebble.tasks import samples
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 KINDS = (("awq", None), ("awq", "compressed-tensors"), ("gptq", None), ("gptq", "compressed-tensors"), ("bnb", None))
-LIMIT = 0.05  # nats, the largest difference of any prompt token's logprob
-PROMPT = "<|im_start|>user\n{place}{text}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+LIMIT = 0.05  # nats, the largest difference of any answer token's logprob
+PROMPT = "<|im_start|>user\n{place}{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def twin(artifact: Path, out: Path) -> Path:
@@ -61,7 +61,7 @@ def said(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     for i, sample in enumerate(samples("test", 6, tasks=["describe", "word", "text"])):
         asked = "".join(p["text"] for p in sample.messages[-2]["content"] if p["type"] == "text")
         place = "<|vision_start|><|image_pad|><|vision_end|>" if sample.images else ""
-        prompt: dict[str, str] = {"prompt": PROMPT.format(place=place, text=asked, answer=sample.answer)}
+        prompt = {"prompt": PROMPT.format(place=place, text=asked), "answer": f"{sample.answer}<|im_end|>\n"}
         if sample.images:
             prompt["image"] = str(folder / f"{i}.png")
             sample.images[0].save(prompt["image"])

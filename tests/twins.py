@@ -1,6 +1,9 @@
-"""Run as a program in an environment with vLLM: prompt logprobs and greedy tokens of several folders, as JSON.
+"""Run as a program in an environment with vLLM: what several folders think of given answers, as JSON.
 
-    python twins.py REQUESTS.json OUT.json      REQUESTS: {"folders": [...], "prompts": [{"prompt", "image"}]}
+    python twins.py REQUESTS.json OUT.json      REQUESTS: {"folders": [...], "prompts": [{"prompt", "answer", "image"}]}
+
+For each prompt the logprobs of the answer's tokens, where a model has been trained to speak; what it thinks of the
+user's words is large noise. Each request runs alone, so that batching changes nothing.
 
 One process for all, since importing vLLM takes longer than loading a small model.
 """
@@ -27,17 +30,19 @@ def run(folder: str, prompts: list[dict]) -> dict:
     from PIL import Image
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, max_model_len=1024, enforce_eager=True, max_num_seqs=4, seed=0, dtype="bfloat16")
-    params = SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=0, logprobs=0, ignore_eos=True)
+    llm = LLM(folder, max_model_len=1024, enforce_eager=True, max_num_seqs=1, seed=0, dtype="bfloat16")
+    params = SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=0)
     requests = []
     for p in prompts:
-        request = {"prompt": p["prompt"]}
+        request = {"prompt": p["prompt"] + p["answer"]}
         if p.get("image"):
             request["multi_modal_data"] = {"image": Image.open(p["image"]).convert("RGB")}
         requests.append(request)
     found = []
-    for out in llm.generate(requests, params, use_tqdm=False):
-        logprobs = [next(iter(entry.values())).logprob for entry in out.prompt_logprobs if entry]
+    words = llm.get_tokenizer()
+    for p, out in zip(prompts, llm.generate(requests, params, use_tqdm=False), strict=True):
+        count = len(words.encode(p["answer"], add_special_tokens=False))
+        logprobs = [next(iter(entry.values())).logprob for entry in out.prompt_logprobs[-count:]]
         found.append({"logprobs": logprobs, "tokens": list(out.outputs[0].token_ids)})
     model = llm.llm_engine.model_executor.driver_worker.model_runner.model
     packed = sum(1 for n, _ in model.named_parameters() if "qweight" in n or "weight_packed" in n or "absmax" in n)
