@@ -67,6 +67,7 @@ def compare(
             machine=machine,
             port=free_port(),
             max_model_len=context,
+            served_model_name=subject.label,
             trust_remote_code=trust_remote_code,
             extra=flags,
         )
@@ -118,16 +119,14 @@ def _budget_flags(machine: Machine, vram: int, extra: Sequence[str]) -> tuple[tu
 
 
 def _describe(subject: Subject, launch: Launch) -> dict[str, Any]:
-    described: dict[str, Any] = {"path": str(subject.path), "digest": digest_of(subject.path)}
+    described: dict[str, Any] = {"path": subject.shown, "digest": digest_of(subject.path)}
     if subject.artifact is not None:
         manifest = subject.artifact.manifest
         described |= {k: manifest.get(k) for k in ("name", "method", "format", "group_size", "base")}
-    # as a reader would type it: the program by its name, the folder as it was given
-    typed = [
-        Path(launch.argv[0]).name if i == 0 else str(subject.path) if word == str(subject.path.resolve()) else word
-        for i, word in enumerate(launch.argv)
-    ]
-    return described | {"command": shell_line(dataclasses.replace(launch, argv=tuple(typed)))}
+    # as a reader would type it: the program by its name, the checkpoint by its own
+    program, serve, _, *flags = launch.argv
+    typed = (Path(program).name, serve, subject.shown, *flags)
+    return described | {"command": shell_line(dataclasses.replace(launch, argv=typed))}
 
 
 ROWS = (  # measure, title

@@ -15,11 +15,12 @@ BASE_NAMES = ("fp16", "bf16", "base")
 
 @dataclass(frozen=True)
 class Subject:
-    """One checkpoint to measure; `artifact` is None for a 16-bit checkpoint."""
+    """One checkpoint to measure; `artifact` is None for a 16-bit checkpoint, `shown` is what a reader should type."""
 
     label: str
     path: Path
     artifact: Artifact | None
+    shown: str
 
 
 def artifacts_in(folder: Path) -> list[Artifact]:
@@ -42,7 +43,8 @@ def find(names: Sequence[str], *, folder: Path, tell: Tell = silent) -> list[Sub
     for name in names:
         if name.lower() in BASE_NAMES:
             among = [s.artifact for s in found.values() if s.artifact] or near
-            found[name] = Subject(name, _common_base(among, folder, tell), None)
+            child = _of_one_base(among, folder)
+            found[name] = Subject(name, base_of(child, tell=tell).path, None, str(child.manifest["base"]["model"]))
     return [found[n] for n in names]
 
 
@@ -50,26 +52,27 @@ def _one(name: str, near: Sequence[Artifact], folder: Path) -> Subject:
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / MANIFEST).is_file():
-            return Subject(path.resolve().name, path, open_artifact(path))
+            return Subject(path.resolve().name, path, open_artifact(path), name)
         read_config(path)
-        return Subject(path.resolve().name, path, None)
+        return Subject(path.resolve().name, path, None, name)
     for key in ("method", "format", "name"):
         fitting = [a for a in near if a.manifest.get(key) == name]
         if len(fitting) > 1:
             places = ", ".join(str(a.path) for a in fitting)
             raise ValueError(f"{name!r} could be any of {places}; give the path of one")
         if fitting:
-            return Subject(name, fitting[0].path, fitting[0])
+            return Subject(name, fitting[0].path, fitting[0], str(fitting[0].path))
     known = sorted({str(a.manifest.get("method")) for a in near} | {a.path.name for a in near})
     there = f"here are {', '.join(known)} and fp16" if known else "there is none; `mmq quantize` makes one"
     raise ValueError(f"no artifact {name!r} in {folder.resolve()}: {there}")
 
 
-def _common_base(artifacts: Sequence[Artifact], folder: Path, tell: Tell) -> Path:
+def _of_one_base(artifacts: Sequence[Artifact], folder: Path) -> Artifact:
+    """Any of the artifacts, which must all have one base."""
     bases = {(a.manifest["base"]["model"], a.manifest["base"].get("revision")): a for a in artifacts}
     if not bases:
         raise ValueError(f"fp16 is the base of the artifacts compared, and {folder.resolve()} has none; give its path")
     if len(bases) > 1:
         said = " and ".join(f"{a.path} of {model}" for (model, _), a in bases.items())
         raise ValueError(f"fp16 could be several bases: {said}; give the path of one")
-    return base_of(next(iter(bases.values())), tell=tell).path
+    return next(iter(bases.values()))

@@ -20,7 +20,7 @@ from mmq.bench.report import Figure, Report, digest_of, markdown_table, parse_by
 from mmq.bench.speed import Load, Run, figures, measure, percentile, read_run
 from mmq.recipes.hub import fetch
 from mmq.serve.footprint import Footprint
-from mmq.serve.launch import Server, free_port
+from mmq.serve.launch import Server
 from mmq.serve.shape import read_shape
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -219,17 +219,9 @@ def test_a_server_is_measured(served: Server, artifact: Callable[..., Path], tmp
 
 
 @needs_vllm
-def test_the_generators_own_error_is_told(artifact: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_generators_own_error_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"`vllm bench serve` failed: .*\bnowhere\b"):
         measure("http://127.0.0.1:1", model="x", tokenizer=tmp_path / "nowhere", load=SMALL, out=tmp_path)
-    with pytest.raises(RuntimeError, match=r"4 of 4 requests failed: .*Cannot connect"):
-        measure(
-            f"http://127.0.0.1:{free_port()}",
-            model="x",
-            tokenizer=artifact("awq"),
-            load=dataclasses.replace(SMALL, warmups=0),
-            out=tmp_path,
-        )
 
 
 @needs_vllm
@@ -245,7 +237,8 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
         assert len(report.raw[label]["runs"][0]["ttft"]) == SMALL.requests
     assert numbers["awq"]["weights"].value < numbers["fp16"]["weights"].value
     commands = [shown.split(" serve ")[1].split() for shown in (s["command"] for s in report.subjects.values())]
-    same = [[w for w in words[1:] if w not in ("pebble-awq", "model") and not w.isdigit()] for words in commands]
+    assert commands[0][0] == "pebble"
+    same = [[w for w in words[1:] if w not in numbers and not w.isdigit()] for words in commands]
     assert same[0] == same[1]
     assert "--no-enable-prefix-caching" in same[0]
     assert [row[0] for row in table(report)[1]][:6] == [
