@@ -324,14 +324,20 @@ def infer(
             'give a prompt, as in `mmq infer out-awq "What is this?" --image photo.jpg`, or --dataset FILE'
         )
     from .serve.client import image_url
+    from .serve.infer import check_dataset, infer_dataset, serving
     from .serve.infer import infer as ask
-    from .serve.infer import infer_dataset, serving
 
     for picture in images:
-        image_url(picture)  # an unreadable picture is told before a server starts
+        image_url(picture)  # an unreadable picture or line is told before a server starts
+    if dataset is not None:
+        check_dataset(dataset, count=count)
     with progress(quiet=as_json) as tell:
-        place = target if "://" in target else str(servable(target, hub, revision, tell)[0])
-        with serving(place, engine=engine, tell=tell) as url:
+        options = {}
+        place = target
+        if "://" not in target:
+            folder, options["served_model_name"] = servable(target, hub, revision, tell)
+            place = str(folder)
+        with serving(place, engine=engine, tell=tell, **options) as url:
             if dataset is not None:
                 out = result_path or Path(f"{dataset.stem}-answers.jsonl")
                 facts = infer_dataset(
@@ -387,7 +393,7 @@ def bench(
     A name is fp16 (the common base), a method or a name among the artifacts of this folder, or a path.
     """
     from .bench.compare import compare as measure
-    from .bench.compare import load_line, markdown, table
+    from .bench.compare import load_line, markdown, table, warnings
     from .bench.report import parse_bytes, write_report
     from .bench.speed import CPU_LOAD, Load
     from .serve.machine import this_machine
@@ -404,6 +410,8 @@ def bench(
         click.echo(data.read_text(encoding="utf-8"))
         return
     show_table(*table(report))
+    for line in warnings(report):
+        click.secho(f"warning: {line}", fg="yellow", err=True)
     click.echo(f"load: {load_line(report)}")
     click.echo(f"report: {text}, raw samples: {data}")
     next_step("mmq serve " + str(next((s["path"] for s in report.subjects.values() if "method" in s), names[-1])))
