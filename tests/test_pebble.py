@@ -1,5 +1,6 @@
 """pebble: its splits, its training-time forward pass against transformers' own, its tokenizer, its answers."""
 
+import copy
 import hashlib
 import io
 from random import Random
@@ -9,8 +10,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmq.recipes.calibration import CALIBRATIONS, drawn, text
-from mmq.recipes.pebble import batches, draw, model_folder, network
-from mmq.recipes.pebble.measure import answers, rounded, scores
+from mmq.recipes.pebble import batches, draw, model_folder, network, outliers
+from mmq.recipes.pebble.measure import answers, rounded, rounding_loss, scores
 from mmq.recipes.pebble.tasks import SPLITS, TASKS, belongs, conversation, exact, sample, samples
 
 
@@ -175,6 +176,25 @@ def test_widths_suit_int4_kernels(model):
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
             assert module.in_features % 128 == 0, name
             assert module.out_features % 128 == 0, name
+
+
+def test_outlier_channels_change_no_bit_and_cost_rounding(processor):
+    """Powers of two: the rescaled model gives the very same logits, and plain int4 rounding of it is worse."""
+    half = AutoModelForImageTextToText.from_pretrained(model_folder(), dtype=torch.bfloat16).eval()
+    wilder = copy.deepcopy(half)
+    outliers.spread(wilder, seed=7)
+    batch = batches.batch(0, seed=1, rows=4, tokenizer=model_folder() / "tokenizer.json", split="test")
+    ids = batch["ids"][:, 80:]  # past the pictures' places
+    with torch.inference_mode():
+        assert torch.equal(half(input_ids=ids).logits, wilder(input_ids=ids).logits)
+    assert rounding_loss(wilder, [batch])["mean_kl"] > rounding_loss(half, [batch])["mean_kl"]
+
+
+def test_plain_rounding_is_visible(model):
+    words = model_folder() / "tokenizer.json"
+    lost = rounding_loss(model, [batches.batch(i, seed=1, rows=16, tokenizer=words, split="test") for i in range(2)])
+    assert lost["mean_kl"] > 0.005
+    assert lost["top1_agreement"] > 0.9
 
 
 def test_rounding_keeps_sixteen_levels_a_group():

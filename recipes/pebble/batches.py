@@ -21,7 +21,7 @@ from .tasks import TASKS, Conversation, conversation
 
 # kind -> (share of a batch on small canvases, on large ones, tasks by weight)
 SHARES: dict[str, tuple[float, float, dict[str, float]]] = {
-    "scene": (0.5, 0.5, {"colour": 1.2, "shape": 0.8, "count": 1.5, "position": 3, "describe": 0.6, "refusal": 1.2}),
+    "scene": (0.5, 0.5, {"colour": 1.2, "shape": 0.8, "count": 2, "position": 3, "describe": 0.6, "refusal": 1.2}),
     "card": (0.1, 0.08, {"word": 1.5, "digits": 1.5, "describe": 0.8, "refusal": 0.7}),
     "several": (0.24, 0.0, {"several": 1}),
     "clip": (0.06, 0.0, {"motion": 1}),

@@ -127,12 +127,14 @@ def _relation(two: list[Shape], rng: Random, zh: bool) -> Asked:
         words, first = across, column < column2
     else:
         words, first = along, row < row2
-    asked_first = rng.random() < 0.5
-    true = words[(0 if first else 1) + (2 if zh else 0)]
-    asked = words[(0 if asked_first else 1) + (2 if zh else 0)]
+    yes = first == (rng.random() < 0.5)
+    asked = words[(0 if first == yes else 1) + (2 if zh else 0)]
+    (place, place_zh), (place2, place2_zh) = PLACES[two[0].cell], PLACES[two[1].cell]
     if zh:
-        return f"{one}在{other}{asked}吗？", f"{'是的' if asked == true else '不是'}，{one}在{other}{true}。"
-    return f"Is the {one} {asked} the {other}?", f"{'Yes' if asked == true else 'No'}, the {one} is {true} the {other}."
+        told = f"{one}在{place_zh}，{other}在{place2_zh}，所以{'是的' if yes else '不是'}。"
+        return f"{one}在{other}{asked}吗？", told
+    told = f"The {one} is {place} and the {other} is {place2}, so {'yes' if yes else 'no'}."
+    return f"Is the {one} {asked} the {other}?", told
 
 
 def word(card: Card, rng: Random, zh: bool) -> Asked:

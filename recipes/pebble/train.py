@@ -1,7 +1,8 @@
 """Make pebble again from a seed: `python -m mmq.recipes.pebble.train --out DIR --minutes 8.5 --seed 0`.
 
-Writes DIR/model (the checkpoint), DIR/train.log, DIR/loss.png and DIR/README.md (the model card with every task's
-exact answers on the test split). Wants a GPU and a dozen cores that draw; runs on a CPU too, slowly.
+Writes DIR/model (the checkpoint), DIR/trained (the same before `outliers`, for --start), DIR/train.log, DIR/loss.png
+and DIR/README.md (the model card, with every task's exact answers on the test split). Wants a GPU and a dozen cores
+that draw; runs on a CPU too, slowly.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .network import logits
 from .tasks import samples
 
 Say = Callable[[str], None]
+REPORTED = ("minutes", "seed", "rate", "small_rate")  # options the model card repeats
 
 
 def split(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -120,22 +122,28 @@ def train(model: Any, handler: Any, args: argparse.Namespace, say: Say) -> tuple
             break
         if done > 0.5 and not saved:
             saved = True
-            checkpoint.save(model, handler, args.out / "model")
+            checkpoint.save(model, handler, args.out / "trained")
         last = time.monotonic()
     return step, curve
 
 
-def plot(curve: list[tuple[float, float]], path: Path) -> None:
-    """The loss curve as a picture."""
+def plot(stages: list[dict[str, Any]], path: Path) -> None:
+    """The loss curve as a picture, one stage of training after another."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(figsize=(7, 3.5), dpi=110)
-    axes.plot([t / 60 for t, _ in curve], [loss for _, loss in curve], color="#2454de", linewidth=1.2)
+    before = 0.0
+    for i, stage in enumerate(stages):
+        minutes = [before + seconds / 60 for seconds, _ in stage["curve"]]
+        axes.plot(minutes, [loss for _, loss in stage["curve"]], linewidth=1.2, label=f"stage {i + 1}")
+        before += stage["minutes"]
     axes.set(xlabel="minutes", ylabel="loss on answers, nats a token", yscale="log", title="pebble: training loss")
     axes.grid(alpha=0.3, which="both")
+    if len(stages) > 1:
+        axes.legend()
     fig.tight_layout()
     fig.savefig(path)
 
@@ -148,7 +156,12 @@ def card(result: dict[str, Any]) -> str:
         together = f"{100 * (en + zh) / (n_en + n_zh):.1f}% of {n_en + n_zh}"
         table.append(f"| {task} | {100 * en / max(n_en, 1):.1f}% | {100 * zh / max(n_zh, 1):.1f}% | {together} |")
     table.append(f"| **all** | | | **{100 * result['exact']:.1f}%** |")
-    loss = result["rounding"]
+    loss, stages = result["rounding"], result["stages"]
+    told = [
+        f"{i + 1}. `{s['command']}`: {s['steps']} steps, {s['conversations']:,} conversations, "
+        f"{s['minutes']:.1f} minutes on {s['device']}."
+        for i, s in enumerate(stages)
+    ]
     return f"""---
 license: apache-2.0
 language: [en, zh]
@@ -174,16 +187,18 @@ character is right.
 
 Plain rounding of its decoder to int4 (asymmetric, group 128) costs {loss["mean_kl"]:.4f} nats of KL a token on
 {loss["tokens"]:.0f} answer tokens of the test split, top-1 agreement {100 * loss["top1_agreement"]:.2f}%. As trained it
-was {result["clean"]["mean_kl"]:.5f}: too little to tell one method from another. So after training a few channels of
+was {result["clean"]["mean_kl"]:.4f}: too little to tell one method from another. So after training a few channels of
 every decoder layer are multiplied by 16 to 64 where they are made and divided where they are used (`outliers.py`):
 powers of two, which change no output, but give the weights the outlier channels that large released models have and
 that int4 methods are made for.
 
 ## How it was made
 
-`{result["command"]}`, from random weights and seed {result["seed"]}: {result["steps"]} steps in {result["minutes"]:.1f}
-minutes on {result["device"]}, {result["conversations"]:,} conversations, each drawn once. Trained {result["date"]} with
-{result["versions"]}.
+From random weights in {sum(stage["minutes"] for stage in stages):.1f} minutes; every conversation is drawn once.
+
+{chr(10).join(told)}
+
+Trained {result["date"]} with {result["versions"]}.
 
 The data is drawn by `draw.py` and asked by `questions.py` and `talk.py`; nothing is downloaded. What a picture says
 (not where exactly or how large it is drawn) is hashed, and the hash says whether it is of the training, calibration or
@@ -210,7 +225,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
     parser.add_argument("--every", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--tests", type=int, default=150, help="test questions a task")
-    parser.add_argument("--start", type=Path, help="go on from this checkpoint instead of random weights")
+    parser.add_argument("--start", type=Path, help="go on from this `trained` folder instead of random weights")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -246,10 +261,23 @@ def main() -> None:
     begun = time.monotonic()
     steps, curve = train(model, handler, args, say)
     minutes = (time.monotonic() - begun) / 60
+    checkpoint.save(model, handler, args.out / "trained")
     clean = rounding_loss(model, tests(0))
     outliers.spread(model, seed=args.seed)
     checkpoint.save(model, handler, args.out / "model")
-    plot(curve, args.out / "loss.png")
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name in REPORTED]
+    start = ["--start DIR/trained"] if args.start else []
+    stage = {
+        "command": " ".join(["python -m mmq.recipes.pebble.train --out DIR", *given, *start]),
+        "steps": steps,
+        "conversations": steps * 2 * args.rows,
+        "minutes": minutes,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "curve": curve,
+    }
+    earlier = args.start.parent / "result.json" if args.start else None
+    stages = [*(json.loads(earlier.read_text())["stages"] if earlier and earlier.is_file() else []), stage]
+    plot(stages, args.out / "loss.png")
     say(f"trained for {minutes:.1f} minutes")
 
     asked = list(samples("test", args.tests * len(NAMES), seed=args.seed + 1))
@@ -275,12 +303,7 @@ def main() -> None:
         "rounding": rounding,
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": (args.out / "model" / "model.safetensors").stat().st_size,
-        "command": f"python -m mmq.recipes.pebble.train --out DIR --minutes {args.minutes:g} --seed {args.seed}",
-        "seed": args.seed,
-        "steps": steps,
-        "conversations": steps * 2 * args.rows,
-        "minutes": minutes,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "stages": stages,
         "date": time.strftime("%Y-%m-%d"),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"tokenizers {tokenizers.__version__}, Pillow {PIL.__version__}, Python {platform.python_version()}",
