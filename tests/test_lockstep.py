@@ -71,7 +71,7 @@ def test_a_changed_layer_is_felt_by_later_ones(model: Model) -> None:
     x = torch.randn(1, 2, 8)
     other = Model().requires_grad_(False)
     other.load_state_dict(model.state_dict())
-    other.layers[1].linear.weight.zero_()
+    other.get_parameter("layers.1.linear.weight").zero_()
     with Lockstep(model.layers, [lambda: model(x)]) as steps:
         for stop in steps:
             if stop.index == 1:

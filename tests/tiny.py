@@ -82,7 +82,7 @@ def vlm(kind: str, out: Path, *, intermediate: int = 512, tied: bool = False) ->
         vision_end_token_id=number("<|vision_end|>"),
     )
     torch.manual_seed(0)
-    model = model_class(config).to(torch.bfloat16)
+    model = model_class(config).bfloat16()
     with torch.no_grad():
         for name, p in model.named_parameters():  # so that a lost bias or norm shows
             if name.endswith("bias"):

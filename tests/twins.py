@@ -42,6 +42,7 @@ def run(folder: str, prompts: list[dict]) -> dict:
     words = llm.get_tokenizer()
     for p, out in zip(prompts, llm.generate(requests, params, use_tqdm=False), strict=True):
         count = len(words.encode(p["answer"], add_special_tokens=False))
+        assert out.prompt_logprobs
         logprobs = [next(iter(entry.values())).logprob for entry in out.prompt_logprobs[-count:]]
         found.append({"logprobs": logprobs, "tokens": list(out.outputs[0].token_ids)})
     model = llm.llm_engine.model_executor.driver_worker.model_runner.model
