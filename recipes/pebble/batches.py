@@ -94,7 +94,7 @@ def batch(index: int, *, seed: int, rows: int, tokenizer: Path | str, split: str
 
     rng, large = Random(f"{split} batch {seed} {index}"), index % 2
     canvas: Canvas = rng.choice(draw.LARGE if large else draw.SMALL)
-    kinds = rng.choices(list(SHARES), [share[large] for share in SHARES.values()], k=rows)
+    kinds = rng.choices(list(SHARES), [share[1] if large else share[0] for share in SHARES.values()], k=rows)
     cells = canvas[0] * canvas[1] // (PATCH * MERGE) ** 2
     spoken, texts = [], []
     for kind in kinds:

@@ -41,5 +41,5 @@ def step(groups: dict[Shape, list[Tensor]], momentum: dict[Shape, Tensor], *, ra
         mean = momentum.setdefault((short, long), torch.zeros_like(now))
         mean.lerp_(now, 1 - keep)
         move = orthogonal(now.lerp(mean, keep)).float()
-        moves = [u if m.shape[0] == short else u.T for m, u in zip(matrices, move, strict=True)]
-        torch._foreach_add_(matrices, moves, alpha=-rate * 0.2 * long**0.5)
+        for m, u in zip(matrices, move, strict=True):
+            m.add_(u if m.shape[0] == short else u.T, alpha=-rate * 0.2 * long**0.5)

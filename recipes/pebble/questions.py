@@ -10,17 +10,18 @@ from collections import Counter
 from random import Random
 
 from .draw import Card, Chart, Clip, Document, Scene, Shape, Spec
-from .phrases import a, describe, joined, moves, noun, plural, shapes_told, there_are
-from .words import BARS, COLOURS, FIELDS, FIELDS_ZH, NUMBERS, NUMBERS_ZH, ORDINALS, PLACES, SHAPES, TITLES
+from .phrases import a, describe, joined, moves, noun, plural, there_are
+from .words import BARS, COLOURS, FIELDS_ZH, NUMBERS, NUMBERS_ZH, PLACES, SHAPES, TITLES
 
 Asked = tuple[str, str] | None
 
 
-def _pick(rng: Random, zh: bool, english: tuple[str, ...], chinese: tuple[str, ...]) -> str:
+def pick(rng: Random, zh: bool, english: tuple[str, ...], chinese: tuple[str, ...]) -> str:
+    """One of the phrasings in the wanted language."""
     return rng.choice(chinese if zh else english)
 
 
-def _alone(scene: Scene) -> list[Shape]:
+def alone(scene: Scene) -> list[Shape]:
     """The shapes whose kind no other shape of the scene has."""
     kinds = Counter(shape.kind for shape in scene.shapes)
     return [shape for shape in scene.shapes if kinds[shape.kind] == 1]
@@ -34,8 +35,8 @@ def _pairs(scene: Scene) -> list[Shape]:
 
 def colour(scene: Scene, rng: Random, zh: bool) -> Asked:
     """The colour of the only circle, or of the shape at a place."""
-    if rng.random() < 0.5 and _alone(scene):
-        shape = rng.choice(_alone(scene))
+    if rng.random() < 0.5 and alone(scene):
+        shape = rng.choice(alone(scene))
         thing = noun(shape.kind, zh=zh)
         english = ("What colour is the {0}?", "Which colour does the {0} have?", "Tell me the colour of the {0}.")
         chinese = ("{0}是什么颜色？", "{0}的颜色是什么？", "请问{0}是什么颜色的？")
@@ -52,9 +53,9 @@ def colour(scene: Scene, rng: Random, zh: bool) -> Asked:
 def shape(scene: Scene, rng: Random, zh: bool) -> Asked:
     """The kind of the only red shape, or of the shape at a place."""
     colours = Counter(one.colour for one in scene.shapes)
-    alone = [one for one in scene.shapes if colours[one.colour] == 1]
-    if rng.random() < 0.5 and alone:
-        one = rng.choice(alone)
+    unique = [one for one in scene.shapes if colours[one.colour] == 1]
+    if rng.random() < 0.5 and unique:
+        one = rng.choice(unique)
         thing = f"{COLOURS[one.colour][0]}的形状" if zh else f"{one.colour} shape"
         english = ("What is the {0}?", "Which shape is {1}?", "What kind of shape is the {0}?")
         chinese = ("{0}是什么？", "什么形状是{1}的？", "请问{0}是什么形状？")
@@ -173,23 +174,23 @@ def chart(spec: Chart, rng: Random, zh: bool) -> Asked:
     value, tint = spec.bars[i]
     if way == "value":
         english = ("What is the value of {0}?", "How high is bar {0}?", "Which value does bar {0} have?")
-        question = _pick(rng, zh, english, ("{0}的值是多少？", "柱子{0}有多高？", "{0}是多少？")).format(BARS[i])
+        question = pick(rng, zh, english, ("{0}的值是多少？", "柱子{0}有多高？", "{0}是多少？")).format(BARS[i])
         return question, f"{BARS[i]}的值是{value}。" if zh else f"The value of {BARS[i]} is {value}."
     if way == "colour":
         question = f"柱子{BARS[i]}是什么颜色？" if zh else f"What colour is bar {BARS[i]}?"
         return question, f"柱子{BARS[i]}是{COLOURS[tint][0]}的。" if zh else f"Bar {BARS[i]} is {tint}."
     if way == "count":
-        question = _pick(rng, zh, ("How many bars are there?", "How many bars does the chart have?"), ("有几个柱子？",))
+        question = pick(rng, zh, ("How many bars are there?", "How many bars does the chart have?"), ("有几个柱子？",))
         number = len(spec.bars)
         return question, f"图中有{NUMBERS_ZH[number]}个柱子。" if zh else f"There are {NUMBERS[number]} bars."
     values = [bar[0] for bar in spec.bars]
     best = BARS[values.index(max(values) if way == "most" else min(values))]
     if way == "most":
-        question = _pick(
+        question = pick(
             rng, zh, ("Which bar is the highest?", "What is the highest bar?"), ("哪个柱子最高？", "最高的柱子是哪个？")
         )
         return question, f"最高的柱子是{best}。" if zh else f"The highest bar is {best}."
-    question = _pick(
+    question = pick(
         rng, zh, ("Which bar is the lowest?", "What is the lowest bar?"), ("哪个柱子最低？", "最低的柱子是哪个？")
     )
     return question, f"最低的柱子是{best}。" if zh else f"The lowest bar is {best}."
@@ -198,7 +199,7 @@ def chart(spec: Chart, rng: Random, zh: bool) -> Asked:
 def document(spec: Document, rng: Random, zh: bool) -> Asked:
     """The value of a printed field, or what kind of document it is."""
     if rng.random() < 0.12:
-        question = _pick(
+        question = pick(
             rng, zh, ("What kind of document is this?", "What is this document?"), ("这是什么单据？", "这是一张什么？")
         )
         return question, f"这是一张{TITLES[spec.title]}。" if zh else f"It is {a(spec.title.lower())}."
@@ -243,119 +244,3 @@ def motion(clip: Clip, rng: Random, zh: bool) -> Asked:
     )
     chinese = ("{0}向哪个方向移动？", "{0}往哪里移动？", "视频里发生了什么？", "请描述这个视频。")
     return rng.choice(chinese if zh else english).format(kind), moves(clip, zh=zh)
-
-
-def refusal(spec: Spec, rng: Random, zh: bool) -> Asked:
-    """What is not in the picture is said not to be there; half of the questions are answered yes or no."""
-    if isinstance(spec, Scene):
-        return _absent_shape(spec, rng, zh)
-    if isinstance(spec, Card):
-        has = {text.isdigit() for text, _ in spec.lines}
-        if len(has) == 2:
-            return None
-        missing = ("数字" if False in has else "单词") if zh else ("number" if False in has else "word")
-        if zh:
-            return rng.choice(("图中的{0}是什么？", "请读出{0}。", "{0}是什么颜色？")).format(
-                missing
-            ), f"图中没有{missing}。"
-        english = ("What is the {0}?", "Read the {0}.", "Which {0} is printed?", "What colour is the {0}?")
-        return rng.choice(english).format(missing), f"There is no {missing} in the picture."
-    if isinstance(spec, Chart):
-        if len(spec.bars) == len(BARS):
-            return None
-        bar = rng.choice(BARS[len(spec.bars) :])
-        question = _pick(
-            rng,
-            zh,
-            ("What is the value of {0}?", "What colour is bar {0}?"),
-            ("{0}的值是多少？", "柱子{0}是什么颜色？"),
-        )
-        return question.format(bar), f"图中没有柱子{bar}。" if zh else f"There is no bar {bar} in the picture."
-    if isinstance(spec, Document):
-        missing = rng.choice([key for key in FIELDS if key not in dict(spec.fields)])
-        thing = FIELDS_ZH[missing] if zh else missing.lower()
-        english, chinese = (
-            ("What is the {0}?", "Which {0} is printed?", "Read the {0}."),
-            ("{0}是什么？", "请读出{0}。"),
-        )
-        answer = f"图中没有{thing}。" if zh else f"There is no {thing} in the picture."
-        return rng.choice(chinese if zh else english).format(thing), answer
-    return None
-
-
-def _absent_shape(scene: Scene, rng: Random, zh: bool) -> Asked:
-    there = {(s.kind, s.colour) for s in scene.shapes}
-    way = rng.random()
-    if way < 0.12:
-        question = _pick(
-            rng, zh, ("What word is printed?", "Which word do you see?"), ("图中写着什么单词？", "请读出单词。")
-        )
-        return question, "图中没有单词。" if zh else "There is no word in the picture."
-    if way < 0.4:  # a kind that is not there
-        kinds = [kind for kind in SHAPES if kind not in {k for k, _ in there}]
-        thing = noun(rng.choice(kinds), zh=zh)
-        question = _pick(rng, zh, ("What colour is the {0}?", "Where is the {0}?"), ("{0}是什么颜色？", "{0}在哪里？"))
-        return question.format(thing), f"图中没有{thing}。" if zh else f"There is no {thing} in the picture."
-    if way < 0.6 or rng.random() < 0.5:  # a pair that is not there, near to one that is
-        kind, tint = rng.choice(sorted(there))
-        if rng.random() < 0.5:
-            kind = rng.choice([k for k in SHAPES if (k, tint) not in there])
-        else:
-            tint = rng.choice([c for c in COLOURS if (kind, c) not in there])
-    else:
-        kind, tint = rng.choice(sorted(there))
-    thing = noun(kind, tint, zh=zh)
-    no = f"图中没有{thing}。" if zh else f"There is no {thing} in the picture."
-    if way < 0.6:
-        return f"{thing}在哪里？" if zh else f"Where is the {thing}?", no
-    question = _pick(rng, zh, ("Is there {0} in the picture?", "Do you see {0}?"), ("图中有{0}吗？", "有没有{0}？"))
-    question = question.format(thing if zh else a(thing))
-    if (kind, tint) in there:
-        return question, f"有，图中有{thing}。" if zh else f"Yes, there is {a(thing)} in the picture."
-    return question, f"没有，{no}" if zh else f"No, t{no[1:]}"
-
-
-def several(scenes: tuple[Scene, ...], rng: Random, zh: bool) -> Asked:
-    """Questions that need two or three pictures told apart."""
-    way, i = rng.choice(("has", "has", "many", "most", "colour", "what")), rng.randrange(len(scenes))
-    scene, (nth, nth_zh) = scenes[i], ORDINALS[i]
-    if way == "has":
-        one = rng.choice(scene.shapes)
-        if sum(any((s.kind, s.colour) == (one.kind, one.colour) for s in each.shapes) for each in scenes) > 1:
-            return None
-        thing = noun(one.kind, one.colour, zh=zh)
-        if zh:
-            return rng.choice(("哪张图里有{0}？", "{0}在哪张图里？")).format(thing), f"{nth_zh}张图里有{thing}。"
-        question = rng.choice(("Which picture has {0}?", "In which picture is there {0}?")).format(a(thing))
-        return question, f"The {nth} picture has {a(thing)}."
-    if way == "many":
-        question = f"{nth_zh}张图里有几个形状？" if zh else f"How many shapes are in the {nth} picture?"
-        number = len(scene.shapes)
-        if zh:
-            return question, f"{nth_zh}张图里有{NUMBERS_ZH[number]}个形状。"
-        are = "is one shape" if number == 1 else f"are {NUMBERS[number]} shapes"
-        return question, f"There {are} in the {nth} picture."
-    if way == "most":
-        numbers = [len(each.shapes) for each in scenes]
-        if numbers.count(max(numbers)) > 1:
-            return None
-        nth, nth_zh = ORDINALS[numbers.index(max(numbers))]
-        if zh:
-            return rng.choice(("哪张图里的形状最多？", "哪张图的形状最多？")), f"{nth_zh}张图里的形状最多。"
-        return rng.choice(("Which picture has the most shapes?", "Where are the most shapes?")), (
-            f"The {nth} picture has the most shapes."
-        )
-    if way == "colour":
-        alone = _alone(scene)
-        if not alone:
-            return None
-        one = rng.choice(alone)
-        kind = noun(one.kind, zh=zh)
-        if zh:
-            return f"{nth_zh}张图里的{kind}是什么颜色？", f"{nth_zh}张图里的{kind}是{COLOURS[one.colour][0]}的。"
-        return f"What colour is the {kind} in the {nth} picture?", f"The {kind} in the {nth} picture is {one.colour}."
-    told = shapes_told(scene.shapes, zh=zh, placed=False)
-    if zh:
-        return rng.choice(("{0}张图里有什么？", "请描述{0}张图。")).format(nth_zh), f"{nth_zh}张图里有{told}。"
-    question = rng.choice(("What is in the {0} picture?", "Describe the {0} picture.")).format(nth)
-    return question, f"The {nth} picture shows {told}."

@@ -6,9 +6,11 @@ that was not sent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
-from . import questions
+from . import absent, questions
 from .draw import card, chart, document, scene
 from .phrases import describe, joined, noun, plural, shapes_told
 from .words import BACKGROUNDS, COLOURS, NAMES, NUMBERS_ZH, ORDINALS, PRINTED, SHAPES
@@ -167,8 +169,8 @@ def _polite(question: str, rng: Random, zh: bool) -> str:
 
 
 # what `blind` asks about things it does not draw
-SEEN = (
-    (scene, (questions.colour, questions.shape, questions.count, questions.position, questions.refusal)),
+SEEN: tuple[tuple[Callable[..., Any], tuple[Callable[..., Any], ...]], ...] = (
+    (scene, (questions.colour, questions.shape, questions.count, questions.position, absent.refusal)),
     (scene, (questions.described,)),
     (card, (questions.word, questions.digits, questions.described)),
     (chart, (questions.chart,)),

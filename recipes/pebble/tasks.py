@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from ..samples import Sample
-from . import draw, questions, talk
+from . import absent, draw, questions, several, talk
 from .draw import Canvas, Clip, Spec
 
 # of 20 buckets: the test split has the first, calibration the second, training the rest
@@ -46,8 +46,8 @@ TASKS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[str, str] | None]]] 
     "chart": (("chart",), questions.chart),
     "document": (("document",), questions.document),
     "describe": (("scene", "card", "chart", "document"), questions.described),
-    "several": (("several",), questions.several),
-    "refusal": (("scene", "card", "chart", "document"), questions.refusal),
+    "several": (("several",), several.several),
+    "refusal": (("scene", "card", "chart", "document"), absent.refusal),
     "text": (("text",), talk.text),
     "motion": (("clip",), questions.motion),
 }
@@ -80,10 +80,10 @@ def belongs(key: str, split: str) -> bool:
 def _specs(kind: str, rng: Random, canvas: Canvas, split: str) -> tuple[Spec, ...]:
     if kind == "text":
         return ()
-    several, found = kind == "several", []
-    for _ in range(rng.randint(2, 3) if several else 1):
+    many, found = kind == "several", []
+    for _ in range(rng.randint(2, 3) if many else 1):
         while True:
-            spec = draw.scene(rng, canvas, most=3) if several else MAKERS[kind](rng, canvas)
+            spec = draw.scene(rng, canvas, most=3) if many else MAKERS[kind](rng, canvas)
             if belongs(draw.content(spec), split):
                 found.append(spec)
                 break
