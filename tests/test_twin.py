@@ -61,7 +61,7 @@ def said(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     for i, sample in enumerate(samples("test", 6, tasks=["describe", "word", "text"])):
         asked = "".join(p["text"] for p in sample.messages[-2]["content"] if p["type"] == "text")
         place = "<|vision_start|><|image_pad|><|vision_end|>" if sample.images else ""
-        prompt = {"prompt": PROMPT.format(place=place, text=asked), "answer": f"{sample.answer}<|im_end|>\n"}
+        prompt = {"prompt": PROMPT.format(place=place, text=asked), "answer": f"{sample.answer}<|im_end|>"}
         if sample.images:
             prompt["image"] = str(folder / f"{i}.png")
             sample.images[0].save(prompt["image"])

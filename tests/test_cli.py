@@ -1,0 +1,228 @@
+"""The command line: each kind of bad input is one clear line and an exit code, and nothing is lost by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import vlm
+
+from mmq.__main__ import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def mmq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`mmq("quantize", ...)` in a folder of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MMQ_DEBUG", raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmq", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def one_line(err: str) -> str:
+    """The last line of stderr, which must be the only one that is mmq's, and no traceback."""
+    lines = [line for line in err.splitlines() if line.startswith("mmq: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantize", "Qwen2-VL-2B"], "did you mean Qwen2-VL-2B-Instruct"),
+        (["recipes", "peble"], "did you mean pebble"),
+        (["quantize", "pebble", "--format", "gptq", "--asymmetric"], "cannot hold asymmetric awq"),
+        (["quantize", "pebble", "--group-size", "100"], "group_size is 100; it must be one of 32, 64, 128"),
+        (["quantize", "pebble", "--samples", "0"], "samples is 0"),
+        (["quantize", "pebble", "--calibration", "nowhere.jsonl"], "no calibration 'nowhere.jsonl'"),
+        (["quantize", "pebble", "--revision", "main"], "leave --revision out"),
+        (["quantize", "pebble", "--keep", "mpl", "--samples", "2"], "nothing in the model is named 'mpl'"),
+        (["quantize", "pebble", "--device", "tpu"], "it must be auto, cpu, cuda"),
+        (["check", "nowhere"], "nowhere: no such folder"),
+        (["check", "."], "not an mmq artifact"),
+        (["serve", "nowhere", "--print"], "no recipe, folder or hub id 'nowhere'"),
+        (["serve", "pebble", "--print", "--engine", "triton"], "known engines are"),
+        (["infer", "pebble"], "give a prompt"),
+        (["infer", "pebble", "hello", "--image", "none.png"], "none.png"),
+        (["bench", "--compare", "fp16", "awq"], "awq"),
+        (["bench", "pebble", "--vram", "lots"], "lots"),
+    ],
+)
+def test_bad_words(mmq: Run, words: list[str], message: str) -> None:
+    code, _, err = mmq(*words)
+    assert code == 2
+    assert message in one_line(err)
+
+
+def test_no_gpu_is_told(mmq: Run) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, _, err = mmq("quantize", "pebble", "--device", "cuda")
+    assert code == 2
+    assert "torch sees no NVIDIA GPU" in one_line(err)
+
+
+def test_an_unknown_key_in_a_recipe(mmq: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\nmodel: pebble\ngroupsize: 64\n", encoding="utf-8")
+    code, _, err = mmq("quantize", "mine.yaml")
+    assert code == 2
+    assert "mine.yaml: unknown key 'groupsize'; did you mean 'group_size'?" in one_line(err)
+
+
+def test_a_recipe_of_ones_own(mmq: Run, tmp_path: Path) -> None:
+    text = "name: mine\nmodel: pebble\nmethod: rtn\nsamples: 2\ngroup_size: 64\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    code, out, _ = mmq("quantize", "mine.yaml", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["artifact"] == "out-rtn"
+    assert facts["linears"] == 35
+    manifest = json.loads((tmp_path / "out-rtn" / "mmq.json").read_text(encoding="utf-8"))
+    assert (manifest["name"], manifest["group_size"]) == ("mine-rtn", 64)
+
+
+def test_pickle_only_is_refused(mmq: Run, pebble: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pebble, tmp_path / "old"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    code, _, err = mmq("quantize", "./old")
+    assert code == 2
+    assert "safetensors" in one_line(err)
+
+
+def test_an_unknown_family(mmq: Run, pebble: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pebble, tmp_path / "strange"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "kosmos"}))
+    code, _, err = mmq("quantize", "./strange")
+    assert code == 2
+    assert "add a row" in one_line(err)
+
+
+def test_a_broken_line_is_numbered(mmq: Run, tmp_path: Path) -> None:
+    good = json.dumps({"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]})
+    (tmp_path / "data.jsonl").write_text(f"{good}\n{good[:-3]}\n", encoding="utf-8")
+    code, _, err = mmq("quantize", "pebble", "--calibration", "data.jsonl")
+    assert code == 2
+    assert "data.jsonl" in one_line(err)
+    assert "line 2" in one_line(err)
+    assert not (tmp_path / "out-awq").exists()
+
+
+def test_an_unreadable_picture_is_named(mmq: Run, tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    line = {"messages": [{"role": "user", "content": "<image>什么？"}], "images": ["torn.png"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    code, _, err = mmq("quantize", "pebble", "--calibration", "data.jsonl")
+    assert code == 2
+    assert "torn.png" in one_line(err)
+    assert "line 1" in one_line(err)
+
+
+def test_a_group_size_that_does_not_divide(mmq: Run, tmp_path: Path) -> None:
+    vlm("qwen2_vl", tmp_path / "odd", intermediate=192)
+    code, _, err = mmq("quantize", "./odd", "--samples", "2")
+    assert code == 2
+    assert "group size 128 does not divide the 192 inputs of model.layers.0.mlp.down_proj" in one_line(err)
+
+
+def test_a_folder_that_is_not_empty(mmq: Run, tmp_path: Path) -> None:
+    (tmp_path / "out-awq").mkdir()
+    (tmp_path / "out-awq" / "thesis.tex").write_text("years of work")
+    for more in ([], ["--overwrite"]):
+        code, _, err = mmq("quantize", "pebble", "--samples", "2", *more)
+        assert code == 2
+        assert "out-awq is not empty" in one_line(err)
+    assert (tmp_path / "out-awq" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_full_disk(mmq: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nearly_full)
+    code, _, err = mmq("quantize", "pebble", "--samples", "2")
+    assert code == 2
+    assert "GiB needed, 0.00 GiB free" in one_line(err)
+    assert not (tmp_path / "out-awq").exists()
+
+
+def test_an_engine_that_is_not_installed(mmq: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = mmq("serve", "pebble", "--print")
+    assert code == 2
+    assert "pip install vllm" in one_line(err)
+
+
+def test_ctrl_c_is_taken_up_again(mmq: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A real SIGINT to a real process while it walks; the same command then finishes from there."""
+    script = (
+        "import os, signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from mmq.__main__ import main\n"
+        "def shoot():\n"
+        "    while not Path('out-awq/model-00002-of-00006.safetensors').exists(): time.sleep(0.005)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "threading.Thread(target=shoot, daemon=True).start()\n"
+        "sys.argv = ['mmq', 'quantize', 'pebble', '--samples', '48']\n"
+        "main()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 130, run.stderr
+    assert "the same command takes it up again" in run.stderr
+    assert not (tmp_path / "out-awq" / "mmq.json").exists()
+    first = (tmp_path / "out-awq" / "model-00001-of-00006.safetensors").stat().st_mtime_ns
+    code, out, err = mmq("quantize", "pebble", "--samples", "48", "--json")
+    assert code == 0, err
+    assert (tmp_path / "out-awq" / "model-00001-of-00006.safetensors").stat().st_mtime_ns == first
+    assert json.loads(out)["linears"] == 35
+
+
+def test_a_check_past_its_limits_exits_1(mmq: Run, tmp_path: Path) -> None:
+    text = "name: strict\nmodel: pebble\nmethod: rtn\nsamples: 2\nlimits: {mean_kl: 0.0}\n"
+    (tmp_path / "strict.yaml").write_text(text, encoding="utf-8")
+    assert mmq("quantize", "strict.yaml", "--json")[0] == 0
+    code, out, err = mmq("check", "out-rtn", "--samples", "13", "--json")
+    assert code == 1
+    assert "past the limit: mean_kl is" in err
+    assert any("mean_kl" in failure for failure in json.loads(out)["failures"])
+    report = json.loads((tmp_path / "out-rtn" / "check.json").read_text(encoding="utf-8"))
+    assert report["passed"] is False
+    assert report["measures"]["mean_kl"] > 0
+    assert "| mean KL to FP16" in (tmp_path / "out-rtn" / "check.md").read_text(encoding="utf-8")
+
+
+def test_summaries_name_the_next_command(mmq: Run, tmp_path: Path) -> None:
+    code, out, _ = mmq("quantize", "pebble", "--method", "rtn", "--samples", "2")
+    assert code == 0
+    assert out.rstrip().endswith("next: mmq check out-rtn")
+    assert "x smaller" in out
+    code, out, _ = mmq("recipes")
+    assert code == 0
+    assert "MiniCPM-V-2_6" in out
+
+
+def test_serve_print_starts_nothing(mmq: Run) -> None:
+    code, out, _ = mmq("serve", "pebble", "--print", "--port", "8123", "--", "--seed", "7")
+    assert code == 0
+    assert "vllm serve" in out
+    assert "--port 8123" in out
+    assert "--seed 7" in out
+    assert "only this machine can connect" in " ".join(out.split())
