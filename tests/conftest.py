@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from mmq.serve.launch import Server
 
+torch.set_num_threads(1)  # the matrices are small, and threads that spin for each other stall on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub that is not the test's own
 
 SAMPLES = 48

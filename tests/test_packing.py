@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mmq.export.packing import LAYOUTS, pack_last, unpack_last
 from mmq.quantize.grid import Quantized, dequantize
 
