@@ -43,7 +43,7 @@ def run(folder: str, prompts: list[dict]) -> dict:
     for p, out in zip(prompts, llm.generate(requests, params, use_tqdm=False), strict=True):
         count = len(words.encode(p["answer"], add_special_tokens=False))
         assert out.prompt_logprobs
-        logprobs = [next(iter(entry.values())).logprob for entry in out.prompt_logprobs[-count:]]
+        logprobs = [next(iter(entry.values())).logprob for entry in out.prompt_logprobs[-count:] if entry]
         found.append({"logprobs": logprobs, "tokens": list(out.outputs[0].token_ids)})
     model = llm.llm_engine.model_executor.driver_worker.model_runner.model
     packed = sum(1 for n, _ in model.named_parameters() if "qweight" in n or "weight_packed" in n or "absmax" in n)
