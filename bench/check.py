@@ -244,7 +244,8 @@ def _failures(measures: Mapping[str, float], limits: Limits, layers: Sequence[fl
         if not good:
             found.append(f"{name} is {value:.4g}, the limit is {sign} {bound:.4g}")
     if found and len(layers) > 1:
-        jumps = [now - was for was, now in zip([0.0, *layers], layers, strict=False)]
-        worst = max(range(len(jumps)), key=jumps.__getitem__)
+        # 0.01 is about what honest int4 costs the first layer: below it, growth means nothing
+        growth = [(now + 0.01) / (was + 0.01) for was, now in zip([0.0, *layers], layers, strict=False)]
+        worst = max(range(len(growth)), key=growth.__getitem__)
         found.append(f"the error grows most in decoder layer {worst}: {layers[worst]:.3g} of the signal after it")
     return found

@@ -30,10 +30,10 @@ PROMPT = "<|im_start|>user\n{place}{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def twin(artifact: Path, out: Path) -> Path:
-    """The artifact's dequantized weights as a plain bf16 checkpoint."""
+    """The artifact's dequantized weights as a plain float16 checkpoint."""
     shutil.copytree(artifact, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "mmq.json"))
     source = view(artifact)
-    tensors = {n: source.get(n).to(torch.bfloat16).contiguous() for n in source.metas}
+    tensors = {n: source.get(n).to(torch.float16).contiguous() for n in source.metas}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text())
     del config["quantization_config"]
