@@ -81,8 +81,8 @@ Trained {result["date"]} with {result["versions"]}.
 
 The data is drawn by `draw.py` and asked by `questions.py` and its neighbours; nothing is downloaded. What a picture
 says (not where exactly or how large it is drawn) is hashed, and the hash says whether it is of the training,
-calibration or test split; texts without a picture likewise. Loss on the answers' tokens alone; Muon for the matrices and AdamW for
-the rest; some pictures are shrunk or given noise. Loss curve: `loss.png`; log: `train.log`.
+calibration or test split; texts without a picture likewise. Loss on the answers' tokens alone; Muon for the matrices
+and AdamW for the rest; some pictures are shrunk or given noise. Loss curve: `loss.png`; log: `train.log`.
 
 Pictures are resized to between 112 x 112 and 224 x 224 pixels by the processor, the sizes it was trained on.
 """
