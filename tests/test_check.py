@@ -45,7 +45,7 @@ def test_an_honest_artifact_passes(artifact: Artifact, method: str) -> None:
 
 
 def test_nf4_is_checked_too(artifact: Artifact) -> None:
-    """It knows no calibration and pebble has outlier channels, so it may be past a limit; it is whole and it answers."""
+    """It knows no calibration and pebble has outlier channels, so a limit may be passed; it is whole and answers."""
     measures = checked(artifact("bnb")).measures
     assert (measures["coverage"], measures["unintended"], measures["finite"]) == (1, 0, 1)
     assert measures["accuracy_int4"] > 0.7
