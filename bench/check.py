@@ -1,7 +1,7 @@
 """The check: an artifact against its own FP16 base, walked in lockstep on held-out samples, and held to limits.
 
 What it knows of the artifact it reads from the artifact's own folder: weights, vision tower, processor, chat template.
-Knows no algorithm and no engine; `engine.py` asks the same of a served artifact.
+Knows no algorithm and no engine; `served.py` asks the same of a served artifact.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def _hidden(skeleton: Skeleton, inputs: Mapping[str, Tensor], mask: Tensor) -> C
 
 def _mean_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Mean over samples of |b - a|^2 / |a|^2."""
-    return statistics.fmean(float((b - a).square().sum() / a.square().sum().clamp_min(1e-30)) for a, b in pairs)
+    wide = ((a.float(), b.float()) for a, b in pairs)  # squares of large states overflow fp16
+    return statistics.fmean(float((b - a).square().sum() / a.square().sum().clamp_min(1e-30)) for a, b in wide)
 
 
 def _coverage(artifact: Artifact, before: Skeleton) -> dict[str, float]:

@@ -44,7 +44,7 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
 
 
 def summary(parts: Sequence[Tokens]) -> dict[str, float]:
-    """mean_kl, p99_kl, top1, perplexity_before, perplexity_after and their ratio, over all tokens of `parts`."""
+    """mean_kl, p99_kl, top1, perplexity_fp16, perplexity_int4 and their ratio, over all the tokens of `parts`."""
     kl = torch.cat([p.kl for p in parts])
     before, after = (torch.cat([getattr(p, n) for p in parts]).mean().exp() for n in ("nll_before", "nll_after"))
     return {

@@ -7,6 +7,8 @@ tr(dW H dW^T) with H the input's Gram matrix, so no candidate runs the model aga
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -71,9 +73,10 @@ def awq(problem: Problem, grid: Grid, *, stored: torch.dtype = torch.bfloat16, h
     changed: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
+    chosen = {name for group in problem.groups for name in group.linears}
     for group in problem.groups:
         ws = [weights[f"{n}.weight"] for n in group.linears]
-        tie = absorbable(group, weights)
+        tie = absorbable(group, weights, chosen)
         if tie == 0:
             continue
         s = best_scale(ws, grams[group], grid, tie=tie, tie_block=head_dim)
@@ -95,10 +98,15 @@ def awq(problem: Problem, grid: Grid, *, stored: torch.dtype = torch.bfloat16, h
     return Solution(quantized, changed, columns, rows)
 
 
-def absorbable(group: Group, weights: dict[str, Tensor]) -> int:
+def absorbable(group: Group, weights: dict[str, Tensor], quantized: Collection[str]) -> int:
     """How many channels of the group's input share one channel of its absorber: 1 as a rule, the number of query
-    heads per value head between v and o under grouped-query attention, 0 when the scale cannot be folded."""
+    heads per value head between v and o under grouped-query attention, 0 when the scale cannot be folded.
+
+    A norm takes a scale at any time, a linear only when it is `quantized` itself: one kept in 16 bit stays as it is.
+    """
     if group.absorber is None or f"{group.absorber}.weight" not in weights:
+        return 0
+    if weights[f"{group.absorber}.weight"].ndim > 1 and group.absorber not in quantized:
         return 0
     width = weights[f"{group.linears[0]}.weight"].shape[1]
     rows = weights[f"{group.absorber}.weight"].shape[0]

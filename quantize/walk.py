@@ -56,7 +56,7 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
     """Per decoder layer, the groups to quantize: the family's, less what starts with an entry of `keep`.
 
     An entry is a prefix of a module's or a checkpoint's name. Engines fuse the linears of a group, so a group is
-    quantized whole or not at all: ValueError when `keep` splits one, or matches nothing.
+    quantized whole or not at all: ValueError when `keep` splits one, matches nothing, or leaves nothing.
     """
     used: set[str] = set()
     found = {}
@@ -82,6 +82,8 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
     for k in keep:
         if k not in used and not any(n.startswith(k) or skeleton.names[n].startswith(k) for n in outside):
             raise ValueError(f"keep: nothing in the model is named {k!r}")
+    if not any(found.values()):
+        raise ValueError("keep leaves no linear to quantize; name fewer modules")
     return found
 
 
@@ -222,7 +224,10 @@ def head_dim(config: Any) -> int:
 
 
 def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> dict[Group, Tensor]:
-    """Run the layer on every halted call and accumulate, per group, H = sum x x^T / tokens, float32 [in, in]."""
+    """Run the layer on every halted call and accumulate, per group, H = sum x x^T / tokens, float32 [in, in].
+
+    ValueError when a linear's inputs are not finite: no scale and no rounding can be judged on them.
+    """
     grams: dict[Group, Tensor] = {}
     tokens: dict[Group, int] = {}
 
@@ -244,4 +249,10 @@ def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> dict[Group, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    for group, gram in grams.items():
+        if not bool(torch.isfinite(gram).all()):
+            raise ValueError(
+                f"the inputs of {group.linears[0]} in decoder layer {stop.index} are not finite: the checkpoint overflows "
+                "in its own dtype, or is damaged; --device cpu computes in float32"
+            )
     return {g: h / tokens[g] for g, h in grams.items()}

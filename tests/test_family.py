@@ -12,9 +12,12 @@ from tiny import vlm
 from mmq.export.artifact import open_artifact
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
-from mmq.quantize.family import FAMILIES, family_of
+from mmq.quantize.awq import awq
+from mmq.quantize.family import FAMILIES, LLAMA, family_of
+from mmq.quantize.grid import Grid
 from mmq.quantize.inputs import encode
 from mmq.quantize.lockstep import Lockstep
+from mmq.quantize.method import Problem, output_error, restored
 from mmq.quantize.skeleton import build, load_layer, load_outside, release_layer
 from mmq.quantize.source import open_source
 from mmq.quantize.walk import linears
@@ -73,6 +76,20 @@ def test_keep_leaves_a_group_in_16_bit(checkpoint: Path) -> None:
         linears(skeleton, ["self_attn.q_proj"])
     with pytest.raises(ValueError, match="nothing in the model is named 'mpl'"):
         linears(skeleton, ["mpl"])
+    with pytest.raises(ValueError, match="keep leaves no linear to quantize"):
+        linears(skeleton, ["self_attn", "mlp"])
+
+
+def test_a_linear_kept_in_16_bit_absorbs_no_scale() -> None:
+    """v_proj kept and o_proj quantized: o's input stays as it was, so what o stands for must be near the original."""
+    weights = {f"{n}.weight": torch.randn(128, 128) for g in LLAMA[:2] for n in g.linears}
+    x = torch.randn(512, 128) * torch.logspace(-1.5, 1.5, 128)
+    gram = x.T @ x / len(x)
+    alone = awq(Problem(weights, LLAMA[1:2], {LLAMA[1]: gram}), Grid())
+    assert not alone.changed
+    assert not alone.columns
+    loss = output_error(restored(alone.quantized["self_attn.o_proj"]) - weights["self_attn.o_proj.weight"], gram)
+    assert loss < 0.05 * output_error(weights["self_attn.o_proj.weight"], gram)
 
 
 def test_an_unknown_family_says_how_to_add_it(tmp_path: Path) -> None:
