@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from openai import OpenAI
+
 from ..export.artifact import Artifact
 from ..export.view import view
 from ..quantize.skeleton import build
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Limits
 from ..recipes.samples import Sample, as_openai
+from ..serve.client import connect, plain_errors
 from ..serve.engines import plan
 from ..serve.launch import free_port, running
 from ..serve.machine import this_machine
@@ -37,18 +40,24 @@ def check_served(
 ) -> Checked:
     """Serve `artifact` under `engine` and compare its logprobs of the reference answers with both walks.
 
-    Videos are left out: engines sample their frames on their own. RuntimeError when the engine dies.
+    Videos are left out: engines sample their frames on their own. ValueError when no sample is left, OSError when the
+    engine is not installed, RuntimeError when it dies.
     """
     samples = [s for s in samples if s.answer and not s.videos]
-    before, after = build(base, device=device), build(artifact.path, source=view(artifact.path), device=device)
-    walked = walk_both(before, after, samples, tell=tell)
+    if not samples:
+        raise ValueError("no sample to check on: each must end in an assistant's answer, and videos are left out")
+    plan(engine, artifact.path, machine=this_machine())  # what cannot be served is told before the long walk
+    # no name holds the two models: their memory is the engine's from here on
+    walked = walk_both(
+        build(base, device=device), build(artifact.path, source=view(artifact.path), device=device), samples, tell=tell
+    )
     launch = plan(engine, artifact.path, machine=this_machine(), port=free_port())
     log = artifact.path / f"{engine}.log"
     seen: list[list[float]] = []
     unseen: list[list[float] | None] = []
-    with running(launch, log_path=log, tell=tell) as server:
+    with running(launch, log_path=log, tell=tell) as server, connect(server.url, retries=0) as client:
         for number, (sample, tokens) in enumerate(zip(samples, walked.tokens, strict=True)):
-            ask = partial(answer_logprobs, server.url, server.name, count=tokens.kl.numel(), behind=tokens.behind)
+            ask = partial(answer_logprobs, client, server.name, count=tokens.kl.numel(), behind=tokens.behind)
             seen.append(ask(sample))
             unseen.append(ask(blind(sample)) if sample.images else None)
             tell(Step("ask the engine", number + 1, len(samples)))
@@ -73,19 +82,18 @@ def check_served(
     return Checked(measures, tuple(_failures(measures, limits, engine)), walked.layers, tuple(raw))
 
 
-def answer_logprobs(url: str, model: str, sample: Sample, *, count: int, behind: int) -> list[float]:
+def answer_logprobs(client: OpenAI, model: str, sample: Sample, *, count: int, behind: int) -> list[float]:
     """The engine's logprobs of the `count` tokens of the sample's reference answer, its end token included; `behind`
-    more tokens follow it in the chat template."""
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
-    reply = client.chat.completions.create(
-        model=model,
-        messages=as_openai(sample),  # pyright: ignore[reportArgumentType]
-        max_tokens=1,
-        temperature=0,
-        extra_body={"prompt_logprobs": 0, "add_generation_prompt": False},
-    )
+    more tokens follow it in the chat template. Errors as in `client.plain_errors`."""
+    url = str(client.base_url)
+    with plain_errors(url):
+        reply = client.chat.completions.create(
+            model=model,
+            messages=as_openai(sample),  # pyright: ignore[reportArgumentType]
+            max_tokens=1,
+            temperature=0,
+            extra_body={"prompt_logprobs": 0, "add_generation_prompt": False},
+        )
     entries = (reply.model_extra or {}).get("prompt_logprobs")
     if not entries:
         raise RuntimeError(f"the server at {url} gives no prompt_logprobs; this check needs vLLM")

@@ -252,7 +252,7 @@ def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> dict[Group, Tensor]:
     for group, gram in grams.items():
         if not bool(torch.isfinite(gram).all()):
             raise ValueError(
-                f"the inputs of {group.linears[0]} in decoder layer {stop.index} are not finite: the checkpoint overflows "
-                "in its own dtype, or is damaged; --device cpu computes in float32"
+                f"the inputs of {group.linears[0]} in decoder layer {stop.index} are not finite: the checkpoint "
+                "overflows in its own dtype, or is damaged; --device cpu computes in float32"
             )
     return {g: h / tokens[g] for g, h in grams.items()}

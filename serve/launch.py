@@ -175,7 +175,7 @@ def running(
     """Run the launch in the background for the length of a `with`; yields the healthy server.
 
     Its log goes to `log_path` (a temporary file by default, kept). ValueError when the port is taken, RuntimeError
-    with the engine's own error when it dies at its start.
+    with the engine's own error when it dies, at its start or while it is being asked (an OSError within the `with`).
     """
     if log_path is None:
         handle, path = tempfile.mkstemp(prefix="mmq-serve-", suffix=".log")
@@ -187,8 +187,21 @@ def running(
         try:
             startup = _wait_healthy(process, launch, log_path, timeout, tell)
             yield Server(launch.url, launch.name, process.pid, log_path, startup)
+        except OSError:
+            code = _ended(process)
+            if code is None:
+                raise
+            why = why_it_died(log_path, returncode=code)
+            raise RuntimeError(f"the engine died: {why} (log: {log_path})") from None
         finally:
             end(process)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """The status of a process that is gone, or goes within a moment; None where it runs on."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(2)
+    return None
 
 
 def foreground(

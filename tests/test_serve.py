@@ -314,6 +314,21 @@ def test_death_and_slowness_at_the_start_are_told(tmp_path: Path) -> None:
     assert gone(int((tmp_path / "log").read_text().split()[1]))
 
 
+def test_a_death_while_it_is_asked_is_the_engines(tmp_path: Path) -> None:
+    """The client only sees a lost connection; the engine's log says why."""
+    dying = SERVER.replace(
+        "def do_GET(self):", "def do_POST(self): print('MemoryError: no'); os._exit(3)\n    def do_GET(self):"
+    )
+    with (
+        pytest.raises(RuntimeError, match="the engine died: MemoryError: no "),
+        running(small(dying), log_path=tmp_path / "log") as server,
+        connect(server.url, retries=0) as client,
+    ):
+        ask(client, [{"role": "user", "content": "?"}], model="small")
+    with pytest.raises(OSError, match="disk full"), running(small(), log_path=tmp_path / "log"):
+        raise OSError("disk full")
+
+
 FOREGROUND = """
 import sys, pathlib
 from mmq.serve.flags import Launch
