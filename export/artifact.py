@@ -125,6 +125,8 @@ def prepare(out: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = Fals
 
 def finish(out: Path, manifest: Mapping[str, Any]) -> Artifact:
     """Hash every file, write the manifest last, and take away what only the unfinished run needed."""
+    for left in out.glob("*.part"):  # half a file, of a run that was killed while it wrote
+        left.unlink()
     files = {
         p.name: {"sha256": hash_file(p), "size": p.stat().st_size}
         for p in sorted(out.iterdir())

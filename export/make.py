@@ -37,7 +37,7 @@ from .view import restored_tensors
 
 REST_SHARD = 2**30  # bytes of untouched tensors in one file
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json", ".gitattributes")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def make(
         "mmq": __version__,
     }
     marks = json.loads(json.dumps(marks))  # as it will read back
-    check_disk(out, _expected_bytes(skeleton, order))
+    there = sum(p.stat().st_size for p in out.glob("*.safetensors"))  # made already, or about to be replaced
+    check_disk(out, _expected_bytes(skeleton, order) - there)
     prepare(out, marks, overwrite=overwrite)
     for layer in walk(
         skeleton,
@@ -110,7 +111,7 @@ def make(
         tell(Step("copy", number + 1, len(rest)))
     _write_index(order)
     _write_config(skeleton, order)
-    _copy_small_files(base.path, out)
+    copy_small_files(base.path, out)
     return finish(
         out,
         {
@@ -268,8 +269,12 @@ def _write_config(skeleton: Skeleton, order: Order) -> None:
     write_json(order.out / "config.json", config)
 
 
-def _copy_small_files(base: Path, out: Path) -> None:
-    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code."""
+def copy_small_files(base: Path, out: Path) -> None:
+    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code.
+
+    Not what is hidden: of the hub, of git, or of the user (a .env with a token).
+    """
     for path in sorted(base.iterdir()):
-        if path.is_file() and path.name not in NOT_COPIED and path.suffix not in LEFT_BEHIND:
+        hidden = path.name.startswith(".")
+        if path.is_file() and not hidden and path.name not in NOT_COPIED and path.suffix not in LEFT_BEHIND:
             shutil.copyfile(path, out / path.name)

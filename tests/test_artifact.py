@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmq.export.artifact import MANIFEST, UNFINISHED, check_disk, open_artifact, prepare
+from mmq.export.artifact import MANIFEST, UNFINISHED, check_disk, finish, open_artifact, prepare
 from mmq.export.config import settle
-from mmq.export.make import make
+from mmq.export.make import copy_small_files, make
 from mmq.export.view import packed_linears, view
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn
@@ -125,6 +125,24 @@ def test_a_folder_with_other_things_is_never_emptied(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not empty"):
             prepare(tmp_path, {}, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_half_a_file_of_a_killed_run_is_left_out(tmp_path: Path) -> None:
+    """A run killed while it wrote its manifest, taken up again."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / f"{MANIFEST}.part").write_text("{")
+    assert set(finish(tmp_path, {"format": "awq"}).manifest["files"]) == {"config.json"}
+    open_artifact(tmp_path, verify=True)
+
+
+def test_hidden_files_of_the_base_are_not_copied(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    for name in (".env", ".gitattributes", "chat_template.jinja", "modeling_x.py", "model.safetensors"):
+        (base / name).write_text("x")
+    copy_small_files(base, out)
+    assert {p.name for p in out.iterdir()} == {"chat_template.jinja", "modeling_x.py"}
 
 
 def test_overwrite_replaces_an_artifact(artifact: Artifact, tmp_path: Path) -> None:
