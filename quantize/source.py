@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..recipes.folder import shard_names
+
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -55,23 +57,12 @@ def headers(path: Path) -> dict[str, Any]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, by its index where it has one. OSError when one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / n for n in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise OSError(f"{folder}: no .safetensors files; mmq reads safetensors checkpoints only")
-    for f in files:
-        if not f.is_file():
-            raise OSError(f"{f}: missing, though {index.name} names it")
-    return files
+    """The safetensors files that make the model, by its index where it has one. Errors as `shard_names`."""
+    return [folder / name for name in shard_names(folder)]
 
 
 def open_source(folder: Path) -> Source:
-    """Open the checkpoint in `folder`: headers are read now, tensors on demand. OSError as in `headers`."""
+    """Open the checkpoint in `folder`: headers are read now, tensors on demand. Errors as in `headers` and `shard_files`."""
     where: dict[str, Path] = {}
     metas: dict[str, Meta] = {}
     for path in shard_files(folder):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..recipes.folder import shard_names
+
 # layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
 CACHED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -78,11 +80,8 @@ def context_length(config: Mapping[str, Any]) -> int:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the folder's safetensors files. OSError where there are none."""
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        raise OSError(f"{folder}: no .safetensors files; mmq serves safetensors checkpoints only")
-    return sum(f.stat().st_size for f in files)
+    """Bytes of the safetensors files that make the model. Errors as `shard_names`."""
+    return sum((folder / name).stat().st_size for name in shard_names(folder))
 
 
 def read_shape(folder: Path) -> Shape:

@@ -1,0 +1,48 @@
+"""The check of a served artifact, in the real engine: an honest one passes, other weights fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmq.bench.served import check_served
+from mmq.export.artifact import open_artifact
+from mmq.recipes.pebble.tasks import samples
+from mmq.recipes.recipe import Limits
+from mmq.serve.engines import find_vllm
+
+# starts vLLM with everything it is told but the checkpoint: it serves another one under the same name
+OTHERWISE = """#!{python}
+import os, sys
+os.execv({vllm!r}, [{vllm!r}, "serve", {base!r}, *sys.argv[3:]])
+"""
+COUNT = 13  # one of each task
+
+
+def test_the_engine_computes_with_the_artifacts_weights(artifact: Callable[..., Path], pebble: Path) -> None:
+    opened = open_artifact(artifact("awq"))
+    result = check_served(opened, pebble, samples=list(samples("test", COUNT)), limits=Limits())
+    assert result.failures == ()
+    assert result.measures["served_to_int4"] < 0.5 * result.measures["served_to_fp16"]
+    assert result.measures["served_image_effect"] > 0.8
+
+
+def test_an_engine_that_loads_16_bit_fails(
+    artifact: Callable[..., Path], pebble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "vllm"
+    program.write_text(OTHERWISE.format(python=sys.executable, vllm=str(find_vllm()), base=str(pebble)))
+    program.chmod(0o755)
+    monkeypatch.setenv("MMQ_VLLM", str(program))
+    opened = open_artifact(artifact("awq"))
+    result = check_served(opened, pebble, samples=list(samples("test", COUNT)), limits=Limits())
+    assert any("did it load 16-bit weights?" in line for line in result.failures)
+
+
+def test_nothing_to_ask_is_told_before_any_start(artifact: Callable[..., Path], pebble: Path) -> None:
+    questions = [s.question for s in samples("test", 2)]
+    with pytest.raises(ValueError, match="no sample to check on"):
+        check_served(open_artifact(artifact("awq")), pebble, samples=questions, limits=Limits())
