@@ -65,7 +65,9 @@ def fits(skeleton: Skeleton) -> bool:
     count = sum(p.numel() for layer in skeleton.layers for p in layer.parameters())
     size = count * torch.finfo(skeleton.dtype).bits // 8
     if skeleton.device.type == "cuda":
-        return size < torch.cuda.mem_get_info(skeleton.device)[0] / 2
+        # what torch holds and does not use is free too, though the driver counts it as taken
+        idle = torch.cuda.memory_reserved(skeleton.device) - torch.cuda.memory_allocated(skeleton.device)
+        return size < (torch.cuda.mem_get_info(skeleton.device)[0] + idle) / 2
     import psutil
 
     return size < psutil.virtual_memory().available / 2

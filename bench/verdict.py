@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ..export.artifact import Artifact, write_json
-from ..recipes.recipe import Limits
+from ..export.artifact import MANIFEST, Artifact, write_json
+from ..recipes.recipe import Limits, limits_from
 from .check import Checked
 from .report import markdown_table, now, versions
 
@@ -62,7 +62,7 @@ def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
 def write(artifact: Artifact, result: Checked, *, engine: str | None = None) -> Path:
     """Write check.json and check.md (or check-ENGINE) into the artifact's folder; returns the JSON's path."""
     path = artifact.path / (f"check-{engine}.json" if engine else "check.json")
-    limits = Limits(**artifact.manifest["recipe"]["limits"])
+    limits = limits_from(artifact.manifest["recipe"]["limits"], where=f"{artifact.path / MANIFEST}: limits")
     write_json(
         path,
         {

@@ -62,7 +62,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def open_source(folder: Path) -> Source:
-    """Open the checkpoint in `folder`: headers are read now, tensors on demand. Errors as in `headers` and `shard_files`."""
+    """Open the checkpoint in `folder`: headers now, tensors on demand. Errors as in `headers` and `shard_files`."""
     where: dict[str, Path] = {}
     metas: dict[str, Meta] = {}
     for path in shard_files(folder):

@@ -124,11 +124,15 @@ def parse(text: str, *, where: str) -> Recipe:
     if isinstance(data.get("keep"), list):
         data["keep"] = tuple(data["keep"])
     if "limits" in data:
-        inner = f"{where}: limits"
-        if not isinstance(data["limits"], dict):
-            raise ValueError(f"{inner} is a mapping of measures to numbers")
-        data["limits"] = _made(Limits, _known(Limits, data["limits"], inner), inner)
+        data["limits"] = limits_from(data["limits"], where=f"{where}: limits")
     return _made(Recipe, data, where)
+
+
+def limits_from(data: Any, *, where: str) -> Limits:
+    """Limits from a recipe's or a manifest's mapping; what it lacks has its default. ValueError on any unknown key."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is a mapping of measures to numbers")
+    return _made(Limits, _known(Limits, data, where), where)
 
 
 def _made(cls: type, data: dict[str, Any], where: str) -> Any:
