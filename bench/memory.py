@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..quantize.source import headers, shard_files
+from ..recipes.folder import headers, shard_names
 from ..serve.footprint import Footprint
 from ..serve.shape import context_length, kv_token_bytes, read_config
 from .report import Figure
@@ -30,7 +30,8 @@ class Fit:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of all tensors by the headers of the folder's safetensors files. OSError as `headers`."""
-    sizes = (t["data_offsets"] for f in shard_files(folder) for n, t in headers(f).items() if n != "__metadata__")
+    files = (headers(folder / name) for name in shard_names(folder))
+    sizes = (tensor["data_offsets"] for header in files for n, tensor in header.items() if n != "__metadata__")
     return sum(end - begin for begin, end in sizes)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import __version__
 from ..export.artifact import MANIFEST, open_artifact
-from ..quantize.source import headers, shard_files
+from ..recipes.folder import headers, shard_names
 from ..serve.machine import Machine
 
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -89,8 +89,8 @@ def digest_of(folder: Path) -> str:
     if (folder / MANIFEST).is_file():
         return open_artifact(folder).digest
     sha = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in shard_files(folder):
-        sha.update(json.dumps([file.name, headers(file)], sort_keys=True).encode())
+    for name in shard_names(folder):
+        sha.update(json.dumps([name, headers(folder / name)], sort_keys=True).encode())
     return f"headers:{sha.hexdigest()}"
 
 

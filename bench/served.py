@@ -52,10 +52,9 @@ def check_served(
         build(base, device=device), build(artifact.path, source=view(artifact.path), device=device), samples, tell=tell
     )
     launch = plan(engine, artifact.path, machine=this_machine(), port=free_port())
-    log = artifact.path / f"{engine}.log"
     seen: list[list[float]] = []
     unseen: list[list[float] | None] = []
-    with running(launch, log_path=log, tell=tell) as server, connect(server.url, retries=0) as client:
+    with running(launch, tell=tell) as server, connect(server.url, retries=0) as client:
         for number, (sample, tokens) in enumerate(zip(samples, walked.tokens, strict=True)):
             ask = partial(answer_logprobs, client, server.name, count=tokens.kl.numel(), behind=tokens.behind)
             seen.append(ask(sample))

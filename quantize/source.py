@@ -6,7 +6,6 @@ whether they were ever int4.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..recipes.folder import shard_names
+from ..recipes.folder import headers, shard_names
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -39,33 +38,12 @@ class Source:
     get: Callable[[str], Tensor]
 
 
-def headers(path: Path) -> dict[str, Any]:
-    """The JSON header of one safetensors file. OSError when the file is missing, cut short or not safetensors."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise OSError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-            header = json.loads(f.read(length))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise OSError(f"{path}: not a safetensors file") from None
-    end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise OSError(f"{path}: truncated: {size} bytes, its header speaks of {8 + length + end}")
-    return header
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files that make the model, by its index where it has one. Errors as `shard_names`."""
-    return [folder / name for name in shard_names(folder)]
-
-
 def open_source(folder: Path) -> Source:
-    """Open the checkpoint in `folder`: headers now, tensors on demand. Errors as in `headers` and `shard_files`."""
+    """Open the checkpoint in `folder`: headers now, tensors on demand. Errors as in `headers` and `shard_names`."""
     where: dict[str, Path] = {}
     metas: dict[str, Meta] = {}
-    for path in shard_files(folder):
+    for shard in shard_names(folder):
+        path = folder / shard
         for name, item in headers(path).items():
             if name != "__metadata__":
                 begin, end = item["data_offsets"]

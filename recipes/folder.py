@@ -22,7 +22,7 @@ def check(folder: Path) -> None:
     _json(folder / "config.json")
     shards = {}
     for name in shard_names(folder):
-        shards[name] = _tensors(folder / name)
+        shards[name] = headers(folder / name).keys()
     index = index_of(folder)
     if index is not None:
         for tensor, name in index["weight_map"].items():
@@ -63,8 +63,12 @@ def _json(path: Path) -> Any:
         raise OSError(f"{path} is not valid JSON ({e}); get the file again") from None
 
 
-def _tensors(path: Path) -> set[str]:
-    """The names in a safetensors header: 8 bytes of length, JSON, then exactly the bytes that the JSON counts."""
+def headers(path: Path) -> dict[str, Any]:
+    """The JSON header of one safetensors file: by tensor its dtype, shape and place, and perhaps `__metadata__`.
+
+    8 bytes of length, the JSON, then exactly the bytes that the JSON counts: OSError when the file is missing, cut
+    short, longer, a Git LFS pointer or nothing of the kind.
+    """
     _no_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -74,13 +78,13 @@ def _tensors(path: Path) -> set[str]:
             raise OSError(f"{path} is no whole safetensors file ({size} bytes); get the file again")
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            end = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise OSError(f"{path} has no safetensors header; get the file again") from None
     if end != size:
         raise OSError(f"{path} has {size} bytes where its header counts {end}; get the file again")
-    return set(header)
+    return header
 
 
 def _no_pointer(path: Path) -> None:
