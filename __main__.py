@@ -1,6 +1,7 @@
 """The command line: options in, rooms composed, one summary out. Everything that prints is here.
 
-Exit codes: 0 done; 1 measured and past a limit; 2 input, files or hub; 3 an engine died; 130 interrupted.
+Exit codes: 0 done; 1 measured and past a limit; 2 input, files or hub; 3 an engine died; 70 a fault of ours;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,11 +124,18 @@ def quantize(
     settle(recipe.method, recipe.symmetric, recipe.format)  # refuse what cannot be before anything is downloaded
     load_torch()
     from .export.make import make
+    from .quantize.family import family_of
+    from .quantize.skeleton import read_config
+    from .recipes.calibration import CALIBRATIONS
     from .recipes.hub import fetch
 
+    if recipe.calibration not in CALIBRATIONS and not Path(recipe.calibration).exists():
+        names = ", ".join(CALIBRATIONS)
+        raise ValueError(f"no calibration {recipe.calibration!r}: name a JSONL file, a folder, or one of {names}")
     start = time.monotonic()
     with progress(quiet=as_json) as tell:
         base = fetch(model_on(recipe, hub), hub=hub, revision=recipe.revision, tell=tell)
+        family_of(str(read_config(base.path).get("model_type")))
         chosen = calibration_samples(recipe, embedded=base.hub == "embedded")
         artifact = make(
             recipe,
@@ -181,11 +190,15 @@ def check(
 ) -> None:
     """Hold ARTIFACT against its FP16 base; exit 1 past the recipe's limits."""
     from .export.artifact import base_of, open_artifact
-    from .recipes.recipe import Limits
+    from .recipes.recipe import limits_from
 
     opened = open_artifact(artifact, verify=True)
     load_torch()
-    limits = Limits(**opened.manifest["recipe"]["limits"])
+    limits = limits_from(opened.manifest["recipe"]["limits"], where=f"{artifact}/mmq.json: limits")
+    if engine and device != "auto":
+        raise ValueError(
+            "--device goes without --engine: the engine chooses its own, and the walk beside it runs on the CPU"
+        )
     with progress(quiet=as_json) as tell:
         checkpoint = base or base_of(opened, tell=tell).path
         embedded = opened.manifest["base"]["hub"] == "embedded"
@@ -273,8 +286,9 @@ def serve(
         trust_remote_code=trust_remote_code,
         extra=engine_flags,
     )
-    click.echo(shell_line(launch), err=not print_only)
-    show_table(["", ""], [[flag, why] for flag, why in launch.reasons], err=not print_only)
+    if print_only:
+        click.echo(shell_line(launch))
+    show_table(["", ""], [[flag, why] for flag, why in launch.reasons], err=not print_only)  # keys are hidden here
     if print_only:
         return
 
@@ -443,10 +457,6 @@ def calibration_samples(recipe: Recipe, *, embedded: bool) -> list[Sample]:
         return []
     if recipe.calibration in CALIBRATIONS:
         return CALIBRATIONS[recipe.calibration](recipe.samples, size=None if embedded else REAL_SIZE)
-    if not Path(recipe.calibration).exists():
-        raise ValueError(
-            f"no calibration {recipe.calibration!r}: name a JSONL file, a folder, or one of {', '.join(CALIBRATIONS)}"
-        )
     return load(recipe.calibration, count=recipe.samples)
 
 
@@ -565,11 +575,16 @@ def main() -> None:
         e.show()
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        fail("interrupted; what is finished is kept, and the same command takes it up again", 130)
+        fail("interrupted; what is finished is kept, and quantize and infer go on from there if started again", 130)
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("MMQ_DEBUG"):
             raise
+        if type(e).__name__ == "OutOfMemoryError":
+            fail(f"the GPU's memory is full; fewer --samples or --device cpu need less ({str(e).split('.')[0]})", 2)
         fail(" ".join(str(e).split()), 3 if isinstance(e, RuntimeError) else 2)
+    except Exception:  # a fault of ours: its traceback, and a code that no measurement uses
+        traceback.print_exc()
+        fail("this is a fault in mmq; please report it with the lines above", 70)
 
 
 if __name__ == "__main__":

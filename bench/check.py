@@ -156,7 +156,7 @@ def walk_both(before: Skeleton, after: Skeleton, samples: Sequence[Sample], *, t
                 tell(Step("layer", a.index + 1, len(before.layers)))
         states = list(zip(one.results, two.results, strict=True))
         layers.append(_mean_error(states))
-        heads = [s.module.get_output_embeddings() for s in (before, after)]
+        heads = [_head(s) for s in (before, after)]
         behind = [m.numel() - 2 - int(m.nonzero()[-1]) for m in masks]
         tokens = [
             compare_logits(heads[0](a), heads[1](b), f, behind=n)
@@ -170,6 +170,13 @@ def walk_both(before: Skeleton, after: Skeleton, samples: Sequence[Sample], *, t
     without = dict(zip(pictured, tokens[len(samples) :], strict=True))
     unseen = tuple(without.get(i) for i in range(len(samples)))
     return Walked(tuple(tokens[: len(samples)]), unseen, tuple(effects), tuple(layers))
+
+
+def _head(skeleton: Skeleton) -> Callable[[Tensor], Tensor]:
+    """The language model head in float32: 16-bit logits would add noise of their own to every KL."""
+    head = skeleton.module.get_output_embeddings()
+    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+    return lambda hidden: torch.nn.functional.linear(hidden.float(), weight, bias)
 
 
 def _hidden(skeleton: Skeleton, inputs: Mapping[str, Tensor], mask: Tensor) -> Callable[[], Tensor]:

@@ -15,6 +15,8 @@ from ..quantize.lockstep import Lockstep
 from ..quantize.skeleton import Skeleton, load_layer, load_outside, release_layer
 from ..recipes.progress import Step, Tell, silent
 
+SHARE = 0.7  # of the free memory, for the decoder layers; the rest is for the key-value cache and activations
+
 
 def answers(
     skeleton: Skeleton,
@@ -61,13 +63,13 @@ def answers(
 
 
 def fits(skeleton: Skeleton) -> bool:
-    """Whether the decoder layers, in the compute dtype, take less than half of what the device has free."""
+    """Whether the decoder layers, in the compute dtype, take less than SHARE of what the device has free."""
     count = sum(p.numel() for layer in skeleton.layers for p in layer.parameters())
     size = count * torch.finfo(skeleton.dtype).bits // 8
     if skeleton.device.type == "cuda":
         # what torch holds and does not use is free too, though the driver counts it as taken
         idle = torch.cuda.memory_reserved(skeleton.device) - torch.cuda.memory_allocated(skeleton.device)
-        return size < (torch.cuda.mem_get_info(skeleton.device)[0] + idle) / 2
+        return size < (torch.cuda.mem_get_info(skeleton.device)[0] + idle) * SHARE
     import psutil
 
-    return size < psutil.virtual_memory().available / 2
+    return size < psutil.virtual_memory().available * SHARE
