@@ -155,6 +155,14 @@ def test_a_finished_environment_is_left_alone_without_network_and_without_uv(boo
     assert bootstrap.STAMP.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("line", ["version_info = 3.12.1", "version = 3.12.1"])
+def test_the_python_of_an_environment_is_known(bootstrap, monkeypatch, tmp_path, line):
+    monkeypatch.setattr(bootstrap, "VENV", tmp_path)
+    assert bootstrap.venv_version() is None
+    (tmp_path / "pyvenv.cfg").write_text(f"home = /usr/bin\n{line}\ninclude-system-site-packages = false\n")
+    assert bootstrap.venv_version() == (3, 12)
+
+
 def test_an_old_python_is_told_so_in_one_line(bootstrap, monkeypatch, capsys):
     monkeypatch.setattr(bootstrap.sys, "version_info", (3, 9, 2, "final", 0))
     assert bootstrap.main() == 1

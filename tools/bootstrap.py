@@ -1,7 +1,7 @@
 """Make `.venv`: all that mmq needs on this machine, at the pinned versions. `make test` and `make demo` call it first.
 
 Knows the package installer and the two environments (with an NVIDIA GPU, and without); knows nothing of mmq's code.
-A second run finds its stamp and does nothing, so it needs no network. Runs on any Python 3, to tell an old one so.
+A second run finds its stamp and does nothing, so it needs no network. Runs on Python 3.7, to tell an old one so.
 """
 
 from __future__ import annotations
@@ -83,11 +83,22 @@ def digest(files: list[Path]) -> str:
 
 
 def make_venv() -> str:
-    """Create `.venv` if it is missing; the uv to install with."""
+    """Create `.venv` if it is missing or of another Python; the uv to install with."""
+    if venv_version() not in (None, sys.version_info[:2]):
+        say(f"making {VENV.name} anew: it is of another Python than {sys.executable}")
+        shutil.rmtree(VENV)
     uv = find_uv()
     if not VENV.joinpath("bin", "python").exists():
         run(uv, "venv", "--quiet", "--python", sys.executable, str(VENV))
     return uv
+
+
+def venv_version() -> tuple[int, ...] | None:
+    """`.venv`'s Python as (3, 11), from the file that uv and Python's own venv both leave; None without one."""
+    config = VENV / "pyvenv.cfg"
+    settings = dict(line.split(" = ", 1) for line in config.read_text().splitlines()) if config.is_file() else {}
+    version = settings.get("version_info", settings.get("version"))
+    return tuple(int(part) for part in version.split(".")[:2]) if version else None
 
 
 def install_pins(uv: str, kind: str) -> None:
