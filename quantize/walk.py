@@ -55,7 +55,8 @@ class Tokens:
 def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Group, ...]]:
     """Per decoder layer, the groups to quantize: the family's, less what starts with an entry of `keep`.
 
-    An entry is a prefix of a module's or a checkpoint's name. Engines fuse the linears of a group, so a group is
+    An entry is a prefix of a module's or a checkpoint's name, whole words only
+    (`layers.1` is not `layers.10`). Engines fuse the linears of a group, so a group is
     quantized whole or not at all: ValueError when `keep` splits one, matches nothing, or leaves nothing.
     """
     used: set[str] = set()
@@ -68,7 +69,7 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
             for name in group.linears:
                 full = f"{prefix}{name}"
                 spellings = (full, name, skeleton.names[f"{full}.weight"].removesuffix(".weight"))
-                hits = [k for k in keep if any(s.startswith(k) for s in spellings)]
+                hits = [k for k in keep if any(f"{s}.".startswith(k.rstrip(".") + ".") for s in spellings)]
                 used.update(hits)
                 kept.append(bool(hits))
             if any(kept) and not all(kept):

@@ -76,6 +76,8 @@ def test_keep_leaves_a_group_in_16_bit(checkpoint: Path) -> None:
         linears(skeleton, ["self_attn.q_proj"])
     with pytest.raises(ValueError, match="nothing in the model is named 'mpl'"):
         linears(skeleton, ["mpl"])
+    with pytest.raises(ValueError, match=r"nothing in the model is named 'mlp\.down'"):
+        linears(skeleton, ["mlp.down"])  # whole words only, so that layers.1 is not layers.10
     with pytest.raises(ValueError, match="keep leaves no linear to quantize"):
         linears(skeleton, ["self_attn", "mlp"])
 
