@@ -76,6 +76,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--method", type=click.Choice(["awq", "gptq", "bnb", "rtn"]), help="Default: the recipe's, else awq.")
+@click.option("--quality", type=click.Choice(["fast", "default", "best"]), help="How much is done for each layer.")
 @click.option("--format", "format_", type=click.Choice(["awq", "gptq", "compressed-tensors", "bnb"]))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: ./out-METHOD]")
 @click.option("--group-size", type=int, help="Input columns that share a scale: 32, 64 or 128.")
@@ -90,6 +91,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 def quantize(
     model: str,
     method: str | None,
+    quality: str | None,
     format_: str | None,
     out: Path | None,
     group_size: int | None,
@@ -109,6 +111,7 @@ def quantize(
     recipe = recipe_for(model)
     asked = {
         "method": method,
+        "quality": quality,
         "format": format_,
         "group_size": group_size,
         "symmetric": symmetric,

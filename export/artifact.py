@@ -123,12 +123,13 @@ def prepare(out: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = Fals
     return resumed
 
 
-def finish(out: Path, manifest: Mapping[str, Any]) -> Artifact:
-    """Hash every file, write the manifest last, and take away what only the unfinished run needed."""
+def finish(out: Path, hashes: Mapping[str, str], manifest: Mapping[str, Any]) -> Artifact:
+    """Write the manifest last, and take away what only the unfinished run needed. Files that are not among `hashes`
+    (hex sha256 by name) are hashed here."""
     for left in out.glob("*.part"):  # half a file, of a run that was killed while it wrote
         left.unlink()
     files = {
-        p.name: {"sha256": hash_file(p), "size": p.stat().st_size}
+        p.name: {"sha256": hashes.get(p.name) or hash_file(p), "size": p.stat().st_size}
         for p in sorted(out.iterdir())
         if p.is_file() and p.name != MANIFEST and not p.name.startswith(SCRATCH)
     }
@@ -142,8 +143,13 @@ def finish(out: Path, manifest: Mapping[str, Any]) -> Artifact:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write UTF-8 JSON in one step: a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(to_json(data), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """As every JSON file here is written."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_disk(folder: Path, needed: int) -> None:

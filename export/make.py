@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import __version__
 from ..quantize.family import Group
 from ..quantize.grid import Grid, Quantized
-from ..quantize.inputs import encode
 from ..quantize.skeleton import Skeleton, build, read_config
-from ..quantize.walk import CALIBRATED, Layer, check_groups, count_tokens, linears, walk
+from ..quantize.walk import CALIBRATED, Layer, check_groups, linears, no_lap, walk
+from ..recipes.folder import headers
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe, model_on
 from ..recipes.samples import Sample, digest
-from .artifact import SCRATCH, Artifact, check_disk, finish, hash_file, prepare, write_json
+from .artifact import SCRATCH, Artifact, check_disk, finish, hash_file, prepare, to_json, write_json
 from .config import CONFIGS, Packing, settle
 from .packing import LAYOUTS
 from .view import restored_tensors
+from .writer import Writer
 
 REST_SHARD = 2**30  # bytes of untouched tensors in one file
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
@@ -65,10 +64,12 @@ def make(
     device: str = "cpu",
     overwrite: bool = False,
     tell: Tell = silent,
+    lap: Callable[[str], None] = no_lap,
 ) -> Artifact:
     """Quantize `base` as `recipe` says into the folder `out`. `calibration` is the set's name, for the manifest.
 
-    ValueError for what cannot be made as asked, OSError for files and disk, before anything is written.
+    ValueError for what cannot be made as asked, OSError for files and disk, before anything is written. `lap(stage)`
+    is called at the end of each stage, for whoever measures.
     """
     symmetric, format = settle(recipe.method, recipe.symmetric, recipe.format)
     if read_config(base.path).get("quantization_config"):
@@ -80,9 +81,7 @@ def make(
         check_groups(skeleton, plan, recipe.group_size)
     layer_files, rest = _files(skeleton)
     order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest)
-    tokens = None
-    if recipe.method in CALIBRATED:
-        tokens = count_tokens(skeleton, [encode(skeleton, s) for s in samples])
+    lap("skeleton")
     marks = {
         "recipe": dataclasses.asdict(recipe),
         "base": {"config": hash_file(base.path / "config.json"), "revision": base.revision, "tensors": _mark(skeleton)},
@@ -94,26 +93,43 @@ def make(
     there = sum(p.stat().st_size for p in out.glob("*.safetensors"))  # made already, or about to be replaced
     check_disk(out, _expected_bytes(skeleton, order) - there)
     prepare(out, marks, overwrite=overwrite)
-    for layer in walk(
-        skeleton,
-        samples,
-        method=recipe.method,
-        grid=grid,
-        plan=plan,
-        finished=lambda index: _finished(skeleton, order, index),
-        tell=tell,
-    ):
-        if layer.solution is not None:
-            _write_layer(skeleton, order, layer)
-    for number, (file, names) in enumerate(rest.items()):
-        if not (out / file).is_file():
-            _save(out / file, {n: skeleton.source.get(n) for n in names})
-        tell(Step("copy", number + 1, len(rest)))
+    lap("marks")
+    done = {i for i, file in enumerate(layer_files) if (out / file).is_file()}
+    with Writer() as writer:
+        for file, names in rest.items():
+            if (out / file).is_file():
+                writer.hash(out / file)
+            else:
+                writer.copy(out / file, [(skeleton.source.files[n], n) for n in names])
+        for index in sorted(done):
+            writer.hash(out / layer_files[index])
+        for layer in walk(
+            skeleton,
+            samples,
+            method=recipe.method,
+            quality=recipe.quality,
+            grid=grid,
+            plan=plan,
+            done=done,
+            finished=lambda index: _finished(skeleton, order, index),
+            tell=tell,
+            lap=lap,
+        ):
+            if layer.solution is not None:
+                tensors, note = _layer_tensors(skeleton, order, layer)
+                writer.save(out / layer_files[layer.index], tensors, {_note(out, layer.index): to_json(note)})
+        tell(Step("copy", 0, 1))
+        hashes = writer.hashes()
+        tell(Step("copy", 1, 1))
+    lap("wait for the files")
+    notes = [json.loads(_note(out, i).read_text(encoding="utf-8")) for i in range(len(layer_files))]
+    tokens = notes[0]["tokens"]
     _write_index(order)
     _write_config(skeleton, order)
     copy_small_files(base.path, out)
-    return finish(
+    made = finish(
         out,
+        hashes,
         {
             "name": f"{recipe.name}-{recipe.method}",
             "method": recipe.method,
@@ -121,6 +137,7 @@ def make(
             "bits": 4,
             "group_size": 64 if recipe.method == "bnb" else recipe.group_size,
             "symmetric": symmetric,
+            "quality": recipe.quality,
             "recipe": dataclasses.asdict(recipe),
             "base": {
                 "model": _address(recipe, base),
@@ -128,14 +145,14 @@ def make(
                 "revision": base.revision,
                 "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
             },
-            "calibration": None
-            if tokens is None
-            else {"name": calibration, "digest": marks["calibration"], **dataclasses.asdict(tokens)},
+            "calibration": None if tokens is None else {"name": calibration, "digest": marks["calibration"], **tokens},
             "quantized": sorted(_quantized_names(skeleton, order)),
-            "layers": [json.loads(_note(out, i).read_text(encoding="utf-8")) for i in range(len(layer_files))],
+            "layers": [{"index": n["index"], "errors": n["errors"]} for n in notes],
             "versions": versions(),
         },
     )
+    lap("manifest")
+    return made
 
 
 def _address(recipe: Recipe, base: Base) -> str:
@@ -199,15 +216,13 @@ def _expected_bytes(skeleton: Skeleton, order: Order) -> int:
     return total + 16 * 2**20
 
 
-def _finished(skeleton: Skeleton, order: Order, index: int) -> dict[str, Tensor] | None:
-    path = order.out / order.layer_files[index]
-    if not path.is_file():
-        return None
-    stored = restored_tensors(path, order.format)
+def _finished(skeleton: Skeleton, order: Order, index: int) -> dict[str, Tensor]:
+    stored = restored_tensors(order.out / order.layer_files[index], order.format)
     return {inside: stored[name] for inside, name in skeleton.layer_names(index).items() if name in stored}
 
 
-def _write_layer(skeleton: Skeleton, order: Order, layer: Layer) -> None:
+def _layer_tensors(skeleton: Skeleton, order: Order, layer: Layer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a layer's file holds, and the note that waits beside it for the manifest."""
     assert layer.solution is not None
     tensors: dict[str, Tensor] = {}
     for inside, name in skeleton.layer_names(layer.index).items():
@@ -223,9 +238,11 @@ def _write_layer(skeleton: Skeleton, order: Order, layer: Layer) -> None:
             tensors[name] = layer.solution.changed[inside].to(skeleton.source.get(name).dtype)
         else:
             tensors[name] = skeleton.source.get(name)
-    errors = {"index": layer.index, "errors": {n: float(f"{e:.6g}") for n, e in layer.errors.items()}}
-    write_json(_note(order.out, layer.index), errors)  # before the file whose presence says that the layer is done
-    _save(order.out / order.layer_files[layer.index], tensors)
+    return tensors, {
+        "index": layer.index,
+        "errors": {n: float(f"{e:.6g}") for n, e in layer.solution.errors.items()},
+        "tokens": None if layer.tokens is None else dataclasses.asdict(layer.tokens),
+    }
 
 
 def _note(out: Path, index: int) -> Path:
@@ -233,20 +250,11 @@ def _note(out: Path, index: int) -> Path:
     return out / f"{SCRATCH}layer-{index}.json"
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    whole = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
-    save_file(whole, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors writes 0600, which an engine under another user could not read
-    os.replace(temporary, path)
-
-
 def _write_index(order: Order) -> None:
     where: dict[str, str] = {}
     total = 0
     for file in (*order.layer_files, *order.rest):
-        with safe_open(order.out / file, framework="pt") as f:
-            where |= dict.fromkeys(f.keys(), file)
+        where |= dict.fromkeys((n for n in headers(order.out / file) if n != "__metadata__"), file)
         total += (order.out / file).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     write_json(order.out / "model.safetensors.index.json", index)

@@ -1,34 +1,60 @@
-"""AWQ: activation-aware weight quantization (Lin et al., 2023), solved from Gram matrices.
+"""AWQ's scales (Lin et al., 2023), searched through Gram matrices.
 
-For each group of linears that share an input, search a per-channel scale s so that round(W s) / s loses least on the
-calibrated inputs, fold 1/s into whatever feeds the group, then search each group's clip. The loss of a candidate is
-tr(dW H dW^T) with H the input's Gram matrix, so no candidate runs the model again.
+For each group of linears that share an input, a per-channel scale s so that round(W s) / s loses least on the
+calibrated inputs; 1/s is folded into whatever feeds the group. The loss of a candidate is tr(dW H dW^T) with H the
+input's Gram matrix, so no candidate runs the model again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .clip import best_shrink
 from .family import Group
-from .grid import Grid, fake, groups, quantize
-from .method import Problem, Solution, output_error
+from .fused import fused
+from .grid import Grid, fake, groups
+from .method import Problem
 
 STEPS = 20  # grid points of the exponent, as in the paper
+FIRST_ROWS = 512  # output channels on which every candidate is tried
+FINALISTS = 4  # candidates that are then tried on all of them
 
 
-def candidates(rms: Tensor, weights: list[Tensor], group_size: int) -> list[Tensor]:
+@dataclass
+class Scaled:
+    """A decoder layer whose scales have been moved. `weights` are as in Problem, still the original ones; `columns`
+    [in] and `rows` [out] say by linear what its columns are to be multiplied and its rows divided by; `changed` are
+    the 16-bit parameters that absorbed a scale."""
+
+    weights: dict[str, Tensor]
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Tensor:
+        """Linear `name` as it is to be rounded, float32 [out, in]."""
+        w = self.weights[f"{name}.weight"].float()
+        if name in self.columns:
+            w = w * self.columns[name]
+        if name in self.rows:
+            w = w / self.rows[name][:, None]
+        return w
+
+
+def candidates(rms: Tensor, weights: Sequence[Tensor], group_size: int) -> list[Tensor]:
     """Scales to try, each float32 [in]: rms^a, and rms^a / magnitude^(1-a), for a in 0, 1/20, ..., 19/20.
 
     rms [in]: root mean square of the input's channels. The second kind weighs in how large each column's weights are
     relative to the largest of its group, averaged over rows. The first with a = 0 is no scaling at all.
     """
-    w = torch.cat(weights).abs()
-    relative = groups(w, group_size) / groups(w, group_size).amax(-1, keepdim=True).clamp_min(1e-8)
-    magnitude = relative.flatten(1).mean(0).clamp_min(1e-4)
+    magnitude = torch.zeros_like(rms)
+    for weight in weights:
+        w = groups(weight.abs().float(), group_size)
+        magnitude += (w / w.amax(-1, keepdim=True).clamp_min(1e-8)).flatten(1).sum(0)
+    magnitude = (magnitude / sum(w.shape[0] for w in weights)).clamp_min(1e-4)
     rms = rms.clamp_min(1e-4 * rms.max().clamp_min(1e-8))
     found = []
     for step in range(STEPS):
@@ -38,21 +64,41 @@ def candidates(rms: Tensor, weights: list[Tensor], group_size: int) -> list[Tens
     return found
 
 
-def best_scale(weights: list[Tensor], gram: Tensor, grid: Grid, *, tie: int = 1, tie_block: int = 1) -> Tensor:
+def best_scale(weights: Sequence[Tensor], gram: Tensor, grid: Grid, *, tie: int = 1, tie_block: int = 1) -> Tensor:
     """The per-channel scale, float32 [in], that loses least over `weights`, each [out, in], given their input's
     Gram matrix [in, in].
 
-    With `tie` > 1 channels are query heads of width `tie_block` and each `tie` neighbouring heads read one value head:
-    their scales must agree, so their statistics are averaged first.
+    All candidates are tried on a regular selection of the rows, the best few on all: the order of candidates shows on
+    a few hundred rows, and the loss of a row costs in^2. With `tie` > 1 channels are query heads of width `tie_block`
+    and each `tie` neighbouring heads read one value head: their scales must agree, so their statistics are averaged
+    first.
     """
     rms = gram.diagonal().clamp_min(0).sqrt()
-    best, winner = float("inf"), torch.ones_like(rms)
-    for s in candidates(_tied(rms, tie, tie_block), weights, grid.group_size):
-        s = _tied(s, tie, tie_block)
-        loss = sum(float(output_error(fake(w * s, grid) / s - w, gram)) for w in weights)
-        if loss < best:
-            best, winner = loss, s
-    return winner
+    pool = torch.stack(
+        [_tied(s, tie, tie_block) for s in candidates(_tied(rms, tie, tie_block), weights, grid.group_size)]
+    )
+    every = max(1, sum(w.shape[0] for w in weights) // FIRST_ROWS)
+    if every > 1:
+        first = scale_losses([w[::every] for w in weights], gram, pool, grid)
+        pool = pool[first.argsort(stable=True)[:FINALISTS]]
+    return pool[scale_losses(weights, gram, pool, grid).argmin()]
+
+
+def scale_losses(weights: Sequence[Tensor], gram: Tensor, pool: Tensor, grid: Grid) -> Tensor:
+    """tr(dW H dW^T), summed over `weights`, of each scale in `pool` [candidates, in]: float32 [candidates]."""
+    rows = max(w.shape[0] for w in weights)
+    delta = torch.empty(rows, gram.shape[0], device=gram.device)
+    kernels = fused(gram)
+    losses = torch.zeros(len(pool), device=gram.device)
+    for number, s in enumerate(pool):
+        for w in weights:
+            d = delta[: w.shape[0]]
+            if kernels:
+                kernels.scaled_error(w, s, grid, d)
+            else:
+                torch.sub(fake(w.float() * s, grid) / s, w.float(), out=d)
+            losses[number] += torch.dot((d @ gram).flatten(), d.flatten())
+    return losses
 
 
 def _tied(s: Tensor, tie: int, block: int) -> Tensor:
@@ -62,40 +108,30 @@ def _tied(s: Tensor, tie: int, block: int) -> Tensor:
     return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1).contiguous()
 
 
-def awq(problem: Problem, grid: Grid, *, stored: torch.dtype = torch.bfloat16, head_dim: int = 128) -> Solution:
-    """Scales, then clip, then rounding, for one decoder layer. `stored` is the dtype norms are written in.
+def scale(problem: Problem, grid: Grid) -> Scaled:
+    """Search and move the scales of one decoder layer.
 
-    A norm that absorbs 1/s is rounded to `stored` first, and the scale that remains *after* that rounding is the one
-    put on the weights, so the fold loses nothing. A group whose absorber cannot take the scale is left unscaled.
+    A norm that absorbs 1/s is rounded to the stored dtype first, and the scale that remains *after* that rounding is
+    the one put on the weights, so the fold loses nothing. A group whose absorber cannot take the scale is left
+    unscaled.
     """
-    weights = dict(problem.weights)
-    grams = dict(problem.grams)
-    changed: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
+    moved = Scaled(dict(problem.weights))
     chosen = {name for group in problem.groups for name in group.linears}
     for group in problem.groups:
-        ws = [weights[f"{n}.weight"] for n in group.linears]
-        tie = absorbable(group, weights, chosen)
+        tie = absorbable(group, moved.weights, chosen)
         if tie == 0:
             continue
-        s = best_scale(ws, grams[group], grid, tie=tie, tie_block=head_dim)
         absorber = str(group.absorber)
-        if weights[f"{absorber}.weight"].ndim == 1:
-            s = _fold_into_norm(absorber, s, weights, changed, stored=stored)
+        ws = [moved.weights[f"{n}.weight"] for n in group.linears]
+        s = best_scale(ws, problem.grams[group], grid, tie=tie, tie_block=problem.head_dim)
+        if moved.weights[f"{absorber}.weight"].ndim == 1:
+            s = _fold_into_norm(absorber, s, moved, stored=problem.stored)
         else:
-            rows[absorber] = s.view(-1, tie, head_dim)[:, 0].reshape(-1) if tie > 1 else s
-            _fold_into_linear(absorber, rows[absorber], weights, changed, stored=stored)
+            rows = s.view(-1, tie, problem.head_dim)[:, 0].reshape(-1) if tie > 1 else s
+            _fold_into_linear(absorber, rows, moved, stored=problem.stored)
         for name in group.linears:
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] * s
-            columns[name] = s
-        grams[group] = grams[group] / (s[:, None] * s[None, :])
-    quantized = {}
-    for group in problem.groups:
-        for name in group.linears:
-            w = weights[f"{name}.weight"]
-            quantized[name] = quantize(w, grid, shrink=best_shrink(w, grams[group], grid))
-    return Solution(quantized, changed, columns, rows)
+            moved.columns[name] = s
+    return moved
 
 
 def absorbable(group: Group, weights: dict[str, Tensor], quantized: Collection[str]) -> int:
@@ -113,22 +149,18 @@ def absorbable(group: Group, weights: dict[str, Tensor], quantized: Collection[s
     return width // rows if width % rows == 0 else 0
 
 
-def _fold_into_norm(
-    name: str, s: Tensor, weights: dict[str, Tensor], changed: dict[str, Tensor], *, stored: torch.dtype
-) -> Tensor:
+def _fold_into_norm(name: str, s: Tensor, moved: Scaled, *, stored: torch.dtype) -> Tensor:
     """Divide a norm's weight [in] by `s`; returns the scale [in] that the group's weights must now carry, exactly."""
     key = f"{name}.weight"
-    folded = (weights[key] / s).to(stored).float()
-    exact = torch.where(folded != 0, weights[key] / folded, torch.ones_like(s))
-    weights[key] = changed[key] = folded
-    return exact
+    norm = moved.weights[key].float()
+    folded = (norm / s).to(stored).float()
+    moved.weights[key] = moved.changed[key] = folded
+    return torch.where(folded != 0, norm / folded, torch.ones_like(s))
 
 
-def _fold_into_linear(
-    name: str, rows: Tensor, weights: dict[str, Tensor], changed: dict[str, Tensor], *, stored: torch.dtype
-) -> None:
+def _fold_into_linear(name: str, rows: Tensor, moved: Scaled, *, stored: torch.dtype) -> None:
     """Divide the rows (and bias) of a linear by `rows` [out]. Its weight is quantized itself, so not rounded yet."""
-    weights[f"{name}.weight"] = weights[f"{name}.weight"] / rows[:, None]
+    moved.rows[name] = rows
     bias = f"{name}.bias"
-    if bias in weights:
-        weights[bias] = changed[bias] = (weights[bias] / rows).to(stored).float()
+    if bias in moved.weights:
+        moved.weights[bias] = moved.changed[bias] = (moved.weights[bias].float() / rows).to(stored).float()

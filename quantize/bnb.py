@@ -13,11 +13,16 @@ BLOCKSIZE = 64
 def bnb(problem: Problem, grid: Grid) -> Solution:
     """Every linear of the layer as NF4. ValueError when bitsandbytes is not installed."""
     names = [n for group in problem.groups for n in group.linears]
-    return Solution({n: nf4(problem.weights[f"{n}.weight"], grid.scale_dtype) for n in names})
+    made = {n: nf4(problem.weights[f"{n}.weight"], grid.scale_dtype) for n in names}
+    errors = {}
+    for name, x in made.items():
+        w = problem.weights[f"{name}.weight"].float()
+        errors[name] = float((x.weight - w).square().sum() / w.square().sum().clamp_min(1e-30))
+    return Solution(made, errors=errors)
 
 
 def nf4(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Nf4:
-    """[out, in] float32 as NF4 with bitsandbytes' own tensor names; dequantized through bitsandbytes too.
+    """[out, in] as NF4 with bitsandbytes' own tensor names; dequantized through bitsandbytes too.
 
     `dtype` is what the packed state says the weight is to become.
     """

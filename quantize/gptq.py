@@ -1,8 +1,13 @@
 """GPTQ (Frantar et al., 2022): round column by column, and let the columns still to come make up for each error.
 
-Columns are taken in order of falling activation energy with *static* groups: every group's grid is fixed beforehand
-from the original weights, so the stored order is the original one and g_idx stays trivial, which is what today's
-engines load.
+Taken in the form of QuIP's LDLQ (Chee et al., 2023, theorem 6), which rounds to the same codes: with H = L L^T, L lower
+triangular, and e = w - w_hat, a row loses e H e^T = sum_k (L_kk (e_k + sum_{j>k} e_j L_jk / L_kk))^2. So the last
+column is rounded first, and column k is rounded after the errors of those behind it were added to it. One Cholesky
+factor is all it needs, where the published order inverts H and factors the inverse.
+
+Columns are ordered by rising activation energy, so the liveliest is rounded first, with *static* groups: every group's
+grid is fixed beforehand, so the stored order is the original one and g_idx stays trivial, which is what today's engines
+load.
 """
 
 from __future__ import annotations
@@ -10,71 +15,73 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .clip import best_shrink
-from .grid import LEVELS, Grid, Quantized, check_width, fit, groups
-from .method import Problem, Solution
+from .fused import fused
+from .grid import LEVELS, Quantized
 
 BLOCK = 128
+CHUNK = 2048  # rows of H gathered at a time
 DAMP = 0.01  # share of the mean diagonal added to H, as in the authors' code
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor U of H^-1 (U^T U = H^-1), H [in, in] damped; float32.
+def feedback(gram: Tensor, order: Tensor, columns: Tensor | None = None) -> Tensor:
+    """How strongly the error of one column is felt in another: L with its columns divided by its diagonal, where
+    L L^T is H [in, in] in the given `order` of columns, damped; float32, unit lower triangular. `columns` [in] says
+    what the weight's columns were multiplied by, and so H is divided by.
 
     More damping is tried, tenfold each time, when H is not positive definite in float32. ValueError past 1.0.
     """
-    eye = torch.arange(gram.shape[0], device=gram.device)
-    mean = gram.diagonal().mean().clamp_min(1e-8)
+    energy = gram.diagonal() if columns is None else gram.diagonal() / columns.square()
     damp = DAMP
     while damp <= 1.0:
-        h = gram.clone()
-        h[eye, eye] += damp * mean
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper
+        h = torch.empty_like(gram)
+        for rows, part in zip(h.split(CHUNK), order.split(CHUNK), strict=True):
+            torch.index_select(gram[part], 1, order, out=rows)
+            if columns is not None:
+                rows /= columns[part, None] * columns[order]
+        h.diagonal().add_(damp * energy.mean().clamp_min(1e-8))
+        lower, info = h.mT, torch.empty((), dtype=torch.int32, device=h.device)  # column-major: factored where it lies
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if not info and bool(torch.isfinite(lower.diagonal()).all()):
+            lower /= lower.diagonal().clone()
+            return lower
         damp *= 10
     raise ValueError("the calibrated inputs of a linear are degenerate (not finite?); calibrate with more samples")
 
 
-def round_columns(weight: Tensor, gram: Tensor, grid: Grid) -> Quantized:
-    """Quantize [out, in] float32 given its inputs' Gram matrix [in, in]. ValueError when group_size does not divide."""
-    check_width("this weight", weight.shape[1], grid.group_size)
-    shrink = best_shrink(weight, gram, grid)
-    g = groups(weight, grid.group_size)
-    scale, zero = fit(g.amin(-1) * shrink, g.amax(-1) * shrink, grid)  # [out, groups], fixed from here on
-    order = torch.argsort(gram.diagonal(), descending=True)
-    owner = order // grid.group_size  # the static group of each column, in the order they are taken
-    s, z = scale[:, owner], zero[:, owner]  # [out, in]
-    upper = inverse_factor(gram[order][:, order])
-    w = weight[:, order].clone()
-    q = torch.empty_like(w)
-    width = w.shape[1]
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
-        block = w[:, start:stop]
-        u = upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for j in range(stop - start):
-            column = start + j
-            code = ((block[:, j] / s[:, column]).round_() + z[:, column]).clamp_(0, LEVELS)
-            q[:, column] = code
-            error = (block[:, j] - (code - z[:, column]) * s[:, column]) / u[j, j]
-            block[:, j:] -= error[:, None] * u[j, j:][None, :]
-            errors[:, j] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    stored = torch.empty_like(q)
-    stored[:, order] = q
-    return Quantized(stored.to(torch.uint8), scale, zero.to(torch.uint8), grid.group_size, grid.symmetric)
+def round_columns(
+    weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, symmetric: bool, *, columns: Tensor | None = None
+) -> Quantized:
+    """Quantize [out, in] float32 onto the grid that `scale` and `zero` (float32 [out, groups]) fix, given its inputs'
+    Gram matrix [in, in]. With `columns` [in] the weight's columns carry that scale already, and H does not yet."""
+    group_size = weight.shape[1] // scale.shape[1]
+    energy = gram.diagonal() if columns is None else gram.diagonal() / columns.square()
+    order = torch.argsort(energy, stable=True)
+    owner = (order // group_size).to(torch.int32)
+    follow = feedback(gram, order, columns)
+    w = weight[:, order]
+    errors = torch.empty_like(w)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    kernels = fused(w)
+    round_block = kernels.round_block if kernels else _round_block
+    for stop in range(w.shape[1], 0, -BLOCK):
+        block = slice(max(stop - BLOCK, 0), stop)
+        target = torch.addmm(w[:, block], errors[:, stop:], follow[stop:, block])
+        round_block(
+            w[:, block], target, follow[block, block], scale, zero, owner[block], codes[:, block], errors[:, block]
+        )
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return Quantized(codes[:, back], scale, zero.to(torch.uint8), group_size, symmetric)
 
 
-def gptq(problem: Problem, grid: Grid) -> Solution:
-    """Every linear of the layer by its own group's Gram matrix."""
-    return Solution(
-        {
-            name: round_columns(problem.weights[f"{name}.weight"], problem.grams[group], grid)
-            for group in problem.groups
-            for name in group.linears
-        }
-    )
+def _round_block(
+    weight: Tensor, target: Tensor, follow: Tensor, scale: Tensor, zero: Tensor, owner: Tensor, codes: Tensor,
+    errors: Tensor,
+) -> None:  # fmt: skip
+    """One block of columns, last first; shapes as in kernels.round_block. Writes `codes` and `errors`."""
+    s, z = scale[:, owner], zero[:, owner]  # [rows, b]
+    for k in reversed(range(weight.shape[1])):
+        code = ((target[:, k] / s[:, k]).round_() + z[:, k]).clamp_(0, LEVELS)
+        codes[:, k] = code
+        errors[:, k] = weight[:, k] - (code - z[:, k]) * s[:, k]
+        target[:, :k] += errors[:, k, None] * follow[k, :k]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +13,9 @@ from torch import Tensor
 from ..recipes.samples import Sample
 from .skeleton import Skeleton
 
+WAITING = 4  # micro-batches' worth of encoded samples that may wait for others of their shape
+AHEAD = 16  # samples encoded before they are asked for
+
 
 def encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) -> dict[str, Any]:
     """The processor's tensors for one sample, batch of one, on the skeleton's device.
@@ -17,6 +23,11 @@ def encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) -> 
     `prompt_only` leaves the assistant's last answer out and opens its turn instead. ValueError names what the
     processor refuses.
     """
+    inputs = _encode(skeleton, sample, prompt_only=prompt_only)
+    return {k: v.to(skeleton.device) for k, v in inputs.items()}
+
+
+def _encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) -> dict[str, Tensor]:
     processor = skeleton.processor
     messages = sample.question.messages if prompt_only else sample.messages
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt_only)
@@ -29,11 +40,50 @@ def encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) -> 
         inputs = processor(text=[text], return_tensors="pt", **media)
     except (ValueError, TypeError, IndexError) as e:
         raise ValueError(f"the model's processor refuses a sample: {str(e).splitlines()[0]}") from None
-    return {k: v.to(skeleton.device) for k, v in inputs.items() if isinstance(v, Tensor)}
+    return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+
+
+def micro_batches(skeleton: Skeleton, samples: Sequence[Sample], *, tokens: int) -> Iterator[dict[str, Tensor]]:
+    """The samples encoded, those whose tensors have equal shapes put together up to about `tokens` tokens, on the
+    skeleton's device. Nothing is padded, so no token is there that the samples do not have.
+
+    Samples are encoded ahead in a thread of their own and held on the host until they are handed out: a few
+    micro-batches at most.
+    """
+    waiting: dict[Any, list[dict[str, Tensor]]] = {}  # in the order in which a shape was first met
+    held = 0
+    for inputs in _ahead(skeleton, samples):
+        shape = tuple((k, tuple(v.shape), v.dtype) for k, v in inputs.items())
+        size = inputs["input_ids"].numel()
+        waiting.setdefault(shape, []).append(inputs)
+        held += size
+        full = shape if (len(waiting[shape]) + 1) * size > tokens else None
+        if full is None and held > WAITING * tokens:
+            full = next(iter(waiting))
+        if full is not None:
+            batch = waiting.pop(full)
+            held -= sum(i["input_ids"].numel() for i in batch)
+            yield _joined(skeleton, batch)
+    for batch in waiting.values():
+        yield _joined(skeleton, batch)
+
+
+def _joined(skeleton: Skeleton, batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One call's inputs: whatever a processor makes for several samples, it puts behind one another."""
+    return {k: torch.cat([inputs[k] for inputs in batch]).to(skeleton.device) for k in batch[0]}
+
+
+def _ahead(skeleton: Skeleton, samples: Sequence[Sample]) -> Iterator[dict[str, Tensor]]:
+    with ThreadPoolExecutor(1) as thread:  # one: a processor is not made for several
+        rest: Iterable[Sample] = iter(samples)
+        coming: list[Future[dict[str, Tensor]]] = [thread.submit(_encode, skeleton, s) for s in islice(rest, AHEAD)]
+        while coming:
+            yield coming.pop(0).result()
+            coming += [thread.submit(_encode, skeleton, s) for s in islice(rest, 1)]
 
 
 def media_mask(skeleton: Skeleton, input_ids: Tensor) -> Tensor:
-    """bool [1, tokens]: True where a token stands for a piece of a picture or a video."""
+    """bool, as `input_ids`: True where a token stands for a piece of a picture or a video."""
     config = skeleton.module.config
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for key in ("image_token_id", "image_token_index", "video_token_id"):

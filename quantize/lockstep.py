@@ -11,7 +11,7 @@ pool of workers and one gradient mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,10 +55,11 @@ class Lockstep:
     Use as a context manager: on the way out the layers' own forwards are put back and unfinished calls are ended.
     """
 
-    def __init__(self, layers: nn.ModuleList, calls: Sequence[Callable[[], Any]]):
+    def __init__(self, layers: nn.ModuleList, calls: Iterable[Callable[[], Any]]):
+        """`calls` is asked for the next one when the last has come to its first halt."""
         self.layers = layers
-        self.results: list[Any] = [None] * len(calls)
-        self._calls = list(calls)
+        self.results: list[Any] = []
+        self._calls = calls
         self._halted: dict[int, list[Call]] = {}
         self._threads: list[greenlet] = []
         self._forwards: list[Callable[..., Any]] = []
@@ -80,6 +81,7 @@ class Lockstep:
     def __iter__(self) -> Iterator[Stop]:
         for number, call in enumerate(self._calls):
             thread = greenlet(call)
+            self.results.append(None)
             self._threads.append(thread)
             self._record(number, thread, thread.switch())
         while self._halted:

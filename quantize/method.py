@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .family import Group
@@ -22,41 +23,34 @@ class Nf4:
 
 @dataclass(frozen=True)
 class Problem:
-    """One decoder layer to quantize. `weights`: float32 on the device, by name inside the layer (norms and biases
-    too). `grams`: per group, H = sum over tokens of x x^T / tokens, float32 [in, in]; empty when not calibrated."""
+    """One decoder layer to quantize. `weights`: on the device, by name inside the layer (norms and biases too), in the
+    compute dtype. `grams`: per group, H = sum over tokens of x x^T / tokens, float32 [in, in]; empty when not
+    calibrated. `stored` is the dtype that norms and biases are written in, `head_dim` the width of an attention head.
+    """
 
     weights: Mapping[str, Tensor]
     groups: tuple[Group, ...]
     grams: Mapping[Group, Tensor]
+    stored: torch.dtype = torch.bfloat16
+    head_dim: int = 128
 
 
 @dataclass(frozen=True)
 class Solution:
     """`quantized` by linear name; `changed` are 16-bit parameters that absorbed a scale, by parameter name.
 
-    Where scales moved between layers, `columns` [in] and `rows` [out] are, per linear, what its original columns were
-    multiplied by and its original rows divided by (absent: 1), so that errors can be told in original terms.
+    `errors`: by linear, tr(dW H dW^T) / tr(W H W^T): the share of its output's energy on the calibrated inputs that
+    quantizing it costs, everything else as before; of the weight's own energy when not calibrated.
     """
 
     quantized: Mapping[str, Quantized | Nf4]
     changed: Mapping[str, Tensor] = field(default_factory=dict)
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def restored(x: Quantized | Nf4) -> Tensor:
     """The float32 [out, in] that a quantized weight stands for."""
     return dequantize(x) if isinstance(x, Quantized) else x.weight
-
-
-def in_original_terms(solution: Solution, name: str) -> Tensor:
-    """The restored weight of linear `name` with every moved scale moved back, float32 [out, in]."""
-    weight = restored(solution.quantized[name])
-    if name in solution.columns:
-        weight = weight / solution.columns[name]
-    if name in solution.rows:
-        weight = weight * solution.rows[name][:, None]
-    return weight
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:

@@ -187,6 +187,15 @@ def load_outside(skeleton: Skeleton) -> None:
     skeleton.module.tie_weights()
 
 
+def embeddings(skeleton: Skeleton) -> list[str]:
+    """What runs before the first decoder layer: vision tower, projector and token embeddings."""
+    head = skeleton.module.get_output_embeddings()
+    after = {id(p) for p in head.parameters()} if head is not None else set()
+    own = {id(p) for p in skeleton.module.get_input_embeddings().parameters()}
+    named = dict(skeleton.module.named_parameters())
+    return [n for n in outside(skeleton) if id(named[n]) in own or id(named[n]) not in after]
+
+
 def vision(skeleton: Skeleton) -> list[str]:
     """The parameters that are needed only before the first decoder layer and only for pictures."""
     text = skeleton.family.layers.rpartition(".")[0] + "."

@@ -7,7 +7,7 @@ whether they were ever int4.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ class Meta:
 
 @dataclass(frozen=True)
 class Source:
-    """Named tensors: `metas` from headers alone; `get(name)` reads one onto the CPU."""
+    """Named tensors: `metas` from headers alone; `get(name)` reads one onto the CPU; `files` says where each lies."""
 
     folder: Path
     metas: Mapping[str, Meta]
     get: Callable[[str], Tensor]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 def open_source(folder: Path) -> Source:
@@ -60,4 +61,4 @@ def open_source(folder: Path) -> Source:
         except SafetensorError as e:
             raise OSError(f"{path}: {e}") from None
 
-    return Source(folder, metas, get)
+    return Source(folder, metas, get, where)

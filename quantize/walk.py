@@ -7,8 +7,8 @@ through `finished` which of them an interrupted run has already made.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,30 +17,18 @@ from torch import Tensor, nn
 
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample
-from .awq import awq
 from .bnb import bnb
 from .family import Group
-from .gptq import gptq
+from .gram import Gram
 from .grid import Grid, check_width
-from .inputs import encode, media_mask
+from .inputs import media_mask, micro_batches
 from .lockstep import Lockstep, Stop
-from .method import Problem, Solution, in_original_terms, output_error, restored
-from .rtn import rtn
-from .skeleton import Skeleton, load_layer, load_outside, release, release_layer, set_parameter, vision
+from .method import Problem, Solution, restored
+from .skeleton import Skeleton, embeddings, load, load_layer, release, release_layer, set_parameter
+from .steps import STEPS, solve
 
-METHODS: dict[str, Callable[..., Solution]] = {"awq": awq, "gptq": gptq, "rtn": rtn, "bnb": bnb}
 CALIBRATED = ("awq", "gptq", "rtn")  # rtn needs no inputs, but is measured on them
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One finished decoder layer: its solution, the relative output error of each linear on the calibrated inputs
-    (squared; 0 is perfect), and the seconds it took. `solution` is None for a layer that was already on disk."""
-
-    index: int
-    solution: Solution | None
-    errors: Mapping[str, float]
-    seconds: float
+MICRO_BATCH = 4096  # tokens in one forward pass: enough to fill a GPU, few enough to fit beside a layer
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,20 @@ class Tokens:
     samples: int
     text: int
     media: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One finished decoder layer. `solution` is None for one that was already on disk, `tokens` when no inputs were
+    needed."""
+
+    index: int
+    solution: Solution | None
+    tokens: Tokens | None
+
+
+def no_lap(name: str) -> None:
+    """Nobody measures: see `walk`."""
 
 
 def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Group, ...]]:
@@ -97,82 +99,95 @@ def check_groups(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], grou
                 check_width(stored.removesuffix(".weight"), skeleton.source.metas[stored].shape[1], group_size)
 
 
-def count_tokens(skeleton: Skeleton, inputs: Sequence[Mapping[str, Tensor]]) -> Tokens:
-    """Text and media tokens of the encoded samples."""
-    media = sum(int(media_mask(skeleton, i["input_ids"]).sum()) for i in inputs)
-    return Tokens(len(inputs), sum(i["input_ids"].numel() for i in inputs) - media, media)
-
-
 def walk(
     skeleton: Skeleton,
     samples: Sequence[Sample],
     *,
     method: str,
+    quality: str,
     grid: Grid,
     plan: Mapping[int, tuple[Group, ...]],
-    finished: Callable[[int], Mapping[str, Tensor] | None] = lambda index: None,
+    done: Collection[int] = (),
+    finished: Callable[[int], Mapping[str, Tensor]] | None = None,
+    micro_batch: int = MICRO_BATCH,
     tell: Tell = silent,
+    lap: Callable[[str], None] = no_lap,
 ) -> Iterator[Layer]:
     """Quantize every decoder layer in turn, yielding each as soon as it is done.
 
-    `finished(i)` gives layer i's 16-bit view (parameter name inside the layer -> tensor) where it is already on disk,
-    else None; such a layer is run as it is, so the layers after it come out the same as without the interruption.
+    `done` are the layers that are already on disk, and `finished(i)` gives the 16-bit view of such a layer i (parameter
+    name inside the layer -> tensor): it is run as it is, so the layers after it come out the same as without the
+    interruption. `lap(stage)` is called at the end of each stage, for whoever measures.
     """
     if method == "bnb":
-        yield from _walk_uncalibrated(skeleton, method=method, grid=grid, plan=plan, finished=finished, tell=tell)
+        yield from _walk_uncalibrated(skeleton, grid=grid, plan=plan, done=done, tell=tell)
         return
-    with torch.no_grad():
-        load_outside(skeleton)
-        inputs = [encode(skeleton, s) for s in samples]
+    total = len(skeleton.layers)
+    counted = [0, 0, 0]
+    with torch.no_grad(), tensor_cores():
+        load(skeleton, embeddings(skeleton))
         base = skeleton.module.base_model
-        calls = [lambda i=i: base(**i, use_cache=False) for i in inputs]
-        del inputs
-        total = len(skeleton.layers)
-        with Lockstep(skeleton.layers, calls) as steps:
-            del calls
+
+        def calls() -> Iterator[Callable[[], Any]]:
+            for inputs in micro_batches(skeleton, samples, tokens=micro_batch):
+                ids = inputs["input_ids"]
+                media = int(media_mask(skeleton, ids).sum())
+                for number, more in enumerate((len(ids), ids.numel() - media, media)):
+                    counted[number] += more
+                yield lambda inputs=inputs: base(**inputs, use_cache=False)
+                for tensor in inputs.values():
+                    if tensor.is_floating_point():  # pixels: the vision tower has seen them, and the frames hold them
+                        tensor.untyped_storage().resize_(0)
+                tell(Step("samples", counted[0], len(samples)))
+
+        with Lockstep(skeleton.layers, calls()) as steps:
             for stop in steps:
                 if stop.index == 0:
-                    release(skeleton, vision(skeleton))
-                start = time.monotonic()
+                    release(skeleton, embeddings(skeleton))
+                    lap("vision tower and embeddings")
                 load_layer(skeleton, stop.index)
-                done = finished(stop.index)
-                if done is not None:
-                    for name, value in done.items():
+                lap("load")
+                solution = None
+                if stop.index in done:
+                    assert finished is not None
+                    for name, value in finished(stop.index).items():
                         set_parameter(stop.layer, name, _ready(skeleton, value))
-                    layer = Layer(stop.index, None, {}, 0.0)
                 else:
-                    layer = _quantize(skeleton, stop, plan[stop.index], method, grid, start)
+                    solution = _quantize(skeleton, stop, plan[stop.index], grid, (method, quality), lap)
+                layer = Layer(stop.index, solution, Tokens(*counted))
                 yield layer
+                lap("pack")
                 if stop.index + 1 < total:
                     stop.advance()
+                    lap("forward, quantized")
                 else:
                     stop.calls.clear()  # nobody reads what comes out of the last layer
                 release_layer(skeleton, stop.index)
                 tell(Step("layer", stop.index + 1, total, _note(layer)))
 
 
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Float32 products on the tensor cores (TF32: ten bits of mantissa), which weigh errors against each other; sums
+    stay float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def _walk_uncalibrated(
-    skeleton: Skeleton,
-    *,
-    method: str,
-    grid: Grid,
-    plan: Mapping[int, tuple[Group, ...]],
-    finished: Callable[[int], Mapping[str, Tensor] | None],
-    tell: Tell,
+    skeleton: Skeleton, *, grid: Grid, plan: Mapping[int, tuple[Group, ...]], done: Collection[int], tell: Tell
 ) -> Iterator[Layer]:
     for index, layer in enumerate(skeleton.layers):
-        start = time.monotonic()
-        if finished(index) is not None:
-            yield Layer(index, None, {}, 0.0)
+        if index in done:
+            yield Layer(index, None, None)
             continue
         load_layer(skeleton, index)
-        weights = {n: p.detach().float() for n, p in layer.named_parameters()}
-        solution = METHODS[method](Problem(weights, plan[index], {}), grid)
-        errors = {}
-        for name, q in solution.quantized.items():
-            w = weights[f"{name}.weight"]
-            errors[name] = float((restored(q) - w).square().sum() / w.square().sum().clamp_min(1e-30))
-        result = Layer(index, solution, errors, time.monotonic() - start)
+        weights = {n: p.detach() for n, p in layer.named_parameters()}
+        result = Layer(index, bnb(Problem(weights, plan[index], {}), grid), None)
         yield result
         release_layer(skeleton, index)
         tell(Step("layer", index + 1, len(skeleton.layers), _note(result)))
@@ -181,36 +196,31 @@ def _walk_uncalibrated(
 def _note(layer: Layer) -> str:
     if layer.solution is None:
         return "already done"
-    worst = max(layer.errors, key=lambda n: layer.errors[n], default=None)
-    return "" if worst is None else f"error {mean_error(layer):.2e}, most in {worst} {layer.errors[worst]:.2e}"
-
-
-def mean_error(layer: Layer) -> float:
-    """The mean over a layer's linears of their relative output error."""
-    return sum(layer.errors.values()) / max(len(layer.errors), 1)
+    errors = layer.solution.errors
+    worst = max(errors, key=lambda n: errors[n], default=None)
+    mean = sum(errors.values()) / max(len(errors), 1)
+    return "" if worst is None else f"error {mean:.2e}, most in {worst} {errors[worst]:.2e}"
 
 
 def _quantize(
-    skeleton: Skeleton, stop: Stop, groups: tuple[Group, ...], method: str, grid: Grid, start: float
-) -> Layer:
+    skeleton: Skeleton,
+    stop: Stop,
+    groups: tuple[Group, ...],
+    grid: Grid,
+    steps: tuple[str, str],
+    lap: Callable[[str], None],
+) -> Solution:
     grams = collect_grams(stop, groups)
-    weights = {n: p.detach().float() for n, p in stop.layer.named_parameters()}
-    extra = {}
-    if method == "awq":
-        extra = {"stored": skeleton.stored, "head_dim": head_dim(skeleton.module.config)}
-    solution = METHODS[method](Problem(weights, groups, grams), grid, **extra)
-    errors = {}
-    for group in groups:
-        for name in group.linears:
-            before = weights[f"{name}.weight"]
-            lost = output_error(in_original_terms(solution, name) - before, grams[group])
-            errors[name] = float(lost / output_error(before, grams[group]).clamp_min(1e-30))
-    for name, value in {
-        **solution.changed,
-        **{f"{n}.weight": restored(q) for n, q in solution.quantized.items()},
-    }.items():
+    lap("forward and Gram matrices")
+    weights = {n: p.detach() for n, p in stop.layer.named_parameters()}
+    problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config))
+    solution = solve(problem, grid, STEPS[steps], lap)
+    del grams, problem, weights
+    for name, value in solution.changed.items():
         set_parameter(stop.layer, name, _ready(skeleton, value))
-    return Layer(stop.index, solution, errors, time.monotonic() - start)
+    for name, value in solution.quantized.items():
+        set_parameter(stop.layer, f"{name}.weight", _ready(skeleton, restored(value)))
+    return solution
 
 
 def _ready(skeleton: Skeleton, value: Tensor) -> Tensor:
@@ -225,21 +235,18 @@ def head_dim(config: Any) -> int:
 
 
 def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> dict[Group, Tensor]:
-    """Run the layer on every halted call and accumulate, per group, H = sum x x^T / tokens, float32 [in, in].
+    """Run the layer on every halted call and give, per group, H = sum x x^T / tokens, float32 [in, in].
 
     ValueError when a linear's inputs are not finite: no scale and no rounding can be judged on them.
     """
-    grams: dict[Group, Tensor] = {}
-    tokens: dict[Group, int] = {}
+    sums: dict[Group, Gram] = {}
 
     def watch(group: Group) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).float()  # [tokens, in]
-            if group not in grams:
-                grams[group] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-                tokens[group] = 0
-            grams[group].addmm_(x.T, x)
-            tokens[group] += x.shape[0]
+            x = args[0].detach().flatten(0, -2)  # [tokens, in]
+            if group not in sums:
+                sums[group] = Gram(x.shape[1], x.device)
+            sums[group].add(x)
 
         return hook
 
@@ -250,10 +257,11 @@ def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> dict[Group, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    grams = {group: sums.pop(group).mean() for group in groups}
     for group, gram in grams.items():
-        if not bool(torch.isfinite(gram).all()):
+        if not bool(torch.isfinite(gram.diagonal().sum())):
             raise ValueError(
                 f"the inputs of {group.linears[0]} in decoder layer {stop.index} are not finite: the checkpoint "
                 "overflows in its own dtype, or is damaged; --device cpu computes in float32"
             )
-    return {g: h / tokens[g] for g, h in grams.items()}
+    return grams

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 METHODS = ("awq", "gptq", "bnb", "rtn")
+QUALITIES = ("fast", "default", "best")
 FORMATS = ("awq", "gptq", "compressed-tensors", "bnb")
 HUBS = ("hf", "modelscope")
 SHARES = ("top1", "image_effect", "accuracy_drop")  # the limits that are shares of one
@@ -56,6 +57,7 @@ class Recipe:
     modelscope: str | None = None  # the id on ModelScope, where it differs
     revision: str | None = None
     method: str = "awq"
+    quality: str = "default"  # how much is done for each layer; awq and gptq only
     format: str | None = None  # None: the method's own
     bits: int = 4
     group_size: int = 128
@@ -68,6 +70,9 @@ class Recipe:
     def __post_init__(self) -> None:
         _typed(self)
         _choice("method", self.method, METHODS)
+        _choice("quality", self.quality, QUALITIES)
+        if self.quality != "default" and self.method not in ("awq", "gptq"):
+            raise ValueError(f"quality is {self.quality!r}; method {self.method} has one quality only: leave it out")
         if self.format is not None:
             _choice("format", self.format, FORMATS)
         if self.bits != 4:

@@ -74,7 +74,7 @@ def change(folder: Path, to: Path, shard: str, edit: Callable[[dict[str, Tensor]
     edit(tensors)
     save_file(tensors, copy / shard, metadata=metadata)
     manifest = json.loads((copy / MANIFEST).read_text())
-    finish(copy, {k: v for k, v in manifest.items() if k not in ("schema", "files")})
+    finish(copy, {}, {k: v for k, v in manifest.items() if k not in ("schema", "files")})
     return copy
 
 
@@ -158,7 +158,7 @@ def test_a_missing_chat_template_fails(artifact: Artifact, tmp_path: Path) -> No
     with pytest.raises(OSError, match=r"chat_template\.jinja: missing"):
         open_artifact(copy)
     manifest = json.loads((copy / MANIFEST).read_text())
-    opened = finish(copy, {k: v for k, v in manifest.items() if k not in ("schema", "files")})
+    opened = finish(copy, {}, {k: v for k, v in manifest.items() if k not in ("schema", "files")})
     with pytest.raises(ValueError, match="no chat template"):
         check(opened, model_folder(), samples=list(samples("test", 2)), limits=Limits())
 

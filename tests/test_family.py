@@ -12,7 +12,7 @@ from tiny import vlm
 from mmq.export.artifact import open_artifact
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
-from mmq.quantize.awq import awq
+from mmq.quantize import awq
 from mmq.quantize.family import FAMILIES, LLAMA, family_of
 from mmq.quantize.grid import Grid
 from mmq.quantize.inputs import encode
@@ -20,6 +20,7 @@ from mmq.quantize.lockstep import Lockstep
 from mmq.quantize.method import Problem, output_error, restored
 from mmq.quantize.skeleton import build, load_layer, load_outside, release_layer
 from mmq.quantize.source import open_source
+from mmq.quantize.steps import STEPS, solve
 from mmq.quantize.walk import linears
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
@@ -87,9 +88,10 @@ def test_a_linear_kept_in_16_bit_absorbs_no_scale() -> None:
     weights = {f"{n}.weight": torch.randn(128, 128) for g in LLAMA[:2] for n in g.linears}
     x = torch.randn(512, 128) * torch.logspace(-1.5, 1.5, 128)
     gram = x.T @ x / len(x)
-    alone = awq(Problem(weights, LLAMA[1:2], {LLAMA[1]: gram}), Grid())
+    problem = Problem(weights, LLAMA[1:2], {LLAMA[1]: gram})
+    assert not awq.scale(problem, Grid()).columns
+    alone = solve(problem, Grid(), STEPS["awq", "default"])
     assert not alone.changed
-    assert not alone.columns
     loss = output_error(restored(alone.quantized["self_attn.o_proj"]) - weights["self_attn.o_proj.weight"], gram)
     assert loss < 0.05 * output_error(weights["self_attn.o_proj.weight"], gram)
 

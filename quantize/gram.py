@@ -1,0 +1,63 @@
+"""Gram matrices: for each group of linears that share an input, H = sum over tokens of x x^T / tokens.
+
+Every search and every rounding needs of the calibration only H, so no candidate runs the model again. H adds up over
+samples, and its size does not depend on how many there were.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOKENS = 8192  # inputs gathered before they are multiplied: a pass over H costs as much as a thousand tokens
+ROWS = 2048  # rows of H taken at a time
+
+
+class Gram:
+    """A sum of x x^T, float32 [in, in] in the end. Only blocks on and above the diagonal are computed."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.total = torch.zeros(width, width, device=device)
+        self.tokens = 0
+        self._waiting: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Take [tokens, in], 16 or 32 bit. It must not be changed afterwards."""
+        self._waiting.append(x)
+        self.tokens += x.shape[0]
+        if sum(w.shape[0] for w in self._waiting) >= TOKENS:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        x = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        self._waiting.clear()
+        x = x.to(torch.float32) if x.device.type == "cpu" else x
+        width = x.shape[1]
+        for start in range(0, width, ROWS):
+            rows = self.total[start : start + ROWS, start:]
+            left, right = x[:, start : start + ROWS].T, x[:, start:]
+            if x.dtype == torch.float32:
+                rows.addmm_(left, right)
+            else:  # exact products of 16-bit inputs, summed in float32 by the tensor cores
+                rows += torch.mm(left, right, out_dtype=torch.float32)
+
+    def mean(self) -> Tensor:
+        """H, float32 [in, in]. The sum is handed over: nothing can be added afterwards."""
+        if self._waiting:
+            self._multiply()
+        h = self.total
+        del self.total
+        h /= max(self.tokens, 1)
+        width = h.shape[0]
+        for start in range(0, width, ROWS):
+            stop = min(start + ROWS, width)
+            square = h[start:stop, start:stop]
+            square.copy_(torch.triu(square) + torch.triu(square, 1).T)
+            h[stop:, start:stop] = h[start:stop, stop:].T
+        return h
+
+
+def diagonal_blocks(gram: Tensor, size: int) -> Tensor:
+    """The blocks of H [in, in] on its diagonal, [in / size, size, size]."""
+    count = gram.shape[0] // size
+    return gram.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

@@ -1,0 +1,207 @@
+"""The quantizer's inner loops as fused GPU kernels, in Triton. Imported only where Triton is installed (fused.py).
+
+What they compute is defined by the plain torch beside their callers (awq.py, clip.py, gptq.py, grid.py), which is also
+the path of a CPU; the tests hold the two together. Divisions and roundings are IEEE's, as torch's are, so the same
+weight gets the same code on either path.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from .grid import HUGE, LEVELS, MIDDLE, TINY, Grid, Quantized
+
+PLAIN = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where torch rounds twice
+
+
+def scaled_error(weight: Tensor, scale: Tensor, grid: Grid, out: Tensor) -> Tensor:
+    """fake(w s) / s - w, float32 into `out` [rows, in]; weight [rows, in] of any float dtype, scale [in]."""
+    rows, width = weight.shape
+    block = 32
+    _scaled_error[(triton.cdiv(rows, block), width // grid.group_size)](
+        weight, scale, out, rows, weight.stride(0), out.stride(0), **_grid(grid), **PLAIN, G=grid.group_size, R=block
+    )
+    return out
+
+
+def best_shrink(weight: Tensor, blocks: Tensor, grid: Grid, shares: tuple[float, ...]) -> Tensor:
+    """Per row and group the entry of `shares` that loses least, float32 [rows, groups].
+
+    weight float32 [rows, in]; blocks float32 [groups, g, g], the diagonal blocks of H.
+    """
+    rows, width = weight.shape
+    count = width // grid.group_size
+    table = torch.tensor(shares, dtype=torch.float32, device=weight.device)
+    best = torch.empty(rows, count, dtype=torch.float32, device=weight.device)
+    block = 64
+    _best_shrink[(triton.cdiv(rows, block), count)](
+        weight, blocks, table, best, rows, weight.stride(0), count,
+        **_grid(grid), **PLAIN, N=len(shares), G=grid.group_size, R=block, num_warps=8,
+    )  # fmt: skip
+    return best
+
+
+def round_block(
+    weight: Tensor, target: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, owner: Tensor, codes: Tensor,
+    errors: Tensor,
+) -> None:  # fmt: skip
+    """GPTQ inside one block of columns, last column first; see gptq.py for the order and the names.
+
+    weight, target, errors: float32 [rows, b], rows apart by a stride; feedback [b, b], column k below its diagonal;
+    scale, zero: float32 [rows, groups]; owner: int32 [b], the group of each column; codes: uint8 [rows, b]. Writes
+    codes and errors.
+    """
+    rows, columns = weight.shape
+    block = 16
+    _round_block[(triton.cdiv(rows, block),)](
+        weight, target, feedback, scale, zero, owner, codes, errors, rows, scale.shape[1],
+        weight.stride(0), target.stride(0), feedback.stride(0), feedback.stride(1), codes.stride(0), errors.stride(0),
+        **PLAIN, LEVELS=LEVELS, B=columns, R=block, num_warps=2,
+    )  # fmt: skip
+
+
+def quantize(weight: Tensor, grid: Grid, shrink: Tensor) -> Quantized:
+    """Round [rows, in] float32 to nearest on the grid that `shrink` [rows, groups] clips."""
+    rows, width = weight.shape
+    count = width // grid.group_size
+    codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(rows, count, dtype=torch.float32, device=weight.device)
+    zero = torch.empty(rows, count, dtype=torch.uint8, device=weight.device)
+    block = 32
+    _quantize[(triton.cdiv(rows, block), count)](
+        weight, shrink, codes, scale, zero, rows, weight.stride(0), count,
+        **_grid(grid), **PLAIN, G=grid.group_size, R=block,
+    )  # fmt: skip
+    return Quantized(codes, scale, zero, grid.group_size, grid.symmetric)
+
+
+def _grid(grid: Grid) -> dict[str, Any]:
+    return {
+        "SYMMETRIC": grid.symmetric,
+        "BF16": grid.scale_dtype == torch.bfloat16,
+        "TINY": TINY,
+        "HUGE": HUGE,
+        "LEVELS": LEVELS,
+        "MIDDLE": MIDDLE,
+    }
+
+
+@triton.jit
+def _fit(low, high, SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE):  # grid.fit
+    low = tl.minimum(low, 0.0)
+    high = tl.maximum(high, 0.0)
+    if SYMMETRIC:
+        scale = tl.div_rn(tl.maximum(-low, high) * 2.0, LEVELS * 1.0)
+    else:
+        scale = tl.div_rn(high - low, LEVELS * 1.0)
+    scale = tl.minimum(tl.maximum(scale, TINY), HUGE)
+    if BF16:
+        scale = scale.to(tl.bfloat16).to(tl.float32)
+    scale = scale.to(tl.float16).to(tl.float32)
+    if SYMMETRIC:
+        zero = tl.zeros_like(scale) + MIDDLE
+    else:
+        zero = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(-low, scale)), 0.0), LEVELS * 1.0)
+    return scale, zero
+
+
+@triton.jit
+def _code(x, scale, zero, LEVELS):
+    return tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(x, scale)) + zero, 0.0), LEVELS * 1.0)
+
+
+@triton.jit
+def _scaled_error(
+    w_ptr, s_ptr, d_ptr, rows, w_stride, d_stride,
+    SYMMETRIC: tl.constexpr, BF16: tl.constexpr, TINY: tl.constexpr, HUGE: tl.constexpr, LEVELS: tl.constexpr,
+    MIDDLE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    c = tl.program_id(1) * G + tl.arange(0, G)
+    inside = (r < rows)[:, None]
+    w = tl.load(w_ptr + r[:, None] * w_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + c)[None, :]
+    x = w * s
+    scale, zero = _fit(tl.min(x, 1), tl.max(x, 1), SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE)
+    y = (_code(x, scale[:, None], zero[:, None], LEVELS) - zero[:, None]) * scale[:, None]
+    d = tl.div_rn(y, s + tl.zeros_like(y)) - w
+    tl.store(d_ptr + r[:, None] * d_stride + c[None, :], d, mask=inside)
+
+
+@triton.jit
+def _best_shrink(
+    w_ptr, h_ptr, share_ptr, best_ptr, rows, w_stride, count,
+    SYMMETRIC: tl.constexpr, BF16: tl.constexpr, TINY: tl.constexpr, HUGE: tl.constexpr, LEVELS: tl.constexpr,
+    MIDDLE: tl.constexpr, N: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    group = tl.program_id(1)
+    g = tl.arange(0, G)
+    inside = r < rows
+    w = tl.load(w_ptr + r[:, None] * w_stride + (group * G + g)[None, :], mask=inside[:, None], other=0.0)
+    h = tl.load(h_ptr + group.to(tl.int64) * G * G + g[:, None] * G + g[None, :])
+    low = tl.min(w, 1)
+    high = tl.max(w, 1)
+    best = tl.full((R,), float("inf"), tl.float32)
+    share = tl.full((R,), 1.0, tl.float32)
+    for n in range(N):
+        p = tl.load(share_ptr + n)
+        scale, zero = _fit(low * p, high * p, SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE)
+        code = _code(w, scale[:, None], zero[:, None], LEVELS)
+        d = (code - zero[:, None]) * scale[:, None] - w
+        loss = tl.sum(tl.dot(d, h, input_precision="tf32x3") * d, 1)
+        better = loss < best
+        best = tl.where(better, loss, best)
+        share = tl.where(better, p, share)
+    tl.store(best_ptr + r * count + group, share, mask=inside)
+
+
+@triton.jit
+def _quantize(
+    w_ptr, shrink_ptr, q_ptr, scale_ptr, zero_ptr, rows, w_stride, count,
+    SYMMETRIC: tl.constexpr, BF16: tl.constexpr, TINY: tl.constexpr, HUGE: tl.constexpr, LEVELS: tl.constexpr,
+    MIDDLE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    group = tl.program_id(1)
+    c = group * G + tl.arange(0, G)
+    inside = r < rows
+    w = tl.load(w_ptr + r[:, None] * w_stride + c[None, :], mask=inside[:, None], other=0.0)
+    p = tl.load(shrink_ptr + r * count + group, mask=inside, other=1.0)
+    scale, zero = _fit(tl.min(w, 1) * p, tl.max(w, 1) * p, SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE)
+    code = _code(w, scale[:, None], zero[:, None], LEVELS)
+    tl.store(q_ptr + r[:, None] * (count * G) + c[None, :], code.to(tl.uint8), mask=inside[:, None])
+    tl.store(scale_ptr + r * count + group, scale, mask=inside)
+    tl.store(zero_ptr + r * count + group, zero.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _round_block(
+    w_ptr, t_ptr, m_ptr, scale_ptr, zero_ptr, owner_ptr, q_ptr, e_ptr, rows, groups,
+    w_stride, t_stride, m_down, m_right, q_stride, e_stride,
+    LEVELS: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    inside = r < rows
+    column = tl.arange(0, B)
+    e = tl.zeros((R, B), tl.float32)
+    for step in range(B):
+        k = B - 1 - step
+        m = tl.load(m_ptr + column * m_down + k * m_right, mask=column > k, other=0.0)
+        owner = tl.load(owner_ptr + k)
+        scale = tl.load(scale_ptr + r * groups + owner, mask=inside, other=1.0)
+        zero = tl.load(zero_ptr + r * groups + owner, mask=inside, other=0.0)
+        w = tl.load(w_ptr + r * w_stride + k, mask=inside, other=0.0)
+        target = tl.load(t_ptr + r * t_stride + k, mask=inside, other=0.0) + tl.sum(e * m[None, :], 1)
+        code = _code(target, scale, zero, LEVELS)
+        error = w - (code - zero) * scale
+        tl.store(q_ptr + r * q_stride + k, code.to(tl.uint8), mask=inside)
+        e = tl.where((column == k)[None, :], error[:, None], e)
+    tl.store(e_ptr + r[:, None] * e_stride + column[None, :], e, mask=inside[:, None])

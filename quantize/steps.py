@@ -1,0 +1,100 @@
+"""The steps from a decoder layer's weights to integers, and which of them each method takes at each quality.
+
+Every method is a row of the same four steps: move scales between layers (awq.py), clip each group's range (clip.py),
+then round, to nearest (grid.py) or with error feedback (gptq.py). So all of them end in the same grids, and a format
+is free to hold any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .awq import Scaled, scale
+from .clip import best_shrink
+from .fused import fused
+from .gptq import round_columns
+from .gram import diagonal_blocks
+from .grid import Grid, Quantized, dequantize, fit, groups, quantize
+from .method import Problem, Solution, output_error
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is done to a layer before and while it is rounded."""
+
+    scale: bool = False
+    clip: bool = False
+    feedback: bool = False
+
+
+STEPS: dict[tuple[str, str], Steps] = {
+    ("rtn", "default"): Steps(),
+    ("awq", "fast"): Steps(clip=True),
+    ("awq", "default"): Steps(scale=True, clip=True),
+    ("awq", "best"): Steps(scale=True, clip=True, feedback=True),
+    ("gptq", "fast"): Steps(clip=True),
+    ("gptq", "default"): Steps(clip=True, feedback=True),
+    ("gptq", "best"): Steps(scale=True, clip=True, feedback=True),
+}
+
+
+def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None] = lambda stage: None) -> Solution:
+    """Quantize one decoder layer by `steps`. ValueError when a Gram matrix admits no factor, or widths do not fit.
+
+    `lap(stage)` is called at the end of each stage, for whoever measures.
+    """
+    moved = scale(problem, grid) if steps.scale else Scaled(dict(problem.weights))
+    lap("scale search")
+    quantized: dict[str, Quantized] = {}
+    errors: dict[str, Tensor] = {}
+    for group in problem.groups:
+        gram = problem.grams[group]
+        weight = torch.cat([moved.weight(n) for n in group.linears])  # rows are independent: one piece of work
+        columns = moved.columns.get(group.linears[0])
+        whole = _round(weight, gram, columns, grid, steps)
+        del weight
+        lap("clip and rounding")
+        heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
+        for name, part in zip(group.linears, _split(whole, heights), strict=True):
+            quantized[name] = part
+            errors[name] = _lost(problem.weights[f"{name}.weight"].float(), part, moved, name, gram)
+    lap("errors")
+    told = {n: float(e) for n, e in errors.items()}  # the device is waited for once
+    return Solution(quantized, moved.changed, told)
+
+
+def _round(weight: Tensor, gram: Tensor, columns: Tensor | None, grid: Grid, steps: Steps) -> Quantized:
+    size = grid.group_size
+    shrink = torch.ones(weight.shape[0], weight.shape[1] // size, device=weight.device)
+    if steps.clip:
+        blocks = diagonal_blocks(gram, size)
+        if columns is not None:
+            s = columns.view(-1, size)
+            blocks /= s[:, :, None] * s[:, None, :]
+        shrink = best_shrink(weight, blocks, grid)
+    if not steps.feedback:
+        kernels = fused(weight)
+        return kernels.quantize(weight, grid, shrink) if kernels else quantize(weight, grid, shrink=shrink)
+    g = groups(weight, size)
+    scale, zero = fit(g.amin(-1) * shrink, g.amax(-1) * shrink, grid)
+    return round_columns(weight, gram, scale, zero, grid.symmetric, columns=columns)
+
+
+def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
+    parts = zip(x.q.split(heights), x.scale.split(heights), x.zero.split(heights), strict=True)
+    return [Quantized(q, scale, zero, x.group_size, x.symmetric) for q, scale, zero in parts]
+
+
+def _lost(before: Tensor, after: Quantized, moved: Scaled, name: str, gram: Tensor) -> Tensor:
+    """The relative output error of one linear, every moved scale moved back."""
+    weight = dequantize(after)
+    if name in moved.columns:
+        weight /= moved.columns[name]
+    if name in moved.rows:
+        weight *= moved.rows[name][:, None]
+    weight -= before
+    return output_error(weight, gram) / output_error(before, gram).clamp_min(1e-30)

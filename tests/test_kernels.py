@@ -1,0 +1,93 @@
+"""The fused GPU kernels against the plain torch that defines them. Needs an NVIDIA GPU with Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmq.quantize import awq, clip, gptq
+from mmq.quantize.fused import fused
+from mmq.quantize.gram import Gram, diagonal_blocks
+from mmq.quantize.grid import Grid, fit, groups, quantize
+
+if not torch.cuda.is_available() or fused(torch.empty(1, device="cuda")) is None:
+    pytest.skip("no GPU with Triton here; the plain torch paths are tested elsewhere", allow_module_level=True)
+
+GRIDS = [
+    Grid(g, symmetric, dtype)
+    for g in (32, 64, 128)
+    for symmetric in (False, True)
+    for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+def _layer(rows: int = 300, width: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(rows, width, device="cuda") * torch.logspace(-3, 1, width, device="cuda")
+    x = torch.randn(2048, width, device="cuda") @ torch.randn(width, width, device="cuda") / width**0.5
+    return weight, x.T @ x / len(x)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Call it to turn the kernels off."""
+    return monkeypatch
+
+
+def _off(patch: pytest.MonkeyPatch) -> None:
+    for module in (awq, clip, gptq):
+        patch.setattr(module, "fused", lambda tensor: None)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_rounding_gives_the_same_codes(grid: Grid) -> None:
+    weight, _ = _layer()
+    kernels = fused(weight)
+    assert kernels is not None
+    shrink = torch.rand(300, 512 // grid.group_size, device="cuda") * 0.5 + 0.5
+    a, b = kernels.quantize(weight, grid, shrink), quantize(weight, grid, shrink=shrink)
+    assert torch.equal(a.scale, b.scale)
+    assert torch.equal(a.zero, b.zero)
+    assert torch.equal(a.q, b.q)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_scale_losses(grid: Grid, plain: pytest.MonkeyPatch) -> None:
+    weight, gram = _layer()
+    pool = torch.rand(5, 512, device="cuda") + 0.2
+    ws = [weight, weight[:70] * 2]
+    a = awq.scale_losses(ws, gram, pool, grid)
+    _off(plain)
+    torch.testing.assert_close(a, awq.scale_losses(ws, gram, pool, grid), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_clip(grid: Grid, plain: pytest.MonkeyPatch) -> None:
+    """Shares that lose equally to float32's last digits may differ; no more than one in a thousand does."""
+    weight, gram = _layer()
+    blocks = diagonal_blocks(gram, grid.group_size)
+    a = clip.best_shrink(weight, blocks, grid)
+    _off(plain)
+    b = clip.best_shrink(weight, blocks, grid)
+    assert int((a != b).sum()) <= max(2, a.numel() // 1000)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_error_feedback(grid: Grid, plain: pytest.MonkeyPatch) -> None:
+    weight, gram = _layer()
+    g = groups(weight, grid.group_size)
+    scale, zero = fit(g.amin(-1), g.amax(-1), grid)
+    a = gptq.round_columns(weight, gram, scale, zero, grid.symmetric)
+    _off(plain)
+    b = gptq.round_columns(weight, gram, scale, zero, grid.symmetric)
+    assert int((a.q != b.q).sum()) <= a.q.numel() // 1000  # sums in another order: a code on the edge may fall over
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_of_16_bit_inputs(dtype: torch.dtype) -> None:
+    x = torch.randn(20000, 3000, device="cuda").to(dtype)
+    made = Gram(3000, x.device)
+    for part in x.split(3001):
+        made.add(part)
+    want = x.double().T @ x.double() / len(x)
+    torch.testing.assert_close(made.mean().double(), want, rtol=1e-4, atol=2e-5)
