@@ -1,0 +1,191 @@
+"""The quality study: what each method, setting and calibration seed costs pebble, position by position.
+
+`python -m mmq.bench.quality --out DIR` quantizes the embedded model in every way of VARIANTS, compares each artifact
+with its 16-bit base on held-out pictures and text, and writes one JSON a run (a run that is there is not run again).
+`quality_report.py` makes the table and the pictures of them. Knows no algorithm: a variant is anything that turns a
+checkpoint and samples into an artifact's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..export.artifact import hash_file
+from ..export.make import make
+from ..export.view import view
+from ..quantize.skeleton import build
+from ..recipes.calibration import CALIBRATIONS
+from ..recipes.hub import Base
+from ..recipes.pebble.tasks import samples
+from ..recipes.progress import Step, Tell, silent
+from ..recipes.recipe import Recipe
+from ..recipes.samples import Sample, digest
+from .quality_measure import Asked, ask, compare, states
+from .quality_settings import SETTINGS
+from .report import now, versions
+
+TEST_SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to quantize. `make(base, samples, out)` writes an artifact into the folder `out`, which is not there yet;
+    `calibration` names the set the samples are of; `mark` is all that tells this variant from another, as JSON takes
+    it: a run on disk counts as done only under the same mark."""
+
+    name: str
+    make: Callable[[Path, Sequence[Sample], Path], object]
+    mark: Mapping[str, Any]
+    calibration: str = "drawn"
+
+
+def by_mmq(name: str, *, calibration: str = "drawn", **fields: Any) -> Variant:
+    """A variant that `mmq quantize` makes; `fields` are those of a Recipe."""
+
+    def quantize(base: Path, calibrated: Sequence[Sample], out: Path) -> None:
+        recipe = Recipe(name, str(base), calibration=calibration, samples=len(calibrated), **fields)
+        make(recipe, Base(base, base.name, "local", None), out, samples=calibrated, calibration=calibration)
+
+    return Variant(name, quantize, {"mmq": fields, "code": _code(), "calibration": calibration}, calibration)
+
+
+@functools.cache
+def _code() -> str:
+    """sha256 over the sources of the quantize room: runs of an older algorithm are not taken for the present one's."""
+    files = sorted((Path(__file__).parent.parent / "quantize").glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        by_mmq("rtn", method="rtn"),
+        by_mmq("rtn-sym", method="rtn", symmetric=True),
+        by_mmq("awq", method="awq"),
+        by_mmq("awq-text-only", method="awq", calibration="text"),
+        by_mmq("awq-sym", method="awq", symmetric=True, format="compressed-tensors"),
+        by_mmq("gptq", method="gptq"),
+        *(by_mmq(f"{m}-g{g}", method=m, group_size=g) for m in ("rtn", "awq", "gptq") for g in (32, 64)),
+    )
+}
+
+
+def study(
+    variants: Sequence[Variant],
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    out: Path,
+    calibrated: int = 64,
+    held_out: int = 260,
+    tell: Tell = silent,
+) -> list[dict[str, Any]]:
+    """Run every variant in every setting with every calibration seed; returns one mapping a run, also written to
+    `out`/runs/SETTING.VARIANT.SEED.json. A run that is there under the same mark is read, not made again.
+
+    ValueError for an unknown setting, or a variant whose calibration set is unknown.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            raise ValueError(f"setting is {name!r}; it must be one of {', '.join(SETTINGS)}")
+    for variant in variants:
+        if variant.calibration not in CALIBRATIONS:
+            raise ValueError(f"{variant.name}: calibration must be one of {', '.join(CALIBRATIONS)}")
+    tests = list(samples("test", held_out, seed=TEST_SEED))
+    drawn = {(c, s): CALIBRATIONS[c](calibrated, seed=s) for c in {v.calibration for v in variants} for s in seeds}
+    common = {"test": digest(tests), "versions": versions()}
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    jobs = [(setting, variant, seed) for setting in settings for variant in variants for seed in seeds]
+    bases = {setting: SETTINGS[setting](out / setting) for setting in settings}
+    weights = {setting: hash_file(base / "model.safetensors") for setting, base in bases.items()}
+    opened: dict[str, tuple[Path, Asked, list[Tensor], Tensor]] = {}
+    runs = []
+    for number, (setting, variant, seed) in enumerate(jobs):
+        file = out / "runs" / f"{setting}.{variant.name}.{seed}.json"
+        mark = {
+            **common,
+            **variant.mark,
+            "base": weights[setting],
+            "calibrated": digest(drawn[variant.calibration, seed]),
+        }
+        run = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if run.get("mark") != json.loads(json.dumps(mark)):
+            if setting not in opened:
+                opened.clear()  # one setting's states at a time
+                opened[setting] = _open(bases[setting], tests)
+            base, asked, before, head = opened[setting]
+            artifact = out / f"artifact-{os.getpid()}"
+            shutil.rmtree(artifact, ignore_errors=True)
+            start = time.monotonic()
+            variant.make(base, drawn[variant.calibration, seed], artifact)
+            seconds = round(time.monotonic() - start, 1)
+            after = states(build(artifact, source=view(artifact)), asked)
+            found = compare(asked, before, after, head)
+            shutil.rmtree(artifact)
+            run = {"setting": setting, "variant": variant.name, "seed": seed, "seconds": seconds, "created": now()}
+            run |= {"machine": platform.platform(terse=True), "mark": mark, **found}
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(part, file)
+        runs.append(run)
+        tell(Step("run", number + 1, len(jobs), f"{setting} {variant.name} {seed}"))
+    return runs
+
+
+def _open(base: Path, tests: Sequence[Sample]) -> tuple[Path, Asked, list[Tensor], Tensor]:
+    """The checkpoint, the encoded samples, its own states on them, and its head [vocabulary, hidden]."""
+    skeleton = build(base)
+    with torch.no_grad():
+        asked = ask(skeleton, tests)
+        before = states(skeleton, asked)
+    return base, asked, before, skeleton.module.get_output_embeddings().weight.float()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: run what is missing, then write DIR/quality.md and its pictures."""
+    from .quality_report import draw, write
+
+    parser = argparse.ArgumentParser(prog="python -m mmq.bench.quality", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs, table and pictures")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["rtn", "awq", "gptq"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration samples")
+    parser.add_argument("--calibrated", type=int, default=64, help="calibration samples")
+    parser.add_argument("--held-out", type=int, default=260, help="test samples")
+    parser.add_argument("--against", default="awq", help="the variant that ratios are told against")
+    asked = parser.parse_args(arguments)
+    chosen = [VARIANTS[name] for name in asked.variants]
+
+    def tell(step: Step) -> None:
+        sys.stderr.write(f"{step.done}/{step.total} {step.note}\n")
+
+    runs = study(
+        chosen,
+        asked.settings,
+        asked.seeds,
+        out=asked.out,
+        calibrated=asked.calibrated,
+        held_out=asked.held_out,
+        tell=tell,
+    )
+    write(runs, asked.out / "quality.md", against=asked.against)
+    draw(runs, asked.out)
+
+
+if __name__ == "__main__":
+    main()
