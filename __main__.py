@@ -475,17 +475,21 @@ def held_out_samples(dataset: str | None, count: int, *, embedded: bool) -> list
 
 
 def load_torch() -> None:
-    """Import torch so that its CPU threads sleep while they wait for each other.
+    """Import torch so that its CPU threads sleep while they wait for each other, and its GPU memory does not splinter.
 
     Spinning, which is OpenMP's default, stalls on a machine that does anything else: quantizing pebble on two busy
-    cores took 147 s so, and 7.5 s this way. The variable is read when torch is loaded, and no engine inherits it.
+    cores took 147 s so, and 7.5 s this way. GPU memory in fixed segments took 9.1 GiB for 5.6 GiB of tensors. The
+    variables are read when torch is loaded, and no engine inherits them.
     """
-    own = "OMP_WAIT_POLICY" not in os.environ
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch  # noqa: F401
+    wanted = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    own = {k: v for k, v in wanted.items() if k not in os.environ}
+    os.environ.update(own)
+    import torch
 
-    if own:
-        del os.environ["OMP_WAIT_POLICY"]
+    if torch.cuda.is_available():
+        torch.cuda.init()
+    for name in own:
+        del os.environ[name]
 
 
 def pick_device(name: str) -> str:

@@ -75,13 +75,20 @@ def pack_gptq(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Ten
     }
 
 
-def unpack_gptq(tensors: Mapping[str, Tensor]) -> Quantized:
-    """The inverse of `pack_gptq`."""
+def unpack_gptq(tensors: Mapping[str, Tensor], *, stored_less: int = 1) -> Quantized:
+    """The inverse of `pack_gptq`. `stored_less`: what zero points are stored short of, 0 in version 2 of the format.
+
+    ValueError where `g_idx` shuffles columns across groups: no engine loads such a layer.
+    """
     scales = tensors["scales"]
     width, out = tensors["qweight"].shape[0] * 8, scales.shape[1]
+    size = width // scales.shape[0]
+    order = tensors.get("g_idx")
+    if order is not None and not torch.equal(order.long().cpu(), torch.arange(width) // size):
+        raise ValueError("its columns are in activation order across groups, which no engine loads; use static groups")
     q = unpack_last(tensors["qweight"].T.contiguous(), width)
-    zero = (unpack_last(tensors["qzeros"], out) + 1).T.contiguous()
-    return Quantized(q, scales.T.float().contiguous(), zero, width // scales.shape[0], True)
+    zero = (unpack_last(tensors["qzeros"], out) + stored_less).T.contiguous()
+    return Quantized(q, scales.T.float().contiguous(), zero, size, bool((zero == MIDDLE).all()))
 
 
 def pack_ct(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:

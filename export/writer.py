@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,12 +46,17 @@ class Writer:
         self._saving = [f for f in self._saving if not f.done() or f.result()]
         while len(self._saving) >= PENDING:
             self._saving.pop(0).result()
-        self._saving.append(self._saver.submit(self._save, path, dict(tensors), beside))
+        computed = torch.cuda.Event() if any(t.is_cuda for t in tensors.values()) else None
+        if computed is not None:
+            computed.record()
+        self._saving.append(self._saver.submit(self._save, path, dict(tensors), beside, computed))
 
-    def _save(self, path: Path, tensors: dict[str, Tensor], beside: Mapping[Path, str]) -> None:
+    def _save(
+        self, path: Path, tensors: dict[str, Tensor], beside: Mapping[Path, str], computed: torch.cuda.Event | None
+    ) -> None:
         for file, text in beside.items():
             _replace(file, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-        whole = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
+        whole = to_host(tensors, computed)
         tensors.clear()
         _replace(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
         self.hash(path)
@@ -68,6 +74,22 @@ class Writer:
         while self._saving:
             self._saving.pop(0).result()
         return {name: future.result() for name, future in self._hashes.items()}
+
+
+def to_host(tensors: Mapping[str, Tensor], computed: torch.cuda.Event | None) -> dict[str, Tensor]:
+    """The tensors on the host. From a GPU through pinned memory and on a stream of its own, once `computed` has
+    happened, so that the next layer's work does not wait for the copies."""
+    if computed is None:
+        return {n: t.detach().contiguous() for n, t in tensors.items()}
+    stream = torch.cuda.Stream()
+    found = {}
+    with torch.cuda.stream(stream):
+        stream.wait_event(computed)
+        for name, tensor in tensors.items():
+            found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            found[name].copy_(tensor.detach(), non_blocking=True)
+    stream.synchronize()
+    return found
 
 
 def _copy_and_hash(path: Path, tensors: Sequence[tuple[Path, str]]) -> str:

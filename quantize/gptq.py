@@ -19,7 +19,7 @@ from .fused import fused
 from .grid import LEVELS, Quantized
 
 BLOCK = 128
-CHUNK = 2048  # rows of H gathered at a time
+CHUNK = 1024  # rows of H gathered at a time
 DAMP = 0.01  # share of the mean diagonal added to H, as in the authors' code
 
 
@@ -48,26 +48,28 @@ def feedback(gram: Tensor, order: Tensor, columns: Tensor | None = None) -> Tens
     raise ValueError("the calibrated inputs of a linear are degenerate (not finite?); calibrate with more samples")
 
 
+def column_order(gram: Tensor, columns: Tensor | None = None) -> Tensor:
+    """The columns by rising energy of their input, int64 [in]; they are rounded from the last to the first."""
+    return torch.argsort(gram.diagonal() if columns is None else gram.diagonal() / columns.square(), stable=True)
+
+
 def round_columns(
-    weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, symmetric: bool, *, columns: Tensor | None = None
+    weight: Tensor, follow: Tensor, order: Tensor, scale: Tensor, zero: Tensor, *, symmetric: bool
 ) -> Quantized:
-    """Quantize [out, in] float32 onto the grid that `scale` and `zero` (float32 [out, groups]) fix, given its inputs'
-    Gram matrix [in, in]. With `columns` [in] the weight's columns carry that scale already, and H does not yet."""
+    """Quantize float32 [out, in], whose columns stand in `order` already, onto the grid that `scale` and `zero`
+    (float32 [out, groups], groups in the original order) fix. `follow` is `feedback`'s. The codes are in the original
+    order."""
     group_size = weight.shape[1] // scale.shape[1]
-    energy = gram.diagonal() if columns is None else gram.diagonal() / columns.square()
-    order = torch.argsort(energy, stable=True)
     owner = (order // group_size).to(torch.int32)
-    follow = feedback(gram, order, columns)
-    w = weight[:, order]
-    errors = torch.empty_like(w)
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    kernels = fused(w)
+    errors = torch.empty_like(weight)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    kernels = fused(weight)
     round_block = kernels.round_block if kernels else _round_block
-    for stop in range(w.shape[1], 0, -BLOCK):
+    for stop in range(weight.shape[1], 0, -BLOCK):
         block = slice(max(stop - BLOCK, 0), stop)
-        target = torch.addmm(w[:, block], errors[:, stop:], follow[stop:, block])
+        target = torch.addmm(weight[:, block], errors[:, stop:], follow[stop:, block])
         round_block(
-            w[:, block], target, follow[block, block], scale, zero, owner[block], codes[:, block], errors[:, block]
+            weight[:, block], target, follow[block, block], scale, zero, owner[block], codes[:, block], errors[:, block]
         )
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)

@@ -73,10 +73,11 @@ def fit(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     The range always holds 0, so that a pruned weight stays exactly 0. Asymmetric: Lin et al., AWQ (2023), sec. 2.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
+    levels = low.new_tensor(LEVELS)  # by a plain number a GPU divides inexactly, and would find other scales than a CPU
     if grid.symmetric:
-        scale = exact_scale(torch.maximum(-low, high) * 2 / LEVELS, grid.scale_dtype)
+        scale = exact_scale(torch.maximum(-low, high) * 2 / levels, grid.scale_dtype)
         return scale, torch.full_like(scale, MIDDLE)
-    scale = exact_scale((high - low) / LEVELS, grid.scale_dtype)
+    scale = exact_scale((high - low) / levels, grid.scale_dtype)
     return scale, (-low / scale).round().clamp(0, LEVELS)
 
 

@@ -30,7 +30,7 @@ class Problem:
 
     weights: Mapping[str, Tensor]
     groups: tuple[Group, ...]
-    grams: Mapping[Group, Tensor]
+    grams: dict[Group, Tensor]
     stored: torch.dtype = torch.bfloat16
     head_dim: int = 128
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .awq import Scaled, scale
 from .clip import best_shrink
+from .family import Group
 from .fused import fused
-from .gptq import round_columns
+from .gptq import column_order, feedback, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
 from .method import Problem, Solution, output_error
@@ -43,31 +44,31 @@ STEPS: dict[tuple[str, str], Steps] = {
 
 
 def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None] = lambda stage: None) -> Solution:
-    """Quantize one decoder layer by `steps`. ValueError when a Gram matrix admits no factor, or widths do not fit.
+    """Quantize one decoder layer by `steps`; the Gram matrices are taken out of `problem` on the way.
 
-    `lap(stage)` is called at the end of each stage, for whoever measures.
+    ValueError when a Gram matrix admits no factor, or widths do not fit. `lap(stage)` is called at the end of each
+    stage, for whoever measures.
     """
     moved = scale(problem, grid) if steps.scale else Scaled(dict(problem.weights))
     lap("scale search")
     quantized: dict[str, Quantized] = {}
     errors: dict[str, Tensor] = {}
     for group in problem.groups:
-        gram = problem.grams[group]
-        weight = torch.cat([moved.weight(n) for n in group.linears])  # rows are independent: one piece of work
-        columns = moved.columns.get(group.linears[0])
-        whole = _round(weight, gram, columns, grid, steps)
-        del weight
+        gram = problem.grams.pop(group)  # the last to need it: it is the largest thing there is
+        whole = _round(moved, group, gram, grid, steps)
         lap("clip and rounding")
         heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
         for name, part in zip(group.linears, _split(whole, heights), strict=True):
             quantized[name] = part
             errors[name] = _lost(problem.weights[f"{name}.weight"].float(), part, moved, name, gram)
-    lap("errors")
+        lap("errors")
     told = {n: float(e) for n, e in errors.items()}  # the device is waited for once
     return Solution(quantized, moved.changed, told)
 
 
-def _round(weight: Tensor, gram: Tensor, columns: Tensor | None, grid: Grid, steps: Steps) -> Quantized:
+def _round(moved: Scaled, group: Group, gram: Tensor, grid: Grid, steps: Steps) -> Quantized:
+    weight = torch.cat([moved.weight(n) for n in group.linears])  # rows are independent: one piece of work
+    columns = moved.columns.get(group.linears[0])
     size = grid.group_size
     shrink = torch.ones(weight.shape[0], weight.shape[1] // size, device=weight.device)
     if steps.clip:
@@ -81,7 +82,11 @@ def _round(weight: Tensor, gram: Tensor, columns: Tensor | None, grid: Grid, ste
         return kernels.quantize(weight, grid, shrink) if kernels else quantize(weight, grid, shrink=shrink)
     g = groups(weight, size)
     scale, zero = fit(g.amin(-1) * shrink, g.amax(-1) * shrink, grid)
-    return round_columns(weight, gram, scale, zero, grid.symmetric, columns=columns)
+    del g
+    order = column_order(gram, columns)
+    follow = feedback(gram, order, columns)
+    weight = weight[:, order]
+    return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric)
 
 
 def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
