@@ -84,7 +84,9 @@ def quantizer() -> type:
             if rotary is None:
                 return module(x)
             out = []
-            for part, *angles in zip(x.split(self.lengths, 1), *(r.split(self.lengths, -2) for r in rotary), strict=True):
+            for part, *angles in zip(
+                x.split(self.lengths, 1), *(r.split(self.lengths, -2) for r in rotary), strict=True
+            ):
                 done = module(part, **{**module_kwargs, "position_embeddings": tuple(angles)})
                 out.append(done[0] if isinstance(done, tuple) else done)
             return torch.cat(out, dim=1)

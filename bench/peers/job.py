@@ -89,6 +89,32 @@ def main(backend: str, version: Callable[[], str], run: Callable[[Job], Times]) 
         sys.exit(1)
 
 
+def mend_torchvision() -> None:
+    """Let torchvision be imported beside a CPU build of torch; transformers 5 reads pictures through it.
+
+    PyPI's torchvision is linked to CUDA libraries that such a torch lacks, so its own library does not load and the
+    import ends with "operator torchvision::nms does not exist". Resizing needs no operator of that library: where the
+    import fails, the missing ones are declared (without kernels) and it is tried again.
+    """
+    import torch
+
+    try:
+        import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+        for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]  # what the failed import left half done
+        import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+
+_declared: list[Any] = []  # operators live as long as the library that declared them
+
+
 def inputs(processor: Any, job: Job) -> list[dict[str, Any]]:
     """The processor's tensors for each sample, batches of one, the whole conversation with the assistant's answers."""
     from PIL import Image
