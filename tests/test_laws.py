@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / "bench" / "peers"  # scripts for other packages' environments: shipped as files, never imported
 ROOMS = ("recipes", "quantize", "export", "serve", "bench")  # a room imports itself and the rooms before it
 HEAVY = {"torch", "torchvision", "transformers", "accelerate", "vllm", "modelscope"}
 TRAINER = "recipes.pebble.train"
@@ -31,10 +32,10 @@ class Import:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the rooms: dotted name -> file, packages without their `__init__`."""
+    """Every module of the rooms: dotted name -> file, packages without their `__init__`. Not the peers' scripts."""
     found = {}
     for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
+        for path in sorted(set((ROOT / room).rglob("*.py")) - set(PEERS.glob("*.py"))):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
@@ -178,6 +179,19 @@ def test_every_package_is_shipped():
     folders = {name.rpartition(".")[0] for name in MODULES if MODULES[name].name != "__init__.py"}
     assert folders <= packages, "a folder with modules has no __init__.py"
     assert set(listed) == {"mmq", *(f"mmq.{name}" for name in packages)}
+
+
+def test_the_peers_scripts_import_nothing_of_ours():
+    """They run where mmq is not installed; `peers.job` and the like stand beside them."""
+    scripts = sorted(PEERS.glob("*.py"))
+    assert scripts
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path.name}:{node.lineno} imports from the package around it"
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert "mmq" not in {name.split(".")[0] for name in names}, f"{path.name}:{node.lineno} imports mmq"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,264 @@
+"""A checkpoint that another package packed, brought home as an ordinary artifact in the same format.
+
+Its packed linears are read onto their grid, renamed to the base checkpoint's own names and packed again: the weights
+they stand for stay the same to the bit. 16-bit tensors that a method changed (norms that absorbed scales) come from
+the package's folder in the base's dtype, all others from the base. Knows no package: a folder is read by its config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantize.family import Group
+from ..quantize.grid import MIDDLE, Grid, Quantized
+from ..quantize.skeleton import Skeleton, build, checkpoint_names, read_config
+from ..quantize.source import Meta, Source, open_source
+from ..quantize.walk import linears
+from ..recipes.hub import Base
+from ..recipes.progress import Step, Tell, silent
+from ..recipes.recipe import Recipe
+from .artifact import Artifact, check_disk, finish
+from .make import (
+    Order,
+    _address,
+    _expected_bytes,
+    _files,
+    _quantized_names,
+    _write_config,
+    _write_index,
+    copy_small_files,
+    versions,
+)
+from .packing import LAYOUTS, unpack_gptq
+from .view import packed_linears
+from .writer import Writer
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A folder of another package: its tensors, mmq's name for its format, and the names of the linears packed in it.
+
+    `stored_less` is what its GPTQ zero points are stored short of: 1 in version 1, 0 in version 2.
+    """
+
+    source: Source
+    format: str
+    linears: frozenset[str]
+    stored_less: int = 1
+
+    def get(self, linear: str) -> Quantized:
+        """One packed linear on its grid. ValueError where its tensors do not make one."""
+        suffixes = LAYOUTS[self.format].suffixes
+        found = {s: self.source.get(f"{linear}.{s}") for s in suffixes if f"{linear}.{s}" in self.source.metas}
+        try:
+            if self.format == "gptq":
+                return unpack_gptq(found, stored_less=self.stored_less)
+            return LAYOUTS[self.format].unpack(found)
+        except (KeyError, ValueError) as e:
+            raise ValueError(f"{self.source.folder}: {linear}: {e}") from None
+
+    def owner(self, name: str) -> str | None:
+        """The packed linear that tensor `name` is a part of."""
+        head, _, leaf = name.rpartition(".")
+        return head if leaf in LAYOUTS[self.format].suffixes and head in self.linears else None
+
+
+def open_packed(folder: Path) -> Packed:
+    """Read the headers and the config of a folder that AutoAWQ, AutoGPTQ, GPTQModel, llm-compressor or AutoRound wrote.
+
+    ValueError where it is in no layout that mmq reads, or holds no packed linear; OSError as its files give it.
+    """
+    beside = folder / "quantize_config.json"  # where AutoGPTQ wrote it before transformers had a place for it
+    declared = read_config(folder).get("quantization_config")
+    if declared is None and beside.is_file():
+        declared = {"quant_method": "gptq", **json.loads(beside.read_text(encoding="utf-8"))}
+    format, stored_less = _layout(declared or {}, folder)
+    source = open_source(folder)
+    found = packed_linears(source.metas, format)
+    if not found:
+        raise ValueError(f"{folder}: its config says {format}, but no linear in it is packed so")
+    return Packed(source, format, frozenset(found), stored_less)
+
+
+def _layout(declared: Mapping[str, Any], folder: Path) -> tuple[str, int]:
+    """(format, what zero points are stored short of) from a `quantization_config`."""
+    method = str(declared.get("quant_method")).removeprefix("intel/")
+    kind = declared.get("checkpoint_format") or declared.get("version") or declared.get("format")
+    if method == "auto-round":  # its own form, around one of the two others
+        packing = str(declared.get("packing_format"))
+        method, kind = ("awq", "gemm") if "awq" in packing else ("gptq", "gptq")
+    bits = {declared.get("bits", 4)}
+    if method == "compressed-tensors":
+        groups = declared.get("config_groups", {}).values()
+        bits = {g["weights"]["num_bits"] for g in groups}
+        kind = next((g["format"] for g in groups if g.get("format")), declared.get("format"))
+    known = {
+        ("awq", "gemm"): ("awq", 1),
+        ("gptq", "gptq"): ("gptq", 1),
+        ("gptq", None): ("gptq", 1),
+        ("gptq", "gptq_v2"): ("gptq", 0),
+        ("compressed-tensors", "pack-quantized"): ("compressed-tensors", 1),
+    }
+    key = (method, str(kind).lower() if kind else None)
+    if key not in known or bits != {4}:
+        readable = ", ".join(f"{m} {k}" for m, k in known if k)
+        raise ValueError(f"{folder}: packed as {method} {kind}, {bits} bits; mmq brings home 4 bits in {readable}")
+    return known[key]
+
+
+def adopt(
+    folder: Path,
+    recipe: Recipe,
+    base: Base,
+    out: Path,
+    *,
+    method: str,
+    symmetric: bool,
+    backend: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
+    tell: Tell = silent,
+) -> Artifact:
+    """Write into `out`, which `prepare` made ready, the artifact that the checkpoint in `folder` is of `base`.
+
+    `method` and `symmetric` are what the package was asked for, `backend` what it reports of itself and its run,
+    `calibration` the manifest's entry. ValueError where the folder is not what was asked: another grid or group size,
+    linears packed outside the decoder or only some of those that engines fuse, other tensors than the base's.
+    """
+    packed = open_packed(folder)
+    skeleton = build(base.path)
+    names = _their_names(skeleton, packed)
+    plan = _packed_groups(skeleton, packed, names)
+    grid = Grid(recipe.group_size, symmetric, skeleton.stored)
+    layer_files, rest = _files(skeleton)
+    order = Order(recipe, base, out, method, packed.format, grid, plan, layer_files, rest)
+    check_disk(out, _expected_bytes(skeleton, order))
+    _check_rest(skeleton, packed, names)
+    with Writer() as writer:
+        for file, inside in rest.items():
+            writer.copy(out / file, [(skeleton.source.files[n], n) for n in inside])
+        for index, file in enumerate(layer_files):
+            writer.save(out / file, _layer(skeleton, order, packed, names, index), {})
+            tell(Step("adopt", index + 1, len(layer_files)))
+        hashes = writer.hashes()
+    _write_index(order)
+    _write_config(skeleton, order)
+    copy_small_files(base.path, out)
+    manifest = {
+        "name": f"{recipe.name}-{backend['backend']}-{method}",
+        "method": method,
+        "format": packed.format,
+        "bits": 4,
+        "group_size": recipe.group_size,
+        "symmetric": symmetric,
+        "backend": dict(backend),
+        "recipe": dataclasses.asdict(recipe),
+        "base": {
+            "model": _address(recipe, base),
+            "hub": base.hub,
+            "revision": base.revision,
+            "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
+        },
+        "calibration": calibration,
+        "quantized": sorted(_quantized_names(skeleton, order)),
+        "layers": [{"index": i, "errors": {}} for i in range(len(layer_files))],
+        "versions": versions(),
+    }
+    return finish(out, hashes, manifest)
+
+
+def _their_names(skeleton: Skeleton, packed: Packed) -> dict[str, str]:
+    """Module parameter name -> the folder's tensor name, `<linear>.weight` where it is packed."""
+    shown = {n: m for n, m in packed.source.metas.items() if packed.owner(n) is None}
+    shown |= {f"{linear}.weight": Meta((), None, 0) for linear in packed.linears}
+    names = checkpoint_names(skeleton.module, dataclasses.replace(packed.source, metas=shown))
+    taken = set(names.values())
+    for name in shown:  # a bias that the base does not have, as some packers add
+        if name not in taken and name.rpartition(".")[0] in packed.linears and packed.source.get(name).any():
+            raise ValueError(f"{packed.source.folder}: {name} belongs to a linear, and the base has no such tensor")
+    return names
+
+
+def _packed_groups(skeleton: Skeleton, packed: Packed, names: Mapping[str, str]) -> dict[int, tuple[Group, ...]]:
+    """Per decoder layer, the groups that are packed. ValueError for half a group, and for linears of no group."""
+    plan: dict[int, tuple[Group, ...]] = {}
+    for index, groups in linears(skeleton).items():
+        chosen = []
+        for group in groups:
+            theirs = [_linear(names, f"{skeleton.layer_prefix(index)}{n}") for n in group.linears]
+            ours = [t in packed.linears for t in theirs]
+            if any(ours) and not all(ours):
+                raise ValueError(f"{theirs[ours.index(False)]} is not packed, but what engines fuse it with is")
+            if all(ours):
+                chosen.append(group)
+        plan[index] = tuple(chosen)
+    wanted = {
+        _linear(names, f"{skeleton.layer_prefix(i)}{n}")
+        for i, groups in plan.items()
+        for g in groups
+        for n in g.linears
+    }
+    if others := packed.linears - wanted:
+        raise ValueError(f"{packed.source.folder}: {min(others)} is packed, which is no linear of a decoder layer")
+    return plan
+
+
+def _linear(names: Mapping[str, str], module: str) -> str:
+    return names[f"{module}.weight"].removesuffix(".weight")
+
+
+def _check_rest(skeleton: Skeleton, packed: Packed, names: Mapping[str, str]) -> None:
+    """ValueError for a tensor outside the decoder layers that is not the base's: it would be lost."""
+    for ours, theirs in names.items():
+        outside = not ours.startswith(skeleton.family.layers + ".")
+        if outside and ours in skeleton.names and _changed(skeleton, packed, ours, theirs) is not None:
+            raise ValueError(f"{packed.source.folder}: {theirs} differs from the base's, outside the decoder layers")
+
+
+def _changed(skeleton: Skeleton, packed: Packed, ours: str, theirs: str) -> Tensor | None:
+    """The folder's tensor in the base's dtype, or None where it is the base's own, as its dtype holds it."""
+    found, base = packed.source.get(theirs), skeleton.source.get(skeleton.names[ours])
+    return None if torch.equal(base.to(found.dtype), found) else found.to(base.dtype)
+
+
+def _layer(skeleton: Skeleton, order: Order, packed: Packed, names: Mapping[str, str], index: int) -> dict[str, Tensor]:
+    """What the file of decoder layer `index` holds, under the base's names."""
+    prefix = skeleton.layer_prefix(index)
+    quantized = {f"{n}.weight" for group in order.plan[index] for n in group.linears}
+    tensors: dict[str, Tensor] = {}
+    for inside, name in skeleton.layer_names(index).items():
+        theirs = names[prefix + inside]
+        if inside in quantized:
+            linear = name.removesuffix(".weight")
+            x = _on_grid(packed.get(theirs.removesuffix(".weight")), order.grid, theirs)
+            tensors |= {f"{linear}.{suffix}": t for suffix, t in _pack(x, order.format, skeleton.stored).items()}
+        else:
+            changed = _changed(skeleton, packed, prefix + inside, theirs)
+            tensors[name] = skeleton.source.get(name) if changed is None else changed
+    return tensors
+
+
+def _on_grid(x: Quantized, grid: Grid, name: str) -> Quantized:
+    """`x` as what was asked for. ValueError where it is not."""
+    if x.group_size != grid.group_size:
+        raise ValueError(f"{name} has groups of {x.group_size}, and {grid.group_size} was asked for")
+    if grid.symmetric and not bool((x.zero == MIDDLE).all()):
+        raise ValueError(f"{name} is not symmetric: zero points from {int(x.zero.min())} to {int(x.zero.max())}, not 8")
+    return dataclasses.replace(x, symmetric=grid.symmetric)
+
+
+def _pack(x: Quantized, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Packed without loss: a scale that the format's usual dtype does not hold is kept in float32."""
+    tensors = LAYOUTS[format].pack(x, dtype)
+    scale = "weight_scale" if format == "compressed-tensors" else "scales"
+    whole = x.scale if format == "compressed-tensors" else x.scale.T
+    if not torch.equal(tensors[scale].float(), whole):
+        tensors[scale] = whole.contiguous()
+    return tensors
