@@ -1,4 +1,4 @@
-"""Intel's AutoRound on the job's pictures and text, with its own defaults: 200 steps of signed gradient descent a layer.
+"""Intel's AutoRound on the job's pictures and text, with its own defaults: 200 steps of signed descent for each layer.
 
 Its calibration for vision-language models takes batches that a processor made, so it gets the samples as they are. It
 counts batches of eight; samples of different lengths make none, so eight gradients of one sample each are summed

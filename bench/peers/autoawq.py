@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,8 @@ def quantizer() -> type:
 
             hook = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
             for sample in self.calib_data:
-                try:
+                with suppress(Caught):
                     self.model(**{k: v.to(device) for k, v in sample.items()}, use_cache=False)
-                except Caught:
-                    pass
             hook.remove()
             self.model.to("cpu")
             self.lengths = [h.shape[1] for h in hidden]

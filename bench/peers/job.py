@@ -99,7 +99,7 @@ def mend_torchvision() -> None:
     import torch
 
     try:
-        import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import torchvision  # pyright: ignore[reportMissingImports]
     except ImportError:
         return
     except RuntimeError:
