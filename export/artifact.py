@@ -96,31 +96,74 @@ def base_of(artifact: Artifact, *, tell: Tell = silent) -> Base:
 def prepare(out: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = False) -> bool:
     """Make `out` ready to be written into; True when it holds an unfinished run with this `fingerprint` to take up.
 
-    ValueError when the folder holds anything else and `overwrite` is not given. A folder that is no artifact, no
-    unfinished run and not empty is never emptied, `overwrite` or not.
+    ValueError when the folder holds anything else and `overwrite` is not given; of an unfinished run it says what has
+    changed since. A folder that is no artifact, no unfinished run and not empty is never emptied, `overwrite` or not.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder with -o")
-    entries = list(out.iterdir()) if out.is_dir() else []
-    ours = (out / MANIFEST).is_file() or (out / UNFINISHED).is_file()
-    resumed = False
-    if (out / UNFINISHED).is_file() and not (out / MANIFEST).is_file():
-        try:
-            resumed = json.loads((out / UNFINISHED).read_text(encoding="utf-8")) == dict(fingerprint)
-        except json.JSONDecodeError:
-            resumed = False
-        if not resumed and not overwrite:
-            raise ValueError(f"{out} holds an unfinished run with other options; --overwrite starts anew")
-    elif entries and not overwrite:
-        raise ValueError(f"{out} is not empty; choose another folder with -o, or --overwrite")
-    if entries and not resumed:
-        if not ours:
-            raise ValueError(f"{out} is not empty and mmq did not make it; choose another folder with -o")
-        shutil.rmtree(out)
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    whole, begun = MANIFEST in names, UNFINISHED in names
+    before = _marks(out) if begun and not whole else {}
+    if before and not overwrite:
+        if changed := _changes(before, fingerprint):
+            raise ValueError(f"{out} holds an unfinished run with other options ({changed}); --overwrite starts anew")
+        return True
+    if whole and not overwrite:
+        _drop_scratch(out)  # of a run killed between its manifest and its last breath
+        raise ValueError(f"{out} is not empty: it holds an artifact; choose another folder with -o, or --overwrite")
+    if names and not (whole or begun or all(n.startswith(SCRATCH) for n in names)):
+        raise ValueError(f"{out} is not empty and mmq did not make it; choose another folder with -o")
     out.mkdir(parents=True, exist_ok=True)
-    if not resumed:
-        write_json(out / UNFINISHED, fingerprint)
-    return resumed
+    if names:
+        _empty(out)
+    write_json(out / UNFINISHED, fingerprint)
+    return False
+
+
+def _marks(out: Path) -> dict[str, Any]:
+    """The fingerprint of the unfinished run in `out`; empty when it was killed before there was one."""
+    try:
+        marks = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return marks if isinstance(marks, dict) else {}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`key: was X, now Y` for every key in which two fingerprints differ, keys of nested ones joined by dots."""
+    old, new = _flat(before), _flat(now)
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return "; ".join(f"{k}: was {_short(old.get(k))}, now {_short(new.get(k))}" for k in changed)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inside = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else "nothing" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _empty(out: Path) -> None:
+    """Take everything out of `out`. Killed on the way, it leaves what is no run that could be taken up."""
+    write_json(out / UNFINISHED, {})
+    (out / MANIFEST).unlink(missing_ok=True)
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
+
+
+def _drop_scratch(out: Path) -> None:
+    for left in out.glob(f"{SCRATCH}*"):
+        left.unlink()
 
 
 def finish(out: Path, hashes: Mapping[str, str], manifest: Mapping[str, Any]) -> Artifact:
@@ -135,8 +178,7 @@ def finish(out: Path, hashes: Mapping[str, str], manifest: Mapping[str, Any]) ->
     }
     whole = {"schema": SCHEMA, **manifest, "files": files}
     write_json(out / MANIFEST, whole)
-    for left in out.glob(f"{SCRATCH}*"):
-        left.unlink()
+    _drop_scratch(out)
     return Artifact(out, whole)
 
 
