@@ -41,12 +41,16 @@ def run(job: Job) -> Times:
         gradient_accumulate_steps=BATCH,
         device_map=job.device,
         seed=job.seed,
-        format="auto_gptq" if job.symmetric else "auto_awq",
     )
     load = watch.read()
-    model, _ = rounder.quantize()
+    # it packs and writes each layer as it is done, into a folder of a name of its own making
+    model, folders = rounder.quantize_and_save(str(job.out), format="auto_gptq" if job.symmetric else "auto_awq")
     seconds = watch.read()
-    rounder.save_quantized(str(job.out), format="auto_gptq" if job.symmetric else "auto_awq")
+    made = Path(folders if isinstance(folders, str) else folders[0])
+    if made != job.out:
+        for file in made.iterdir():
+            file.rename(job.out / file.name)
+        made.rmdir()
     return Times(load, seconds, watch.read(), model.config.get_text_config().num_hidden_layers)
 
 
