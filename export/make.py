@@ -87,7 +87,7 @@ def make(
         "base": {"config": hash_file(base.path / "config.json"), "revision": base.revision, "tensors": _mark(skeleton)},
         "calibration": digest(samples) if recipe.method in CALIBRATED else None,
         "device": skeleton.device.type,
-        "mmq": __version__,
+        "versions": {name: v for name, v in versions().items() if name != "python"},
     }
     marks = json.loads(json.dumps(marks))  # as it will read back
     there = sum(p.stat().st_size for p in out.glob("*.safetensors"))  # made already, or about to be replaced
@@ -192,10 +192,10 @@ def _files(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ..
     return tuple(files[:count]), {f: tuple(names) for f, names in zip(files[count:], shards, strict=True)}
 
 
-def _mark(skeleton: Skeleton) -> str:
-    """A cheap mark of the base's tensors, so that a run is not taken up against other weights."""
-    files = sorted(skeleton.source.folder.glob("*.safetensors"))
-    return json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+def _mark(skeleton: Skeleton) -> dict[str, str]:
+    """A cheap mark of the base's tensors by file, so that a run is not taken up against other weights."""
+    stats = {p.name: p.stat() for p in sorted(skeleton.source.folder.glob("*.safetensors"))}
+    return {name: f"{s.st_size} bytes, changed {s.st_mtime_ns / 1e9:.6f}" for name, s in stats.items()}
 
 
 def _quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
