@@ -169,9 +169,8 @@ def markdown(runs: list[Run]) -> str:
     ]
     for r in runs:
         sizes = [f"{x / 2**30:.2f} GiB" for x in (r.gpu_peak, r.host_anonymous_peak, r.written)]
-        lines.append(
-            f"| {r.label} | {r.seconds:.1f} s | {r.layer_seconds:.3f} s | {r.warm_layer_seconds:.3f} s | {' | '.join(sizes)} |"
-        )
+        times = [f"{r.seconds:.1f} s", f"{r.layer_seconds:.3f} s", f"{r.warm_layer_seconds:.3f} s"]
+        lines.append(f"| {' | '.join([r.label, *times, *sizes])} |")
     lines += [
         "",
         "| stage, seconds in all | " + " | ".join(r.label for r in runs) + " |",

@@ -7,6 +7,7 @@ An interrupted run leaves finished files behind and is taken up at the next laye
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import platform
 import shutil
@@ -16,24 +17,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import __version__
 from ..quantize.family import Group
 from ..quantize.grid import Grid, Quantized
-from ..quantize.skeleton import Skeleton, build, read_config
+from ..quantize.memory import Memory
+from ..quantize.ranks import agreed, rank, world
+from ..quantize.skeleton import Skeleton, build, read_config, release
 from ..quantize.walk import CALIBRATED, Layer, check_groups, linears, no_lap, walk
 from ..recipes.folder import headers
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe, model_on
 from ..recipes.samples import Sample, digest
-from .artifact import SCRATCH, Artifact, check_disk, finish, hash_file, prepare, to_json, write_json
+from .artifact import SCRATCH, Artifact, check_disk, finish, hash_file, open_artifact, prepare, to_json, write_json
 from .config import CONFIGS, Packing, settle
 from .packing import LAYOUTS
 from .view import restored_tensors
 from .writer import Writer
 
+WHOLE = Memory()
 REST_SHARD = 2**30  # bytes of untouched tensors in one file
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")
@@ -62,14 +67,15 @@ def make(
     samples: Sequence[Sample],
     calibration: str,
     device: str = "cpu",
+    memory: Memory = WHOLE,
     overwrite: bool = False,
     tell: Tell = silent,
     lap: Callable[[str], None] = no_lap,
 ) -> Artifact:
     """Quantize `base` as `recipe` says into the folder `out`. `calibration` is the set's name, for the manifest.
 
-    ValueError for what cannot be made as asked, OSError for files and disk, before anything is written. `lap(stage)`
-    is called at the end of each stage, for whoever measures.
+    ValueError for what cannot be made as asked, OSError for files and disk, before anything is written. `memory` is
+    what the walk may use; `lap(stage)` is called at the end of each stage, for whoever measures.
     """
     symmetric, format = settle(recipe.method, recipe.symmetric, recipe.format)
     if read_config(base.path).get("quantization_config"):
@@ -90,38 +96,29 @@ def make(
         "versions": {name: v for name, v in versions().items() if name != "python"},
     }
     marks = json.loads(json.dumps(marks))  # as it will read back
-    there = sum(p.stat().st_size for p in out.glob("*.safetensors"))  # made already, or about to be replaced
-    check_disk(out, _expected_bytes(skeleton, order) - there)
-    prepare(out, marks, overwrite=overwrite)
+    if rank() == 0:
+        there = sum(p.stat().st_size for p in out.glob("*.safetensors"))  # made already, or about to be replaced
+        check_disk(out, _expected_bytes(skeleton, order) - there)
+        prepare(out, marks, overwrite=overwrite)
+    agreed(None)  # nobody looks into the folder before it is prepared
     lap("marks")
-    done = {i for i, file in enumerate(layer_files) if (out / file).is_file()}
     with Writer() as writer:
-        for file, names in rest.items():
-            if (out / file).is_file():
-                writer.hash(out / file)
-            else:
-                writer.copy(out / file, [(skeleton.source.files[n], n) for n in names])
-        for index in sorted(done):
-            writer.hash(out / layer_files[index])
-        for layer in walk(
-            skeleton,
-            samples,
-            method=recipe.method,
-            quality=recipe.quality,
-            grid=grid,
-            plan=plan,
-            done=done,
-            finished=lambda index: _finished(skeleton, order, index),
-            tell=tell,
-            lap=lap,
-        ):
-            if layer.solution is not None:
-                tensors, note = _layer_tensors(skeleton, order, layer)
-                writer.save(out / layer_files[layer.index], tensors, {_note(out, layer.index): to_json(note)})
+        if rank() == 0:
+            for file, names in rest.items():
+                if (out / file).is_file():
+                    writer.hash(out / file)
+                else:
+                    writer.copy(out / file, [(skeleton.source.files[n], n) for n in names])
+            for index in sorted(_done(order)):
+                writer.hash(out / layer_files[index])
+        _write_layers(skeleton, order, samples, writer, memory, tell, lap)
         tell(Step("copy", 0, 1))
         hashes = writer.hashes()
         tell(Step("copy", 1, 1))
     lap("wait for the files")
+    if rank() > 0:
+        agreed(None)
+        return open_artifact(out)
     notes = [json.loads(_note(out, i).read_text(encoding="utf-8")) for i in range(len(layer_files))]
     tokens = notes[0]["tokens"]
     _write_index(order)
@@ -151,8 +148,56 @@ def make(
             "versions": versions(),
         },
     )
+    agreed(None)  # the other ranks may open it now
     lap("manifest")
     return made
+
+
+def _write_layers(
+    skeleton: Skeleton, order: Order, samples: Sequence[Sample], writer: Writer, memory: Memory, tell: Tell,
+    lap: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Walk, and hand each layer to the writer. Out of GPU memory, go on from the last finished layer with smaller
+    micro-batches, in the end with activations on the host; RuntimeError when nothing helps."""
+    while True:
+        try:
+            for layer in walk(
+                skeleton,
+                samples,
+                method=order.recipe.method,
+                quality=order.recipe.quality,
+                grid=order.grid,
+                plan=order.plan,
+                done=agreed(_done(order)),
+                finished=lambda index: _finished(skeleton, order, index),
+                micro_batch=memory.micro_batch,
+                park=memory.park,
+                tell=tell,
+                lap=lap,
+            ):
+                if layer.solution is not None and rank() == 0:
+                    tensors, note = _layer_tensors(skeleton, order, layer)
+                    writer.save(
+                        order.out / order.layer_files[layer.index],
+                        tensors,
+                        {_note(order.out, layer.index): to_json(note)},
+                    )
+            return
+        except torch.OutOfMemoryError:
+            smaller = memory.smaller()
+            if smaller is None or world() > 1:
+                raise
+        memory = smaller  # outside the handler, whose traceback holds every tensor of the failed attempt
+        writer.hashes()
+        release(skeleton, skeleton.names)
+        gc.collect()
+        torch.cuda.empty_cache()
+        tell(Step("memory", 1, 1, f"the GPU's memory is full: {memory}"))
+
+
+def _done(order: Order) -> set[int]:
+    """The layers whose files are there."""
+    return {i for i, file in enumerate(order.layer_files) if (order.out / file).is_file()}
 
 
 def _address(recipe: Recipe, base: Base) -> str:

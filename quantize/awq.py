@@ -17,6 +17,7 @@ from .family import Group
 from .fused import fused
 from .grid import Grid, fake, groups
 from .method import Problem
+from .ranks import share, total
 
 STEPS = 20  # grid points of the exponent, as in the paper
 FIRST_ROWS = 512  # output channels on which every candidate is tried
@@ -34,13 +35,13 @@ class Scaled:
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
-    def weight(self, name: str) -> Tensor:
-        """Linear `name` as it is to be rounded, float32 [out, in]."""
-        w = self.weights[f"{name}.weight"].float()
+    def weight(self, name: str, rows: slice) -> Tensor:
+        """These rows of linear `name` as they are to be rounded, float32 [rows, in]."""
+        w = self.weights[f"{name}.weight"][rows].float()
         if name in self.columns:
             w = w * self.columns[name]
         if name in self.rows:
-            w = w / self.rows[name][:, None]
+            w = w / self.rows[name][rows, None]
         return w
 
 
@@ -86,6 +87,7 @@ def best_scale(weights: Sequence[Tensor], gram: Tensor, grid: Grid, *, tie: int 
 
 def scale_losses(weights: Sequence[Tensor], gram: Tensor, pool: Tensor, grid: Grid) -> Tensor:
     """tr(dW H dW^T), summed over `weights`, of each scale in `pool` [candidates, in]: float32 [candidates]."""
+    weights = [w[share(w.shape[0])] for w in weights]
     rows = max(w.shape[0] for w in weights)
     delta = torch.empty(rows, gram.shape[0], device=gram.device)
     kernels = fused(gram)
@@ -98,7 +100,7 @@ def scale_losses(weights: Sequence[Tensor], gram: Tensor, pool: Tensor, grid: Gr
             else:
                 torch.sub(fake(w.float() * s, grid) / s, w.float(), out=d)
             losses[number] += torch.dot((d @ gram).flatten(), d.flatten())
-    return losses
+    return total(losses)
 
 
 def _tied(s: Tensor, tie: int, block: int) -> Tensor:

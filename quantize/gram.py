@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ranks import total
+
 TOKENS = 8192  # inputs gathered before they are multiplied: a pass over H costs as much as a thousand tokens
 ROWS = 2048  # rows of H taken at a time
 
@@ -42,12 +44,12 @@ class Gram:
                 rows += torch.mm(left, right, out_dtype=torch.float32)
 
     def mean(self) -> Tensor:
-        """H, float32 [in, in]. The sum is handed over: nothing can be added afterwards."""
+        """H of every rank's tokens, float32 [in, in]. The sum is handed over: nothing can be added afterwards."""
         if self._waiting:
             self._multiply()
-        h = self.total
+        h = total(self.total)
         del self.total
-        h /= max(self.tokens, 1)
+        h /= total(h.new_tensor(self.tokens)).clamp_min(1)
         width = h.shape[0]
         for start in range(0, width, ROWS):
             stop = min(start + ROWS, width)

@@ -105,5 +105,7 @@ def quantize(weight: Tensor, grid: Grid, *, shrink: Tensor | float = 1.0) -> Qua
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """[out, in] in `dtype`: the product is taken in float32 and rounded once, as the engines' kernels do."""
-    q = groups(x.q.float(), x.group_size)
-    return ((q - x.zero.float().unsqueeze(-1)) * x.scale.unsqueeze(-1)).flatten(1).to(dtype)
+    w = groups(x.q.float(), x.group_size)
+    w -= x.zero.float().unsqueeze(-1)
+    w *= x.scale.unsqueeze(-1)
+    return w.flatten(1).to(dtype)

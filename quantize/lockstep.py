@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
@@ -27,11 +28,32 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     thread: greenlet = field(repr=False)
+    parked: Tensor | None = field(default=None, repr=False)  # the hidden states while they are on the host
 
     @property
     def hidden(self) -> Tensor:
         """The hidden states going into the layer, [1, tokens, hidden]."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def park(self) -> None:
+        """Move the hidden states to the host. The tensor stays what the model's frames hold; its memory is given back.
+        A tensor that shares its memory with others stays where it is."""
+        hidden = self.hidden
+        memory = hidden.untyped_storage()
+        if not hidden.is_cuda or memory.nbytes() != hidden.numel() * hidden.element_size():
+            return
+        if self.parked is None:
+            self.parked = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+            self.parked.copy_(hidden)
+        memory.resize_(0)
+
+    def unpark(self) -> None:
+        """Bring the hidden states back, if they are away."""
+        if self.parked is not None:
+            memory = self.hidden.untyped_storage()
+            if not memory.nbytes():
+                memory.resize_(self.parked.numel() * self.parked.element_size())
+                self.hidden.copy_(self.parked, non_blocking=True)
 
 
 @dataclass
@@ -41,8 +63,16 @@ class Stop:
     index: int
     layer: nn.Module
     calls: list[Call]
-    forward: Callable[..., Any] = field(repr=False)
+    _forward: Callable[..., Any] = field(repr=False)
     _resume: Callable[[Stop], None] = field(repr=False)
+
+    def run(self, call: Call) -> Any:
+        """What the layer makes of one call, which stays where it is."""
+        call.unpark()
+        out = self._forward(*call.args, **call.kwargs)
+        if call.parked is not None:
+            call.park()
+        return out
 
     def advance(self) -> None:
         """Run the layer for every call and let each go on to its next halt or its end."""
@@ -55,9 +85,11 @@ class Lockstep:
     Use as a context manager: on the way out the layers' own forwards are put back and unfinished calls are ended.
     """
 
-    def __init__(self, layers: nn.ModuleList, calls: Iterable[Callable[[], Any]]):
-        """`calls` is asked for the next one when the last has come to its first halt."""
+    def __init__(self, layers: nn.ModuleList, calls: Iterable[Callable[[], Any]], *, park: bool = False):
+        """`calls` is asked for the next one when the last has come to its first halt. With `park` the hidden states of
+        a halted call wait on the host, which takes a copy each way a layer."""
         self.layers = layers
+        self._park = park
         self.results: list[Any] = []
         self._calls = calls
         self._halted: dict[int, list[Call]] = {}
@@ -99,7 +131,7 @@ class Lockstep:
         calls.reverse()
         while calls:
             call = calls.pop()  # drop our hold on its inputs before the next one runs
-            out = stop.forward(*call.args, **call.kwargs)
+            out = stop.run(call)
             thread, number = call.thread, call.number
             del call
             self._record(number, thread, thread.switch(out))
@@ -110,7 +142,10 @@ class Lockstep:
             self.results[number] = value
         else:
             index, args, kwargs = value
-            self._halted.setdefault(index, []).append(Call(number, args, kwargs, thread))
+            call = Call(number, args, kwargs, thread)
+            if self._park:
+                call.park()
+            self._halted.setdefault(index, []).append(call)
 
 
 def _halt(index: int) -> Callable[..., Any]:

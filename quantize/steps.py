@@ -21,6 +21,7 @@ from .gptq import column_order, feedback, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
 from .method import Problem, Solution, output_error
+from .ranks import share, total, whole
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,27 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
     moved = scale(problem, grid) if steps.scale else Scaled(dict(problem.weights))
     lap("scale search")
     quantized: dict[str, Quantized] = {}
-    errors: dict[str, Tensor] = {}
+    lost: dict[str, Tensor] = {}
     for group in problem.groups:
         gram = problem.grams.pop(group)  # the last to need it: it is the largest thing there is
-        whole = _round(moved, group, gram, grid, steps)
-        lap("clip and rounding")
         heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
-        for name, part in zip(group.linears, _split(whole, heights), strict=True):
-            quantized[name] = part
-            errors[name] = _lost(problem.weights[f"{name}.weight"].float(), part, moved, name, gram)
+        shares = [share(height) for height in heights]
+        rounded = _round(moved, group, shares, gram, grid, steps)
+        lap("clip and rounding")
+        parts = _split(rounded, [s.stop - s.start for s in shares])
+        for name, part, rows, height in zip(group.linears, parts, shares, heights, strict=True):
+            lost[name] = _lost(problem.weights[f"{name}.weight"][rows].float(), part, moved, name, rows, gram)
+            q, scales, zero = (whole(t, height) for t in (part.q, part.scale, part.zero))
+            quantized[name] = Quantized(q, scales, zero, grid.group_size, grid.symmetric)
         lap("errors")
-    told = {n: float(e) for n, e in errors.items()}  # the device is waited for once
-    return Solution(quantized, moved.changed, told)
+    both = total(torch.stack(list(lost.values()))).tolist()  # the device is waited for once
+    errors = {name: after / max(before, 1e-30) for name, (after, before) in zip(lost, both, strict=True)}
+    return Solution(quantized, moved.changed, errors)
 
 
-def _round(moved: Scaled, group: Group, gram: Tensor, grid: Grid, steps: Steps) -> Quantized:
-    weight = torch.cat([moved.weight(n) for n in group.linears])  # rows are independent: one piece of work
+def _round(moved: Scaled, group: Group, shares: list[slice], gram: Tensor, grid: Grid, steps: Steps) -> Quantized:
+    """This rank's rows of all the group's linears, one below the other: rows are independent, so one piece of work."""
+    weight = torch.cat([moved.weight(n, rows) for n, rows in zip(group.linears, shares, strict=True)])
     columns = moved.columns.get(group.linears[0])
     size = grid.group_size
     shrink = torch.ones(weight.shape[0], weight.shape[1] // size, device=weight.device)
@@ -94,12 +100,12 @@ def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
     return [Quantized(q, scale, zero, x.group_size, x.symmetric) for q, scale, zero in parts]
 
 
-def _lost(before: Tensor, after: Quantized, moved: Scaled, name: str, gram: Tensor) -> Tensor:
-    """The relative output error of one linear, every moved scale moved back."""
+def _lost(before: Tensor, after: Quantized, moved: Scaled, name: str, rows: slice, gram: Tensor) -> Tensor:
+    """What rounding these rows of one linear costs and what they hold, every moved scale moved back: two numbers."""
     weight = dequantize(after)
     if name in moved.columns:
         weight /= moved.columns[name]
     if name in moved.rows:
-        weight *= moved.rows[name][:, None]
+        weight *= moved.rows[name][rows, None]
     weight -= before
-    return output_error(weight, gram) / output_error(before, gram).clamp_min(1e-30)
+    return torch.stack([output_error(weight, gram), output_error(before, gram)])

@@ -23,12 +23,13 @@ from .gram import Gram
 from .grid import Grid, check_width
 from .inputs import media_mask, micro_batches
 from .lockstep import Lockstep, Stop
+from .memory import MICRO_BATCH
 from .method import Problem, Solution, restored
+from .ranks import own, total
 from .skeleton import Skeleton, embeddings, load, load_layer, release, release_layer, set_parameter
 from .steps import STEPS, solve
 
 CALIBRATED = ("awq", "gptq", "rtn")  # rtn needs no inputs, but is measured on them
-MICRO_BATCH = 4096  # tokens in one forward pass: enough to fill a GPU, few enough to fit beside a layer
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def walk(
     done: Collection[int] = (),
     finished: Callable[[int], Mapping[str, Tensor]] | None = None,
     micro_batch: int = MICRO_BATCH,
+    park: bool = False,
     tell: Tell = silent,
     lap: Callable[[str], None] = no_lap,
 ) -> Iterator[Layer]:
@@ -117,19 +119,21 @@ def walk(
 
     `done` are the layers that are already on disk, and `finished(i)` gives the 16-bit view of such a layer i (parameter
     name inside the layer -> tensor): it is run as it is, so the layers after it come out the same as without the
-    interruption. `lap(stage)` is called at the end of each stage, for whoever measures.
+    interruption. A forward pass takes about `micro_batch` tokens; with `park` what is between layers waits on the host.
+    Under several ranks (ranks.py) each takes its share of the samples and of the rows. `lap(stage)` is called at the
+    end of each stage, for whoever measures.
     """
     if method == "bnb":
         yield from _walk_uncalibrated(skeleton, grid=grid, plan=plan, done=done, tell=tell)
         return
-    total = len(skeleton.layers)
+    count = len(skeleton.layers)
     counted = [0, 0, 0]
     with torch.no_grad(), tensor_cores():
         load(skeleton, embeddings(skeleton))
         base = skeleton.module.base_model
 
         def calls() -> Iterator[Callable[[], Any]]:
-            for inputs in micro_batches(skeleton, samples, tokens=micro_batch):
+            for inputs in micro_batches(skeleton, own(samples), tokens=micro_batch):
                 ids = inputs["input_ids"]
                 media = int(media_mask(skeleton, ids).sum())
                 for number, more in enumerate((len(ids), ids.numel() - media, media)):
@@ -140,10 +144,11 @@ def walk(
                         tensor.untyped_storage().resize_(0)
                 tell(Step("samples", counted[0], len(samples)))
 
-        with Lockstep(skeleton.layers, calls()) as steps:
+        with Lockstep(skeleton.layers, calls(), park=park) as steps:
             for stop in steps:
                 if stop.index == 0:
                     release(skeleton, embeddings(skeleton))
+                    counted = total(torch.tensor(counted, device=skeleton.device)).tolist()
                     lap("vision tower and embeddings")
                 load_layer(skeleton, stop.index)
                 lap("load")
@@ -157,13 +162,13 @@ def walk(
                 layer = Layer(stop.index, solution, Tokens(*counted))
                 yield layer
                 lap("pack")
-                if stop.index + 1 < total:
+                if stop.index + 1 < count:
                     stop.advance()
                     lap("forward, quantized")
                 else:
                     stop.calls.clear()  # nobody reads what comes out of the last layer
                 release_layer(skeleton, stop.index)
-                tell(Step("layer", stop.index + 1, total, _note(layer)))
+                tell(Step("layer", stop.index + 1, count, _note(layer)))
 
 
 @contextmanager
@@ -253,7 +258,7 @@ def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> dict[Group, Tensor]:
     handles = [stop.layer.get_submodule(g.linears[0]).register_forward_pre_hook(watch(g)) for g in groups]
     try:
         for call in stop.calls:
-            stop.forward(*call.args, **call.kwargs)
+            stop.run(call)
     finally:
         for handle in handles:
             handle.remove()
