@@ -173,7 +173,7 @@ def quantize(
         options: dict[str, Any] = {
             "samples": chosen,
             "calibration": recipe.calibration,
-            "device": pick_device(device),
+            "device": place,
             "overwrite": overwrite,
             "tell": tell,
         }
@@ -182,7 +182,9 @@ def quantize(
             artifact = make(recipe, base, out, **options)
         else:
             artifact = quantize_with(order, recipe, base, out, **options)
-            result, _ = check_and_write(artifact, base.path, device=pick_device(device), tell=tell)
+            result, _ = check_and_write(artifact, base.path, device=place, tell=tell)
+    if ranks.rank() > 0:
+        return
     manifest = artifact.manifest
     size = sum(f["size"] for n, f in manifest["files"].items() if n.endswith(".safetensors"))
     errors = [e for layer in manifest["layers"] for e in layer["errors"].values()]
