@@ -68,7 +68,17 @@ def quantize_with(
     try:
         python = environment(asked.backend, tell=tell)
         with tempfile.TemporaryDirectory(prefix=".mmq-backend-", dir=out.resolve().parent) as place:
-            report = _run(asked, recipe, base, Path(place), python, samples, device, out, tell)
+            report = run_script(
+                asked,
+                base.path,
+                Path(place),
+                samples=samples,
+                group_size=recipe.group_size,
+                python=python,
+                device=device,
+                keep_log=out.resolve().parent / f"{out.name}-{asked.backend}.log",
+                tell=tell,
+            )
             return adopt(
                 Path(place) / "made",
                 recipe,
@@ -93,24 +103,26 @@ def _count(skeleton: Skeleton, samples: Sequence[Sample]) -> dict[str, int]:
     return {"samples": len(ids), "text": sum(i.numel() for i in ids) - media, "media": media}
 
 
-def _run(
+def run_script(
     asked: Asked,
-    recipe: Recipe,
-    base: Base,
+    base: Path,
     place: Path,
-    python: Path,
+    *,
     samples: Sequence[Sample],
-    device: str,
-    out: Path,
-    tell: Tell,
+    group_size: int,
+    python: Path,
+    device: str = "cpu",
+    keep_log: Path | None = None,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
-    """Run the script in `place`; what it reports of itself. The checkpoint is then in `place`/made."""
+    """Run the backend's script under `python` on the checkpoint in `base`; what it reports of itself. The packed
+    checkpoint is then in `place`/made. RuntimeError where it fails; all it said is then copied to `keep_log`."""
     job = {
-        "model": str(base.path.resolve()),
+        "model": str(base.resolve()),
         "samples": str(write_samples(samples, place)),
         "out": str(place / "made"),
         "method": asked.method,
-        "group_size": recipe.group_size,
+        "group_size": group_size,
         "symmetric": asked.symmetric,
         "device": device.partition(":")[0],
         "seed": 0,
@@ -121,13 +133,14 @@ def _run(
         env["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
     log = place / "log"
     command = [str(python), str(PEERS / BACKENDS[asked.backend].script), str(place / "job.json")]
-    # some packages leave files where they run
+    # some packages leave files where they run: in `place`
     code, last = follow(command, env=env, log=log, on_line=_listener(asked.backend, tell), cwd=place)
     report = place / "made" / "peer.json"
     if code or not report.is_file():
-        kept = out.resolve().parent / f"{out.name}-{asked.backend}.log"
-        shutil.copyfile(log, kept)
-        raise RuntimeError(f"backend {asked.backend} failed ({_exit(code)}): {last}; all it said is in {kept}")
+        if keep_log is not None:
+            shutil.copyfile(log, keep_log)
+        where = f"; all it said is in {keep_log}" if keep_log else ""
+        raise RuntimeError(f"backend {asked.backend} failed ({_exit(code)}): {last}{where}")
     return json.loads(report.read_text(encoding="utf-8"))
 
 
