@@ -98,6 +98,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.option("--calibration", metavar="NAME|FILE|FOLDER", help="drawn, text, a JSONL file or a folder.")
 @click.option("--samples", type=int, help="Calibration samples to use.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--max-vram", metavar="SIZE", help="GPU memory to stay inside, as 24GiB.  [default: what is free]")
 @device_option
 @hub_choice
 @json_option
@@ -114,6 +115,7 @@ def quantize(
     calibration: str | None,
     samples: int | None,
     overwrite: bool,
+    max_vram: str | None,
     device: str,
     hub: str,
     revision: str | None,
@@ -152,6 +154,7 @@ def quantize(
         out = out or Path(f"out-{recipe.method}")
     load_torch()
     from .bench.peer import quantize_with
+    from .bench.report import parse_bytes
     from .export.make import make
     from .quantize import ranks
     from .quantize.family import family_of
@@ -179,7 +182,7 @@ def quantize(
         }
         result = None
         if order is None:
-            artifact = make(recipe, base, out, **options)
+            artifact = make(recipe, base, out, max_vram=parse_bytes(max_vram) if max_vram else None, **options)
         else:
             artifact = quantize_with(order, recipe, base, out, **options)
             result, _ = check_and_write(artifact, base.path, device=place, tell=tell)

@@ -21,7 +21,9 @@ from typing import Any
 
 import click
 
+from ..recipes.progress import Step
 from ..recipes.samples import Sample
+from .report import parse_bytes
 from .shapes import LAYERS, write_shape
 
 PICTURE = 448  # pixels a side: 256 tokens in Qwen2.5-VL
@@ -57,6 +59,7 @@ class Run:
     stages: dict[str, list[float]] = field(default_factory=dict)
     gpu_peak: int = 0
     gpu_reserved: int = 0
+    estimate: str = ""
     host_anonymous_peak: int = 0
     written: int = 0
 
@@ -132,7 +135,10 @@ def noise_samples(folder: Path, count: int, *, seed: int = 0) -> list[Sample]:
     return [sample(max(length, 0)) for _ in range(count)]
 
 
-def measure(folder: Path, *, method: str, quality: str, samples: list[Sample], out: Path, device: str) -> Run:
+def measure(
+    folder: Path, *, method: str, quality: str, samples: list[Sample], out: Path, device: str,
+    max_vram: int | None = None,
+) -> Run:  # fmt: skip
     """Quantize the checkpoint in `folder` into `out` and measure it."""
     import torch
 
@@ -148,11 +154,16 @@ def measure(folder: Path, *, method: str, quality: str, samples: list[Sample], o
     if device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+    def tell(step: Step) -> None:
+        if step.name in ("estimate", "memory"):
+            run.estimate += f"{step.note}; "
+
     start = time.perf_counter()
     with host_memory(run):
         make(
             recipe, base, out, samples=samples, calibration="noise", device=device, overwrite=True,
-            lap=stopwatch(run, device),
+            lap=stopwatch(run, device), tell=tell, max_vram=max_vram,
         )  # fmt: skip
     run.seconds = time.perf_counter() - start
     if device != "cpu":
@@ -196,6 +207,7 @@ def machine() -> dict[str, Any]:
 @click.option("--samples", default=128, show_default=True)
 @click.option("--method", "methods", multiple=True, default=("awq", "gptq"), show_default=True)
 @click.option("--quality", "qualities", multiple=True, default=("default",), show_default=True)
+@click.option("--max-vram", help="GPU memory to stay inside, as 24GiB.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the checkpoint is kept, or made.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every stage's seconds here.")
 def main(
@@ -204,6 +216,7 @@ def main(
     samples: int,
     methods: tuple[str, ...],
     qualities: tuple[str, ...],
+    max_vram: str | None,
     folder: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -223,10 +236,17 @@ def main(
             for quality in qualities:
                 runs.append(
                     measure(
-                        checkpoint, method=method, quality=quality, samples=chosen, out=place / "out", device=device
+                        checkpoint,
+                        method=method,
+                        quality=quality,
+                        samples=chosen,
+                        out=place / "out",
+                        device=device,
+                        max_vram=parse_bytes(max_vram) if max_vram else None,
                     )
                 )
-                click.echo(f"{runs[-1].label}: {runs[-1].seconds:.1f} s", err=True)
+                reserved = runs[-1].gpu_reserved / 2**30
+                click.echo(f"{runs[-1].label}: {runs[-1].estimate} reserved {reserved:.2f} GiB", err=True)
     click.echo(markdown(runs))
     if json_file:
         data = {"command": sys.argv[1:], "machine": machine(), "runs": [asdict(r) for r in runs]}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..quantize import memory as budget
 from ..quantize.family import Group
 from ..quantize.grid import Grid, Quantized
 from ..quantize.memory import Memory
@@ -38,7 +39,6 @@ from .packing import LAYOUTS
 from .view import restored_tensors
 from .writer import Writer
 
-WHOLE = Memory()
 REST_SHARD = 2**30  # bytes of untouched tensors in one file
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")
@@ -67,15 +67,16 @@ def make(
     samples: Sequence[Sample],
     calibration: str,
     device: str = "cpu",
-    memory: Memory = WHOLE,
+    max_vram: int | None = None,
     overwrite: bool = False,
     tell: Tell = silent,
     lap: Callable[[str], None] = no_lap,
 ) -> Artifact:
     """Quantize `base` as `recipe` says into the folder `out`. `calibration` is the set's name, for the manifest.
 
-    ValueError for what cannot be made as asked, OSError for files and disk, before anything is written. `memory` is
-    what the walk may use; `lap(stage)` is called at the end of each stage, for whoever measures.
+    ValueError for what cannot be made as asked, OSError for files and disk, before anything is written. No more than
+    `max_vram` bytes of GPU memory are taken (None: what is free); `lap(stage)` is called at the end of each stage, for
+    whoever measures.
     """
     symmetric, format = settle(recipe.method, recipe.symmetric, recipe.format)
     if read_config(base.path).get("quantization_config"):
@@ -96,9 +97,13 @@ def make(
         "versions": {name: v for name, v in versions().items() if name != "python"},
     }
     marks = json.loads(json.dumps(marks))  # as it will read back
+    needed = _expected_bytes(skeleton, order)
+    memory = Memory()
+    if recipe.method in CALIBRATED:
+        memory = _settle_memory(skeleton, order, samples, needed, max_vram, tell)
     if rank() == 0:
         there = sum(p.stat().st_size for p in out.glob("*.safetensors"))  # made already, or about to be replaced
-        check_disk(out, _expected_bytes(skeleton, order) - there)
+        check_disk(out, needed - there)
         prepare(out, marks, overwrite=overwrite)
     agreed(None)  # nobody looks into the folder before it is prepared
     lap("marks")
@@ -151,6 +156,30 @@ def make(
     agreed(None)  # the other ranks may open it now
     lap("manifest")
     return made
+
+
+def _settle_memory(
+    skeleton: Skeleton, order: Order, samples: Sequence[Sample], disk: int, max_vram: int | None, tell: Tell
+) -> Memory:
+    """What the walk may take, told before it starts. ValueError when the model does not go into what there is."""
+    method, quality = order.recipe.method, order.recipe.quality
+    work = budget.workload(skeleton, order.plan, samples)
+    device = skeleton.device
+    seconds = work.layers * budget.flops(work, method, quality) / (budget.EFFICIENCY * budget.speed(device))
+    told = [f"layers about {seconds:.0f} s"]
+    memory = Memory()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        limit = min(max_vram or free, free)
+        memory = budget.within(work, method, quality, limit)
+        told.append(f"GPU {budget.gpu_bytes(work, method, quality, memory) / 2**30:.1f} of {limit / 2**30:.1f} GiB")
+        if max_vram:
+            torch.cuda.set_per_process_memory_fraction(max(limit - budget.CONTEXT, 1) / total, device)
+    told += [f"host {budget.host_bytes(work, memory) / 2**30:.1f} GiB", f"disk {disk / 2**30:.2f} GiB"]
+    if memory != Memory():
+        told.append(str(memory))
+    tell(Step("estimate", 1, 1, ", ".join(told)))
+    return memory
 
 
 def _write_layers(

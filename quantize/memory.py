@@ -1,14 +1,33 @@
-"""How the walk spends GPU memory, and what it will need: known before it starts.
+"""What a run will take, known before it starts: GPU memory, host memory and time; and how to stay inside a budget.
 
-Knows shapes, not tensors. The formulas follow steps.py and gram.py; docs/benchmarks.md holds them against measurements.
+Knows shapes, not tensors. The formulas follow steps.py, gram.py and lockstep.py stage by stage; docs/benchmarks.md
+holds them against measurements.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
+
+from ..recipes.samples import Sample
+from . import awq, gram
+from .family import Group
+from .inputs import encode, media_mask
+from .ranks import world
+from .skeleton import Skeleton, embeddings
+from .steps import STEPS
 
 MICRO_BATCH = 4096  # tokens in one forward pass: enough to fill a GPU, few enough to fit beside a layer
 SMALLEST = 512
+PROBED = 4  # samples encoded to tell how many tokens there will be
+WORKSPACE = 0.6  # the factorization's own memory, in copies of the matrix: measured, cuSOLVER 12
+PROCESS = 3 * 2**29  # what Python, torch and a GPU's driver hold on the host before any tensor: measured
+MARGIN = 1.08  # of what is estimated: the estimates were from 0 to 7% low on an H100
+CONTEXT = 5 * 2**27  # what the driver and the libraries hold on a GPU beside the tensors
+EFFICIENCY = 0.35  # of a large product's speed, over all stages of a layer: measured on an H100
 
 
 @dataclass(frozen=True)
@@ -28,3 +47,135 @@ class Memory:
         if self.micro_batch > SMALLEST:
             return replace(self, micro_batch=self.micro_batch // 2)
         return None if self.park else replace(self, park=True)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes that decide: of one rank's tokens (in all and for pictures, and of its longest sample), of the model's
+    hidden states, of what runs before the first layer (bytes), of the largest layer (bytes), and of each of its groups:
+    the rows of its linears and their inputs' width."""
+
+    tokens: int
+    media: int
+    longest: int
+    hidden: int
+    before: int
+    layer: int
+    layers: int
+    groups: tuple[tuple[tuple[int, ...], int], ...]
+    item: int  # bytes of a number in the compute dtype
+
+
+def workload(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], samples: Sequence[Sample]) -> Workload:
+    """The workload of quantizing by `plan` on `samples`, judged by a few of them, evenly spread."""
+    item = skeleton.dtype.itemsize
+    metas = {n: skeleton.source.metas[c] for n, c in skeleton.names.items()}
+
+    def numbers(name: str) -> int:
+        return torch.Size(metas[name].shape).numel()
+
+    def inside(index: int) -> int:
+        return sum(numbers(skeleton.layer_prefix(index) + n) for n in skeleton.layer_names(index))
+
+    index = max(plan, key=inside)
+    prefix = skeleton.layer_prefix(index)
+    shapes = [[metas[f"{prefix}{n}.weight"].shape for n in group.linears] for group in plan[index]]
+    seen, media = [], 0
+    for sample in samples[:: max(1, len(samples) // PROBED)]:
+        ids = encode(skeleton, sample)["input_ids"]
+        seen.append(ids.numel())
+        media += int(media_mask(skeleton, ids).sum())
+    share = len(samples) / world() / max(len(seen), 1)
+    return Workload(
+        tokens=int(sum(seen) * share),
+        media=int(media * share),
+        longest=max(seen, default=0),
+        hidden=skeleton.module.config.get_text_config().hidden_size,
+        before=sum(numbers(n) for n in embeddings(skeleton)) * item,
+        layer=inside(index) * item,
+        layers=len(plan),
+        groups=tuple((tuple(s[0] for s in group), group[0][1]) for group in shapes),
+        item=item,
+    )
+
+
+def gpu_bytes(work: Workload, method: str, quality: str, memory: Memory) -> int:
+    """What the GPU is to have: the peak of tensors, stage by stage of the widest layer, and what lies beside them."""
+    return int(_tensors(work, method, quality, memory) * MARGIN) + CONTEXT
+
+
+def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
+    states = work.tokens * work.hidden * work.item
+    micro = max(min(memory.micro_batch, work.tokens), work.longest)
+    pictures = work.media * work.hidden * work.item  # the vision tower's output, which the model's frames keep
+    starting = work.before + (0 if memory.park else 2 * states) + pictures
+    if method == "bnb" or not work.groups:
+        return work.layer * 4
+    steps = STEPS[method, quality]
+    held = work.layer + pictures + (micro * work.hidden * work.item if memory.park else 2 * states)
+    widest = max(width for _, width in work.groups)
+    h = {width: 4 * width**2 for _, width in work.groups}
+    every = sum(h[width] for _, width in work.groups)
+    waiting = (2 * gram.TOKENS + micro) * widest * work.item + 2 * gram.ROWS * widest * 4
+    peaks = [starting, held + every + waiting + 3 * micro * widest * work.item]
+    left, codes = every, 0
+    for rows, width in work.groups:
+        largest, together = (n * width // world() for n in (max(rows), sum(rows)))
+        if steps.scale:
+            peaks.append(held + every + 2 * 4 * max(rows) * width)
+        peaks.append(held + left + codes + 8 * together + 4 * largest)
+        if steps.feedback:
+            peaks.append(held + left + codes + int((1 + WORKSPACE) * h[width]) + 4 * together)
+            peaks.append(held + left + codes + h[width] + 10 * together)
+        peaks.append(held + left + codes + together + 16 * largest)
+        codes += sum(rows) * width
+        left -= h[width]
+    return max(peaks)
+
+
+def host_bytes(work: Workload, memory: Memory) -> int:
+    """The process's own memory on the host at its peak: what is mapped from files is not counted."""
+    parked = work.tokens * work.hidden * work.item if memory.park else 0
+    return PROCESS + work.layer // 2 + parked
+
+
+def flops(work: Workload, method: str, quality: str) -> float:
+    """Floating point operations of one layer's stages on one rank: two forward passes, Gram matrices, search,
+    rounding, errors."""
+    if method == "bnb":
+        return 0.0
+    steps = STEPS[method, quality]
+    done = 2 * 2 * work.tokens * work.layer / work.item
+    for rows, width in work.groups:
+        done += work.tokens * width**2
+        tried = min(awq.FIRST_ROWS, sum(rows)) * 2 * awq.STEPS + sum(rows) * awq.FINALISTS
+        done += (tried * steps.scale + sum(rows) * (2 + steps.feedback)) * 2 * width**2 / world()
+        done += steps.feedback * width**3 / 3
+    return done
+
+
+def speed(device: torch.device) -> float:
+    """Floating point operations a second of a large product in the dtype that forward passes use; takes some ms."""
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype) / size**0.5
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        product = a @ a @ a @ a @ a
+        float(product[0, 0])  # waits for the device
+        best = min(best, (time.perf_counter() - start) / 4)
+    return 2 * size**3 / best
+
+
+def within(work: Workload, method: str, quality: str, limit: int) -> Memory:
+    """The largest setting whose need is at most `limit` bytes. ValueError when none is."""
+    memory = Memory()
+    while (needed := gpu_bytes(work, method, quality, memory)) > limit:
+        smaller = memory.smaller()
+        if smaller is None:
+            raise ValueError(
+                f"{limit / 2**30:.1f} GiB of GPU memory are too few: with the smallest micro-batches and activations "
+                f"on the host this takes {needed / 2**30:.1f} GiB; give more, or use --device cpu"
+            )
+        memory = smaller
+    return memory
