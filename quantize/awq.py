@@ -121,7 +121,7 @@ def scale(problem: Problem, grid: Grid) -> Scaled:
     chosen = {name for group in problem.groups for name in group.linears}
     for group in problem.groups:
         tie = absorbable(group, moved.weights, chosen)
-        if tie == 0:
+        if tie == 0 or group not in problem.grams:
             continue
         absorber = str(group.absorber)
         ws = [moved.weights[f"{n}.weight"] for n in group.linears]
@@ -130,7 +130,8 @@ def scale(problem: Problem, grid: Grid) -> Scaled:
             s = _fold_into_norm(absorber, s, moved, stored=problem.stored)
         else:
             rows = s.view(-1, tie, problem.head_dim)[:, 0].reshape(-1) if tie > 1 else s
-            _fold_into_linear(absorber, rows, moved, stored=problem.stored)
+            if not _fold_into_linear(absorber, rows, moved, stored=problem.stored):
+                continue
         for name in group.linears:
             moved.columns[name] = s
     return moved
@@ -156,13 +157,19 @@ def _fold_into_norm(name: str, s: Tensor, moved: Scaled, *, stored: torch.dtype)
     key = f"{name}.weight"
     norm = moved.weights[key].float()
     folded = (norm / s).to(stored).float()
+    folded = torch.where(folded.isfinite() & (folded != 0), folded, norm)  # past float16's range: left as it was
     moved.weights[key] = moved.changed[key] = folded
     return torch.where(folded != 0, norm / folded, torch.ones_like(s))
 
 
-def _fold_into_linear(name: str, rows: Tensor, moved: Scaled, *, stored: torch.dtype) -> None:
-    """Divide the rows (and bias) of a linear by `rows` [out]. Its weight is quantized itself, so not rounded yet."""
-    moved.rows[name] = rows
+def _fold_into_linear(name: str, rows: Tensor, moved: Scaled, *, stored: torch.dtype) -> bool:
+    """Divide the rows (and bias) of a linear by `rows` [out]. Its weight is quantized itself, so not rounded yet.
+    False, and nothing done, where the bias would leave the range of its dtype."""
     bias = f"{name}.bias"
     if bias in moved.weights:
-        moved.weights[bias] = moved.changed[bias] = (moved.weights[bias].float() / rows).to(stored).float()
+        divided = (moved.weights[bias].float() / rows).to(stored).float()
+        if not bool(divided.isfinite().all()):
+            return False
+        moved.weights[bias] = moved.changed[bias] = divided
+    moved.rows[name] = rows
+    return True

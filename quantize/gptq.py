@@ -28,7 +28,8 @@ def feedback(gram: Tensor, order: Tensor, columns: Tensor | None = None) -> Tens
     L L^T is H [in, in] in the given `order` of columns, damped; float32, unit lower triangular. `columns` [in] says
     what the weight's columns were multiplied by, and so H is divided by.
 
-    More damping is tried, tenfold each time, when H is not positive definite in float32. ValueError past 1.0.
+    More damping is tried, tenfold each time, when H is not positive definite in float32. ValueError when 1.0 is too
+    little.
     """
     energy = gram.diagonal() if columns is None else gram.diagonal() / columns.square()
     damp = DAMP
@@ -45,7 +46,7 @@ def feedback(gram: Tensor, order: Tensor, columns: Tensor | None = None) -> Tens
             lower /= lower.diagonal().clone()
             return lower
         damp *= 10
-    raise ValueError("the calibrated inputs of a linear are degenerate (not finite?); calibrate with more samples")
+    raise ValueError("the Gram matrix of its inputs has no Cholesky factor")
 
 
 def column_order(gram: Tensor, columns: Tensor | None = None) -> Tensor:

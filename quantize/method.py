@@ -24,8 +24,9 @@ class Nf4:
 @dataclass(frozen=True)
 class Problem:
     """One decoder layer to quantize. `weights`: on the device, by name inside the layer (norms and biases too), in the
-    compute dtype. `grams`: per group, H = sum over tokens of x x^T / tokens, float32 [in, in]; empty when not
-    calibrated. `stored` is the dtype that norms and biases are written in, `head_dim` the width of an attention head.
+    compute dtype. `grams`: per group, H = sum over tokens of x x^T / tokens, float32 [in, in]; none for a group that no
+    token reached. `stored` is the dtype that norms and biases are written in, `head_dim` the width of an attention
+    head.
     """
 
     weights: Mapping[str, Tensor]
@@ -40,12 +41,14 @@ class Solution:
     """`quantized` by linear name; `changed` are 16-bit parameters that absorbed a scale, by parameter name.
 
     `errors`: by linear, tr(dW H dW^T) / tr(W H W^T): the share of its output's energy on the calibrated inputs that
-    quantizing it costs, everything else as before; of the weight's own energy when not calibrated.
+    quantizing it costs, everything else as before; of the weight's own energy when not calibrated. `fallbacks`: linears
+    that plain rounding to nearest serves better than what was asked for, or that nothing could judge, and why.
     """
 
     quantized: Mapping[str, Quantized | Nf4]
     changed: Mapping[str, Tensor] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
 
 
 def restored(x: Quantized | Nf4) -> Tensor:

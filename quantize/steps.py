@@ -8,7 +8,7 @@ is free to hold any of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from .fused import fused
 from .gptq import column_order, feedback, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
-from .method import Problem, Solution, output_error
+from .method import Problem, Solution
 from .ranks import share, total, whole
+
+UNREACHED = "no calibration token reached it"
 
 
 @dataclass(frozen=True)
@@ -47,36 +49,56 @@ STEPS: dict[tuple[str, str], Steps] = {
 def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None] = lambda stage: None) -> Solution:
     """Quantize one decoder layer by `steps`; the Gram matrices are taken out of `problem` on the way.
 
-    ValueError when a Gram matrix admits no factor, or widths do not fit. `lap(stage)` is called at the end of each
-    stage, for whoever measures.
+    What was searched is held against plain rounding row by row, and the better of the two is kept. A linear on which
+    the search lost more as a whole is among the solution's `fallbacks`, as is one that no token reached. ValueError
+    when widths do not fit. `lap(stage)` is called at the end of each stage, for whoever measures.
     """
     moved = scale(problem, grid) if steps.scale else Scaled(dict(problem.weights))
     lap("scale search")
     quantized: dict[str, Quantized] = {}
     lost: dict[str, Tensor] = {}
+    fallbacks: dict[str, str] = {}
     for group in problem.groups:
-        gram = problem.grams.pop(group)  # the last to need it: it is the largest thing there is
+        gram = problem.grams.pop(group, None)  # the last to need it: it is the largest thing there is
         heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
         shares = [share(height) for height in heights]
-        rounded = _round(moved, group, shares, gram, grid, steps)
+        rounded, why = _round(moved, group, shares, gram, grid, steps)
+        fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
+        searched = gram is not None and (steps.clip or steps.feedback)
         parts = _split(rounded, [s.stop - s.start for s in shares])
         for name, part, rows, height in zip(group.linears, parts, shares, heights, strict=True):
-            lost[name] = _lost(problem.weights[f"{name}.weight"][rows].float(), part, moved, name, rows, gram)
+            before = problem.weights[f"{name}.weight"][rows].float()
+            kept = found = plain = _lost(part, before, moved, name, rows, gram)
+            if searched:
+                other = _nearest(moved.weight(name, rows), grid)
+                plain = _lost(other, before, moved, name, rows, gram)
+                better = found <= plain
+                part, kept = _where(better, part, other), torch.where(better, found, plain)
+            lost[name] = torch.stack([_squares(before, gram), kept, found, plain]).sum(1)
             q, scales, zero = (whole(t, height) for t in (part.q, part.scale, part.zero))
             quantized[name] = Quantized(q, scales, zero, grid.group_size, grid.symmetric)
         lap("errors")
-    both = total(torch.stack(list(lost.values()))).tolist()  # the device is waited for once
-    errors = {name: after / max(before, 1e-30) for name, (after, before) in zip(lost, both, strict=True)}
-    return Solution(quantized, moved.changed, errors)
+    errors: dict[str, float] = {}
+    sums = total(torch.stack(list(lost.values()))).tolist()  # the device is waited for once
+    for name, (energy, kept, found, plain) in zip(lost, sums, strict=True):
+        errors[name], searched, by_rounding = (loss / max(energy, 1e-30) for loss in (kept, found, plain))
+        if not found <= plain:
+            fallbacks[name] = f"{searched:.2e} of its output was lost by what was searched, {by_rounding:.2e} by rounding"
+    return Solution(quantized, moved.changed, errors, fallbacks)
 
 
-def _round(moved: Scaled, group: Group, shares: list[slice], gram: Tensor, grid: Grid, steps: Steps) -> Quantized:
-    """This rank's rows of all the group's linears, one below the other: rows are independent, so one piece of work."""
+def _round(
+    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, grid: Grid, steps: Steps
+) -> tuple[Quantized, str]:
+    """This rank's rows of all the group's linears, one below the other: rows are independent, so one piece of work.
+    With it, why not all of `steps` were taken, or nothing."""
     weight = torch.cat([moved.weight(n, rows) for n, rows in zip(group.linears, shares, strict=True)])
     columns = moved.columns.get(group.linears[0])
     size = grid.group_size
-    shrink = torch.ones(weight.shape[0], weight.shape[1] // size, device=weight.device)
+    if gram is None:
+        return _nearest(weight, grid), UNREACHED
+    shrink = None
     if steps.clip:
         blocks = diagonal_blocks(gram, size)
         if columns is not None:
@@ -84,15 +106,25 @@ def _round(moved: Scaled, group: Group, shares: list[slice], gram: Tensor, grid:
             blocks /= s[:, :, None] * s[:, None, :]
         shrink = best_shrink(weight, blocks, grid)
     if not steps.feedback:
-        kernels = fused(weight)
-        return kernels.quantize(weight, grid, shrink) if kernels else quantize(weight, grid, shrink=shrink)
+        return _nearest(weight, grid, shrink), ""
+    order = column_order(gram, columns)
+    try:
+        follow = feedback(gram, order, columns)
+    except ValueError as e:
+        return _nearest(weight, grid, shrink), f"no error feedback: {e}"
     g = groups(weight, size)
+    shrink = 1.0 if shrink is None else shrink
     scale, zero = fit(g.amin(-1) * shrink, g.amax(-1) * shrink, grid)
     del g
-    order = column_order(gram, columns)
-    follow = feedback(gram, order, columns)
     weight = weight[:, order]
-    return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric)
+    return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric), ""
+
+
+def _nearest(weight: Tensor, grid: Grid, shrink: Tensor | None = None) -> Quantized:
+    if shrink is None:
+        shrink = torch.ones(weight.shape[0], weight.shape[1] // grid.group_size, device=weight.device)
+    kernels = fused(weight)
+    return kernels.quantize(weight, grid, shrink) if kernels else quantize(weight, grid, shrink=shrink)
 
 
 def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
@@ -100,12 +132,24 @@ def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
     return [Quantized(q, scale, zero, x.group_size, x.symmetric) for q, scale, zero in parts]
 
 
-def _lost(before: Tensor, after: Quantized, moved: Scaled, name: str, rows: slice, gram: Tensor) -> Tensor:
-    """What rounding these rows of one linear costs and what they hold, every moved scale moved back: two numbers."""
+def _where(mine: Tensor, one: Quantized, other: Quantized) -> Quantized:
+    """Row by row `one` where `mine` [rows], else `other`."""
+    pairs = ((one.q, other.q), (one.scale, other.scale), (one.zero, other.zero))
+    q, scale, zero = (torch.where(mine[:, None], a, b) for a, b in pairs)
+    return replace(one, q=q, scale=scale, zero=zero)
+
+
+def _lost(after: Quantized, before: Tensor, moved: Scaled, name: str, rows: slice, gram: Tensor | None) -> Tensor:
+    """What rounding these rows of a linear costs, every moved scale moved back: float32 [rows]."""
     weight = dequantize(after)
     if name in moved.columns:
         weight /= moved.columns[name]
     if name in moved.rows:
         weight *= moved.rows[name][rows, None]
     weight -= before
-    return torch.stack([output_error(weight, gram), output_error(before, gram)])
+    return _squares(weight, gram)
+
+
+def _squares(weight: Tensor, gram: Tensor | None) -> Tensor:
+    """The mean square of each row's output, w H w^T, or of the row itself where there is no H: [rows]."""
+    return ((weight if gram is None else weight @ gram) * weight).sum(1)
