@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import sys
 import tempfile
 import threading
@@ -44,6 +45,7 @@ WORDS = (
     "color",
     "how",
 )
+QUANTIZING = "quantizing"
 PER_LAYER = (
     "load", "forward and Gram matrices", "scale search", "clip and rounding", "errors", "pack", "forward, quantized",
 )  # fmt: skip
@@ -61,16 +63,21 @@ class Run:
     gpu_reserved: int = 0
     estimate: str = ""
     host_anonymous_peak: int = 0
+    host_peak: int = 0  # resident, files mapped into memory counted
     written: int = 0
 
     @property
     def layer_seconds(self) -> float:
-        """The mean over decoder layers of all their stages."""
+        """The mean over decoder layers of all their stages; a peer tells only the time of all layers together."""
+        if QUANTIZING in self.stages:
+            return self.stages[QUANTIZING][0] / self.layers
         return sum(sum(self.stages.get(s, [])) for s in PER_LAYER) / self.layers
 
     @property
     def warm_layer_seconds(self) -> float:
         """The same without the first layer, in which kernels are compiled and loaded."""
+        if QUANTIZING in self.stages:
+            return float("nan")
         later = (v[len(v) // self.layers :] for v in map(self.stages.get, PER_LAYER) if v)
         return sum(map(sum, later)) / max(self.layers - 1, 1)
 
@@ -166,20 +173,53 @@ def measure(
             lap=stopwatch(run, device), tell=tell, max_vram=max_vram,
         )  # fmt: skip
     run.seconds = time.perf_counter() - start
+    run.host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device != "cpu":
         run.gpu_peak, run.gpu_reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     run.written = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     return run
 
 
+def measure_peer(folder: Path, name: str, method: str, *, samples: list[Sample], python: Path | None) -> Run:
+    """The same with another package, in its own environment (or under `python`, which has it): its own report."""
+    from ..quantize.skeleton import read_config
+    from .backends import settle
+    from .environments import environment
+    from .peer import run_script
+
+    run = Run(f"{name} {method}", read_config(folder)["text_config"]["num_hidden_layers"])
+    asked = settle(name, method=method, symmetric=None, format=None)
+    device = "cuda" if machine()["gpu"] else "cpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        report = run_script(
+            asked, folder, Path(scratch), samples=samples, group_size=128, python=python or environment(name),
+            device=device, keep_log=Path(f"{name}-{method}.log"),
+        )  # fmt: skip
+        run.written = sum(p.stat().st_size for p in Path(scratch).glob("made/*.safetensors"))
+    run.seconds = report["load_seconds"] + report["seconds"] + report["save_seconds"]
+    run.stages = {"load": [report["load_seconds"]], QUANTIZING: [report["seconds"]], "write": [report["save_seconds"]]}
+    run.gpu_peak, run.host_peak = report["peak_gpu_bytes"], report["peak_host_bytes"]
+    return run
+
+
+def ratios(runs: list[Run]) -> list[str]:
+    """Each of mmq's runs against each peer's run of the same method: how many times faster a decoder layer is."""
+    lines = []
+    for ours in (r for r in runs if QUANTIZING not in r.stages):
+        for theirs in (r for r in runs if QUANTIZING in r.stages and r.label.split()[1] == ours.label.split()[1]):
+            layer, memory = theirs.layer_seconds / ours.layer_seconds, theirs.gpu_peak / max(ours.gpu_peak, 1)
+            lines.append(f"{ours.label} is {layer:.1f} times faster a layer than {theirs.label}, GPU memory / {memory:.2f}")
+    return lines
+
+
 def markdown(runs: list[Run]) -> str:
     """One table of the totals, one of the stages."""
     lines = [
-        "| | time | a layer | after the first | peak GPU | peak host, anonymous | written |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | time | a layer | after the first | peak GPU | peak host, anonymous | resident | written |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in runs:
-        sizes = [f"{x / 2**30:.2f} GiB" for x in (r.gpu_peak, r.host_anonymous_peak, r.written)]
+        sizes = [f"{x / 2**30:.2f} GiB" for x in (r.gpu_peak, r.host_anonymous_peak, r.host_peak, r.written)]
         times = [f"{r.seconds:.1f} s", f"{r.layer_seconds:.3f} s", f"{r.warm_layer_seconds:.3f} s"]
         lines.append(f"| {' | '.join([r.label, *times, *sizes])} |")
     lines += [
@@ -209,6 +249,8 @@ def machine() -> dict[str, Any]:
 @click.option("--quality", "qualities", multiple=True, default=("default",), show_default=True)
 @click.option("--max-vram", help="GPU memory to stay inside, as 24GiB.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the checkpoint is kept, or made.")
+@click.option("--peer", "peers", multiple=True, help="Run this backend on the same work too, by the same methods.")
+@click.option("--peer-python", type=click.Path(path_type=Path), help="A Python that has the peer, instead of its own.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every stage's seconds here.")
 def main(
     shape: str,
@@ -218,6 +260,8 @@ def main(
     qualities: tuple[str, ...],
     max_vram: str | None,
     folder: Path | None,
+    peers: tuple[str, ...],
+    peer_python: Path | None,
     json_file: Path | None,
 ) -> None:
     """Quantize a checkpoint of random weights and print where time and memory went."""
@@ -247,7 +291,13 @@ def main(
                 )
                 reserved = runs[-1].gpu_reserved / 2**30
                 click.echo(f"{runs[-1].label}: {runs[-1].estimate} reserved {reserved:.2f} GiB", err=True)
+        for peer in peers:
+            for method in methods:
+                runs.append(measure_peer(checkpoint, peer, method, samples=chosen, python=peer_python))
+                click.echo(f"{runs[-1].label}: {runs[-1].seconds:.1f} s", err=True)
     click.echo(markdown(runs))
+    for line in ratios(runs):
+        click.echo(line)
     if json_file:
         data = {"command": sys.argv[1:], "machine": machine(), "runs": [asdict(r) for r in runs]}
         json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
