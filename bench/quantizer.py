@@ -268,7 +268,13 @@ def main(
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line does
     import torch
 
+    from ..quantize import ranks
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.launched():
+        device = ranks.join(device)
+        if folder is None:
+            raise click.UsageError("several ranks need --folder, with the checkpoint in it")
     with tempfile.TemporaryDirectory() as scratch:
         place = folder or Path(scratch)
         checkpoint = place / f"{shape}-{layers or LAYERS[shape]}"
@@ -295,6 +301,8 @@ def main(
             for method in methods:
                 runs.append(measure_peer(checkpoint, peer, method, samples=chosen, python=peer_python))
                 click.echo(f"{runs[-1].label}: {runs[-1].seconds:.1f} s", err=True)
+    if ranks.rank() > 0:
+        return
     click.echo(markdown(runs))
     for line in ratios(runs):
         click.echo(line)
