@@ -23,7 +23,7 @@ from .grid import Grid, Quantized, dequantize, fit, groups, quantize
 from .method import Problem, Solution
 from .ranks import share, total, whole
 
-UNREACHED = "no calibration token reached it"
+UNREACHED = "the calibration fed it nothing, or nothing but zeros"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
     for name, (energy, kept, found, plain) in zip(lost, sums, strict=True):
         errors[name], searched, by_rounding = (loss / max(energy, 1e-30) for loss in (kept, found, plain))
         if not found <= plain:
-            fallbacks[name] = f"{searched:.2e} of its output was lost by what was searched, {by_rounding:.2e} by rounding"
+            fallbacks[name] = f"the search lost {searched:.2e} of its output, rounding {by_rounding:.2e}"
     return Solution(quantized, moved.changed, errors, fallbacks)
 
 

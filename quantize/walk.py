@@ -7,19 +7,20 @@ through `finished` which of them an interrupted run has already made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample
 from .bnb import bnb
 from .family import Group
-from .gram import Gram
+from .gather import collect_grams
 from .grid import Grid, check_width
 from .inputs import media_mask, micro_batches
 from .lockstep import Lockstep, Stop
@@ -44,11 +45,12 @@ class Tokens:
 @dataclass(frozen=True)
 class Layer:
     """One finished decoder layer. `solution` is None for one that was already on disk, `tokens` when no inputs were
-    needed."""
+    needed. `left_out` counts the tokens whose activations were not finite, so that they were not calibrated on."""
 
     index: int
     solution: Solution | None
     tokens: Tokens | None
+    left_out: int = 0
 
 
 def no_lap(name: str) -> None:
@@ -119,14 +121,17 @@ def walk(
 
     `done` are the layers that are already on disk, and `finished(i)` gives the 16-bit view of such a layer i (parameter
     name inside the layer -> tensor): it is run as it is, so the layers after it come out the same as without the
-    interruption. A forward pass takes about `micro_batch` tokens; with `park` what is between layers waits on the host.
-    Under several ranks (ranks.py) each takes its share of the samples and of the rows. `lap(stage)` is called at the
-    end of each stage, for whoever measures.
+    interruption; the walk ends with the last layer that is not `done`. A forward pass takes about `micro_batch` tokens;
+    with `park` what is between layers waits on the host. Under several ranks (ranks.py) each takes its share of the
+    samples and of the rows. `lap(stage)` is called at the end of each stage, for whoever measures.
     """
     if method == "bnb":
         yield from _walk_uncalibrated(skeleton, grid=grid, plan=plan, done=done, tell=tell)
         return
     count = len(skeleton.layers)
+    last = max((i for i in range(count) if i not in done), default=None)
+    if last is None:
+        return
     counted = [0, 0, 0]
     with torch.no_grad(), tensor_cores():
         load(skeleton, embeddings(skeleton))
@@ -152,21 +157,21 @@ def walk(
                     lap("vision tower and embeddings")
                 load_layer(skeleton, stop.index)
                 lap("load")
-                solution = None
+                solution, left_out = None, 0
                 if stop.index in done:
                     assert finished is not None
                     for name, value in finished(stop.index).items():
                         set_parameter(stop.layer, name, _ready(skeleton, value))
                 else:
-                    solution = _quantize(skeleton, stop, plan[stop.index], grid, (method, quality), lap)
-                layer = Layer(stop.index, solution, Tokens(*counted))
+                    solution, left_out = _quantize(skeleton, stop, plan[stop.index], grid, (method, quality), lap)
+                layer = Layer(stop.index, solution, Tokens(*counted), left_out)
                 yield layer
                 lap("pack")
-                if stop.index + 1 < count:
+                if stop.index < last:
                     stop.advance()
                     lap("forward, quantized")
                 else:
-                    stop.calls.clear()  # nobody reads what comes out of the last layer
+                    stop.calls.clear()  # nobody reads what comes out of it
                 release_layer(skeleton, stop.index)
                 tell(Step("layer", stop.index + 1, count, _note(layer)))
 
@@ -192,7 +197,7 @@ def _walk_uncalibrated(
             continue
         load_layer(skeleton, index)
         weights = {n: p.detach() for n, p in layer.named_parameters()}
-        result = Layer(index, bnb(Problem(weights, plan[index], {}), grid), None)
+        result = Layer(index, _sound(bnb(Problem(weights, plan[index], {}), grid), index), None)
         yield result
         release_layer(skeleton, index)
         tell(Step("layer", index + 1, len(skeleton.layers), _note(result)))
@@ -204,7 +209,10 @@ def _note(layer: Layer) -> str:
     errors = layer.solution.errors
     worst = max(errors, key=lambda n: errors[n], default=None)
     mean = sum(errors.values()) / max(len(errors), 1)
-    return "" if worst is None else f"error {mean:.2e}, most in {worst} {errors[worst]:.2e}"
+    told = [] if worst is None else [f"error {mean:.2e}, most in {worst} {errors[worst]:.2e}"]
+    told += [f"{len(layer.solution.fallbacks)} plainly rounded"] if layer.solution.fallbacks else []
+    told += [f"{layer.left_out} tokens left out"] if layer.left_out else []
+    return "; ".join(told)
 
 
 def _quantize(
@@ -214,17 +222,27 @@ def _quantize(
     grid: Grid,
     steps: tuple[str, str],
     lap: Callable[[str], None],
-) -> Solution:
-    grams = collect_grams(stop, groups)
+) -> tuple[Solution, int]:
+    grams, left_out = collect_grams(stop, groups)
     lap("forward and Gram matrices")
     weights = {n: p.detach() for n, p in stop.layer.named_parameters()}
     problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config))
-    solution = solve(problem, grid, STEPS[steps], lap)
+    solution = _sound(solve(problem, grid, STEPS[steps], lap), stop.index)
     del grams, problem, weights
     for name, value in solution.changed.items():
         set_parameter(stop.layer, name, _ready(skeleton, value))
     for name, value in solution.quantized.items():
         set_parameter(stop.layer, f"{name}.weight", _ready(skeleton, restored(value)))
+    return solution, left_out
+
+
+def _sound(solution: Solution, index: int) -> Solution:
+    """The same. ValueError where a linear's weights were not finite, so that nothing can be said of its error."""
+    for name, error in solution.errors.items():
+        if not math.isfinite(error):
+            raise ValueError(
+                f"the weights of {name} in decoder layer {index} are not finite: the checkpoint is damaged"
+            )
     return solution
 
 
@@ -237,36 +255,3 @@ def head_dim(config: Any) -> int:
     """Width of one attention head of the text model."""
     text = config.get_text_config()
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> dict[Group, Tensor]:
-    """Run the layer on every halted call and give, per group, H = sum x x^T / tokens, float32 [in, in].
-
-    ValueError when a linear's inputs are not finite: no scale and no rounding can be judged on them.
-    """
-    sums: dict[Group, Gram] = {}
-
-    def watch(group: Group) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().flatten(0, -2)  # [tokens, in]
-            if group not in sums:
-                sums[group] = Gram(x.shape[1], x.device)
-            sums[group].add(x)
-
-        return hook
-
-    handles = [stop.layer.get_submodule(g.linears[0]).register_forward_pre_hook(watch(g)) for g in groups]
-    try:
-        for call in stop.calls:
-            stop.run(call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    grams = {group: sums.pop(group).mean() for group in groups}
-    for group, gram in grams.items():
-        if not bool(torch.isfinite(gram.diagonal().sum())):
-            raise ValueError(
-                f"the inputs of {group.linears[0]} in decoder layer {stop.index} are not finite: the checkpoint "
-                "overflows in its own dtype, or is damaged; --device cpu computes in float32"
-            )
-    return grams
