@@ -110,7 +110,7 @@ def make(
     with Writer() as writer:
         if rank() == 0:
             for file, names in rest.items():
-                if (out / file).is_file():
+                if _whole(out / file):
                     writer.hash(out / file)
                 else:
                     writer.copy(out / file, [(skeleton.source.files[n], n) for n in names])
@@ -124,7 +124,7 @@ def make(
     if rank() > 0:
         agreed(None)
         return open_artifact(out)
-    notes = [json.loads(_note(out, i).read_text(encoding="utf-8")) for i in range(len(layer_files))]
+    notes = [_read_note(out, i) for i in range(len(layer_files))]
     tokens = notes[0]["tokens"]
     _write_index(order)
     _write_config(skeleton, order)
@@ -149,7 +149,7 @@ def make(
             },
             "calibration": None if tokens is None else {"name": calibration, "digest": marks["calibration"], **tokens},
             "quantized": sorted(_quantized_names(skeleton, order)),
-            "layers": [{"index": n["index"], "errors": n["errors"]} for n in notes],
+            "layers": [{k: v for k, v in n.items() if k != "tokens"} for n in notes],
             "versions": versions(),
         },
     )
@@ -225,8 +225,17 @@ def _write_layers(
 
 
 def _done(order: Order) -> set[int]:
-    """The layers whose files are there."""
-    return {i for i, file in enumerate(order.layer_files) if (order.out / file).is_file()}
+    """The layers whose files are there, whole and with their notes."""
+    return {i for i, f in enumerate(order.layer_files) if _whole(order.out / f) and _read_note(order.out, i)}
+
+
+def _whole(path: Path) -> bool:
+    """Whether `path` is a safetensors file that was not cut short (by a machine that stopped, say)."""
+    try:
+        headers(path)
+    except OSError:
+        return False
+    return True
 
 
 def _address(recipe: Recipe, base: Base) -> str:
@@ -315,6 +324,8 @@ def _layer_tensors(skeleton: Skeleton, order: Order, layer: Layer) -> tuple[dict
     return tensors, {
         "index": layer.index,
         "errors": {n: float(f"{e:.6g}") for n, e in layer.solution.errors.items()},
+        "fallbacks": dict(layer.solution.fallbacks),
+        "left_out": layer.left_out,
         "tokens": None if layer.tokens is None else dataclasses.asdict(layer.tokens),
     }
 
@@ -322,6 +333,15 @@ def _layer_tensors(skeleton: Skeleton, order: Order, layer: Layer) -> tuple[dict
 def _note(out: Path, index: int) -> Path:
     """Where a layer's errors wait for the manifest. Not in the shard's own metadata: its order there is random."""
     return out / f"{SCRATCH}layer-{index}.json"
+
+
+def _read_note(out: Path, index: int) -> dict[str, Any]:
+    """What waits beside a finished layer; empty when it is missing or damaged."""
+    try:
+        note = json.loads(_note(out, index).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) and note.keys() >= {"index", "errors", "tokens"} else {}
 
 
 def _write_index(order: Order) -> None:
