@@ -129,8 +129,10 @@ def run_script(
     }
     (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
     env = clean()
-    if device.startswith("cuda:"):
-        env["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+    if device.startswith("cuda:"):  # the script knows one GPU, its first
+        number = int(device.removeprefix("cuda:"))
+        visible = env.get("CUDA_VISIBLE_DEVICES")
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
     log = place / "log"
     command = [str(python), str(PEERS / BACKENDS[asked.backend].script), str(place / "job.json")]
     # some packages leave files where they run: in `place`

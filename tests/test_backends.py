@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmq.bench.backends import BACKENDS, Backend, settle
 from mmq.bench.check import check
-from mmq.bench.environments import environment, find_uv, follow, state
+from mmq.bench.environments import clean, environment, find_uv, follow, state
 from mmq.bench.peer import PEERS, quantize_with, run_script, write_samples
 from mmq.export.adopt import adopt, open_packed
 from mmq.export.artifact import UNFINISHED, Artifact, open_artifact, prepare
@@ -274,7 +274,7 @@ def test_an_environment_is_made_once(tiny: Path, tmp_path: Path) -> None:
     assert not state("tinypeer", requirements=tiny).ready
     python = environment("tinypeer", requirements=tiny)
     code = "import tinypeer, importlib.util as u; print(tinypeer.VALUE, u.find_spec('torch'), u.find_spec('mmq'))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=clean(), check=True)
     assert done.stdout.split() == ["42", "None", "None"]  # an environment of its own
     assert made(tmp_path) == [python.parent.parent]
     told = state("tinypeer", requirements=tiny)
@@ -551,7 +551,12 @@ def own_reading(name: str, format: str, folder: Path, out: Path) -> dict[str, Te
         peers=str(PEERS.parent), reading=OWN_READING[(name, format)], suffixes=LAYOUTS[format].suffixes
     )
     done = subprocess.run(
-        [environment(name), "-c", script, folder, out], capture_output=True, text=True, check=False, cwd=out.parent
+        [environment(name), "-c", script, folder, out],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=out.parent,
+        env=clean(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)
