@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -197,13 +197,15 @@ def quantize(
         "format": artifact.format,
         "linears": len(manifest["quantized"]),
         "mean_error": sum(errors) / max(len(errors), 1),
+        "fallbacks": fallbacks(manifest),
+        "left_out": max((layer.get("left_out", 0) for layer in manifest["layers"]), default=0),
         "base_bytes": manifest["base"]["weight_bytes"],
         "bytes": size,
         "seconds": round(time.monotonic() - start, 1),
         "digest": artifact.digest,
     }
     if result is not None:  # the errors of single layers are mmq's own measure: a backend is judged by the check
-        facts = {k: v for k, v in facts.items() if k != "mean_error"}
+        facts = {k: v for k, v in facts.items() if k not in ("mean_error", "fallbacks", "left_out")}
         facts |= {"backend": manifest["backend"], "check": check_facts(result)}
     if as_json:
         click.echo(json.dumps(facts))
@@ -218,6 +220,11 @@ def quantize(
         ["calibration", "none" if calibrated is None else calibration_line(calibrated)],
         ["time", f"{facts['seconds']} s"],
     ]
+    if facts.get("left_out"):
+        rows.append(["left out", f"{facts['left_out']} tokens whose activations are not finite"])
+    if facts.get("fallbacks"):
+        name, why = next(iter(facts["fallbacks"].items()))
+        rows.append(["rounded to nearest", f"{len(facts['fallbacks'])} linears, all in mmq.json; {name}: {why}"])
     if result is None:
         rows[3][1] += f", mean output error {facts['mean_error']:.2e} of the signal"
     else:
@@ -619,6 +626,15 @@ def human(size: float) -> str:
             return f"{size:.2f} {unit}" if unit != "B" else f"{size:.0f} B"
         size /= 1024
     raise AssertionError
+
+
+def fallbacks(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Which linears were plainly rounded to nearest, and why."""
+    return {
+        f"layer {layer['index']} {name}": why
+        for layer in manifest["layers"]
+        for name, why in layer.get("fallbacks", {}).items()
+    }
 
 
 def calibration_line(info: dict[str, Any]) -> str:
