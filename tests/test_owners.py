@@ -8,6 +8,7 @@ within what arithmetic in float16 makes of them.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import subprocess
@@ -19,13 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmq.bench.environments import environment
+from mmq.bench.peers.older import readable
 from mmq.export.view import packed_linears, view
 from mmq.quantize.inputs import encode
 from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside
 from mmq.quantize.source import open_source
 from mmq.recipes.pebble.tasks import samples
 
-pytestmark = pytest.mark.skipif(
+asked = pytest.mark.skipif(
     os.environ.get("MMQ_TEST_BACKENDS") != "1",
     reason="makes environments of a few GB; MMQ_TEST_BACKENDS=1 runs it",
 )
@@ -43,6 +45,7 @@ def whole(skeleton: Skeleton) -> Skeleton:
     return skeleton
 
 
+@asked
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("owner", "method", "format"),
@@ -89,3 +92,23 @@ def test_the_owner_reads_what_mmq_reads(
     noise, quantized = apart(ours, theirs), apart(ours, base)
     logging.getLogger(__name__).info("%s: logits %.1e apart, the 16-bit model's %.1e", owner, noise, quantized)
     assert noise <= NOISE < quantized  # the limit tells int4 from the 16-bit model
+
+
+def test_a_checkpoint_of_transformers_5_in_the_form_of_4(pebble: Path, tmp_path: Path) -> None:
+    new = json.loads((pebble / "config.json").read_text())
+    (tmp_path / "older").mkdir()
+    folder = readable(pebble, tmp_path / "older")
+    old = json.loads((folder / "config.json").read_text())
+    assert old["hidden_size"] == new["text_config"]["hidden_size"]
+    assert old["rope_theta"] == new["text_config"]["rope_parameters"]["rope_theta"]
+    assert old["rope_scaling"] == {"type": "mrope", "mrope_section": [8, 12, 12]}
+    assert old["model_type"] == "qwen2_vl"
+    assert "text_config" not in old
+    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (pictures["min_pixels"], pictures["max_pixels"]) == (112 * 112, 224 * 224)
+    assert (folder / "model.safetensors").samefile(pebble / "model.safetensors")
+
+    assert readable(folder, tmp_path) == folder  # what is old already stays as it is
+    (folder / "config.json").write_text(json.dumps({**new, "model_type": "qwen9_vl"}))
+    with pytest.raises(ValueError, match="qwen9_vl"):
+        readable(folder, tmp_path)
