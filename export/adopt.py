@@ -28,14 +28,14 @@ from ..recipes.recipe import Recipe
 from .artifact import Artifact, check_disk, finish
 from .make import (
     Order,
-    _address,
-    _expected_bytes,
-    _files,
-    _quantized_names,
-    _write_config,
-    _write_index,
+    address,
     copy_small_files,
+    expected_bytes,
+    files_of,
+    quantized_names,
     versions,
+    write_config,
+    write_index,
 )
 from .packing import LAYOUTS, unpack_gptq
 from .view import packed_linears
@@ -137,9 +137,9 @@ def adopt(
     names = _their_names(skeleton, packed)
     plan = _packed_groups(skeleton, packed, names)
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)
-    layer_files, rest = _files(skeleton)
+    layer_files, rest = files_of(skeleton)
     order = Order(recipe, base, out, method, packed.format, grid, plan, layer_files, rest)
-    check_disk(out, _expected_bytes(skeleton, order))
+    check_disk(out, expected_bytes(skeleton, order))
     _check_rest(skeleton, packed, names)
     with Writer() as writer:
         for file, inside in rest.items():
@@ -148,8 +148,8 @@ def adopt(
             writer.save(out / file, _layer(skeleton, order, packed, names, index), {})
             tell(Step("adopt", index + 1, len(layer_files)))
         hashes = writer.hashes()
-    _write_index(order)
-    _write_config(skeleton, order)
+    write_index(order)
+    write_config(skeleton, order)
     copy_small_files(base.path, out)
     manifest = {
         "name": f"{recipe.name}-{backend['backend']}-{method}",
@@ -161,13 +161,13 @@ def adopt(
         "backend": dict(backend),
         "recipe": dataclasses.asdict(recipe),
         "base": {
-            "model": _address(recipe, base),
+            "model": address(recipe, base),
             "hub": base.hub,
             "revision": base.revision,
             "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
         },
         "calibration": calibration,
-        "quantized": sorted(_quantized_names(skeleton, order)),
+        "quantized": sorted(quantized_names(skeleton, order)),
         "layers": [{"index": i, "errors": {}} for i in range(len(layer_files))],
         "versions": versions(),
     }

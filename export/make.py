@@ -86,7 +86,7 @@ def make(
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)
     if recipe.method != "bnb":
         check_groups(skeleton, plan, recipe.group_size)
-    layer_files, rest = _files(skeleton)
+    layer_files, rest = files_of(skeleton)
     order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest)
     lap("skeleton")
     marks = {
@@ -97,7 +97,7 @@ def make(
         "versions": {name: v for name, v in versions().items() if name != "python"},
     }
     marks = json.loads(json.dumps(marks))  # as it will read back
-    needed = _expected_bytes(skeleton, order)
+    needed = expected_bytes(skeleton, order)
     memory = Memory()
     if recipe.method in CALIBRATED:
         memory = _settle_memory(skeleton, order, samples, needed, max_vram, tell)
@@ -126,8 +126,8 @@ def make(
         return open_artifact(out)
     notes = [_read_note(out, i) for i in range(len(layer_files))]
     tokens = notes[0]["tokens"]
-    _write_index(order)
-    _write_config(skeleton, order)
+    write_index(order)
+    write_config(skeleton, order)
     copy_small_files(base.path, out)
     made = finish(
         out,
@@ -142,13 +142,13 @@ def make(
             "quality": recipe.quality,
             "recipe": dataclasses.asdict(recipe),
             "base": {
-                "model": _address(recipe, base),
+                "model": address(recipe, base),
                 "hub": base.hub,
                 "revision": base.revision,
                 "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
             },
             "calibration": None if tokens is None else {"name": calibration, "digest": marks["calibration"], **tokens},
-            "quantized": sorted(_quantized_names(skeleton, order)),
+            "quantized": sorted(quantized_names(skeleton, order)),
             "layers": [{k: v for k, v in n.items() if k != "tokens"} for n in notes],
             "versions": versions(),
         },
@@ -238,7 +238,7 @@ def _whole(path: Path) -> bool:
     return True
 
 
-def _address(recipe: Recipe, base: Base) -> str:
+def address(recipe: Recipe, base: Base) -> str:
     """What `fetch` finds the base by again."""
     return (
         str(base.path) if base.hub == "local" else base.name if base.hub == "embedded" else model_on(recipe, base.hub)
@@ -256,7 +256,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _files(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+def files_of(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Names of the layer files, and of the files for everything else with the tensors each holds."""
     count = len(skeleton.layers)
     inside = {c for i in range(count) for c in skeleton.layer_names(i).values()}
@@ -281,7 +281,7 @@ def _mark(skeleton: Skeleton) -> dict[str, str]:
     return {name: f"{s.st_size} bytes, changed {s.st_mtime_ns / 1e9:.6f}" for name, s in stats.items()}
 
 
-def _quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
+def quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
     """Checkpoint names, without `.weight`, of every linear that is quantized."""
     for index, groups in order.plan.items():
         names = skeleton.layer_names(index)
@@ -290,9 +290,9 @@ def _quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
                 yield names[f"{linear}.weight"].removesuffix(".weight")
 
 
-def _expected_bytes(skeleton: Skeleton, order: Order) -> int:
+def expected_bytes(skeleton: Skeleton, order: Order) -> int:
     """About how much the artifact will take: 4 bits and a scale for what is quantized, the rest as it is."""
-    packed = {f"{n}.weight" for n in _quantized_names(skeleton, order)}
+    packed = {f"{n}.weight" for n in quantized_names(skeleton, order)}
     total = 0
     for name, meta in skeleton.source.metas.items():
         total += int(meta.nbytes / 4 * 1.15) if name in packed else meta.nbytes
@@ -344,7 +344,7 @@ def _read_note(out: Path, index: int) -> dict[str, Any]:
     return note if isinstance(note, dict) and note.keys() >= {"index", "errors", "tokens"} else {}
 
 
-def _write_index(order: Order) -> None:
+def write_index(order: Order) -> None:
     where: dict[str, str] = {}
     total = 0
     for file in (*order.layer_files, *order.rest):
@@ -354,9 +354,9 @@ def _write_index(order: Order) -> None:
     write_json(order.out / "model.safetensors.index.json", index)
 
 
-def _write_config(skeleton: Skeleton, order: Order) -> None:
+def write_config(skeleton: Skeleton, order: Order) -> None:
     """The base's config.json as it stands, and the quantization it now has."""
-    quantized = set(_quantized_names(skeleton, order))
+    quantized = set(quantized_names(skeleton, order))
     spelled = {n.removesuffix(".weight"): c.removesuffix(".weight") for n, c in skeleton.names.items()}
     skipped = []
     for name, module in skeleton.module.named_modules():

@@ -21,7 +21,8 @@ from .ranks import share, total
 
 STEPS = 20  # grid points of the exponent, as in the paper
 FIRST_ROWS = 512  # output channels, about, on which every candidate is tried
-FINALISTS = 4  # candidates that are then tried on all of them
+FINALISTS = 3  # candidates that are then tried on all of them
+TOGETHER = 2**26  # errors held at a time, float32: what fills a GPU, and little beside H
 
 
 @dataclass
@@ -104,20 +105,21 @@ def telling_rows(weights: Sequence[Tensor], gram: Tensor, group_size: int) -> Te
 
 def scale_losses(weights: Sequence[Tensor], gram: Tensor, pool: Tensor, grid: Grid) -> Tensor:
     """tr(dW H dW^T), summed over `weights`, of each scale in `pool` [candidates, in]: float32 [candidates]."""
-    weights = [w[share(w.shape[0])] for w in weights]
-    rows = max(w.shape[0] for w in weights)
-    delta = torch.empty(rows, gram.shape[0], device=gram.device)
+    weight = torch.cat([w[share(w.shape[0])] for w in weights])
+    rows, width = weight.shape
+    together = max(1, TOGETHER // max(weight.numel(), 1))  # candidates whose errors go through H as one product
+    delta = torch.empty(min(together, len(pool)), rows, width, device=gram.device)
     kernels = fused(gram)
-    losses = torch.zeros(len(pool), device=gram.device)
-    for number, s in enumerate(pool):
-        for w in weights:
-            d = delta[: w.shape[0]]
-            if kernels:
-                kernels.scaled_error(w, s, grid, d)
-            else:
-                torch.sub(fake(w.float() * s, grid) / s, w.float(), out=d)
-            losses[number] += torch.dot((d @ gram).flatten(), d.flatten())
-    return total(losses)
+    losses = []
+    for scales in pool.split(together):
+        d = delta[: len(scales)]
+        if kernels:
+            kernels.scaled_errors(weight, scales.contiguous(), grid, d)
+        else:
+            for s, out in zip(scales, d, strict=True):
+                torch.sub(fake(weight.float() * s, grid) / s, weight.float(), out=out)
+        losses.append((d.flatten(0, 1) @ gram).view_as(d).mul_(d).flatten(1).sum(1))
+    return total(torch.cat(losses))
 
 
 def _tied(s: Tensor, tie: int, block: int) -> Tensor:

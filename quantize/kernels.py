@@ -8,6 +8,7 @@ weight gets the same code on either path.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,15 +19,17 @@ from triton.language.extra import libdevice
 
 from .grid import HUGE, LEVELS, MIDDLE, TINY, Grid, Quantized
 
+BLOCK = 128  # columns that GPTQ rounds in one piece
 PLAIN = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where torch rounds twice
 
 
-def scaled_error(weight: Tensor, scale: Tensor, grid: Grid, out: Tensor) -> Tensor:
-    """fake(w s) / s - w, float32 into `out` [rows, in]; weight [rows, in] of any float dtype, scale [in]."""
+def scaled_errors(weight: Tensor, scales: Tensor, grid: Grid, out: Tensor) -> Tensor:
+    """fake(w s) / s - w for each s in `scales` [n, in], float32 into `out` [n, rows, in]; weight [rows, in] of any
+    float dtype. All contiguous."""
     rows, width = weight.shape
     block = 32
-    _scaled_error[(triton.cdiv(rows, block), width // grid.group_size)](
-        weight, scale, out, rows, weight.stride(0), out.stride(0), **_grid(grid), **PLAIN, G=grid.group_size, R=block
+    _scaled_errors[(triton.cdiv(rows, block), width // grid.group_size, len(scales))](
+        weight, scales, out, rows, width, **_grid(grid), **PLAIN, G=grid.group_size, R=block
     )
     return out
 
@@ -82,6 +85,24 @@ def quantize(weight: Tensor, grid: Grid, shrink: Tensor) -> Quantized:
     return Quantized(codes, scale, zero, grid.group_size, grid.symmetric)
 
 
+def warm(grid: Grid, widths: Sequence[int], device: torch.device) -> None:
+    """Compile every kernel that inputs of these widths will need, on a few rows, beside whatever else is under way."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+        for width in dict.fromkeys(widths):
+            weight = torch.zeros(32, width, device=device)
+            count = width // grid.group_size
+            blocks = torch.zeros(count, grid.group_size, grid.group_size, device=device)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                if dtype in (grid.scale_dtype, torch.float32):
+                    scaled_errors(weight.to(dtype), torch.ones(1, width, device=device), grid, weight.clone()[None])
+            made = quantize(weight, grid, best_shrink(weight, blocks, grid, (1.0,)))
+            part, square = weight[:, :BLOCK], torch.zeros(BLOCK, BLOCK, device=device)
+            owner = torch.zeros(BLOCK, dtype=torch.int32, device=device)
+            zero = made.zero.float()
+            round_block(part, part.contiguous(), square.mT, made.scale, zero, owner, made.q[:, :BLOCK], part.clone())
+        torch.cuda.current_stream().synchronize()
+
+
 def _grid(grid: Grid) -> dict[str, Any]:
     return {
         "SYMMETRIC": grid.symmetric,
@@ -118,21 +139,22 @@ def _code(x, scale, zero, LEVELS):
 
 
 @triton.jit
-def _scaled_error(
-    w_ptr, s_ptr, d_ptr, rows, w_stride, d_stride,
+def _scaled_errors(
+    w_ptr, s_ptr, d_ptr, rows, width,
     SYMMETRIC: tl.constexpr, BF16: tl.constexpr, TINY: tl.constexpr, HUGE: tl.constexpr, LEVELS: tl.constexpr,
     MIDDLE: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     c = tl.program_id(1) * G + tl.arange(0, G)
+    n = tl.program_id(2).to(tl.int64)
     inside = (r < rows)[:, None]
-    w = tl.load(w_ptr + r[:, None] * w_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(s_ptr + c)[None, :]
+    w = tl.load(w_ptr + r[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + n * width + c)[None, :]
     x = w * s
     scale, zero = _fit(tl.min(x, 1), tl.max(x, 1), SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE)
     y = (_code(x, scale[:, None], zero[:, None], LEVELS) - zero[:, None]) * scale[:, None]
     d = tl.div_rn(y, s + tl.zeros_like(y)) - w
-    tl.store(d_ptr + r[:, None] * d_stride + c[None, :], d, mask=inside)
+    tl.store(d_ptr + n * rows * width + r[:, None] * width + c[None, :], d, mask=inside)
 
 
 @triton.jit

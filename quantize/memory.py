@@ -18,7 +18,7 @@ from .family import Group
 from .inputs import encode, media_mask
 from .ranks import world
 from .skeleton import Skeleton, embeddings
-from .steps import STEPS
+from .steps import PIECE, STEPS
 
 MICRO_BATCH = 4096  # tokens in one forward pass: enough to fill a GPU, few enough to fit beside a layer
 SMALLEST = 512
@@ -122,12 +122,14 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
     for rows, width in work.groups:
         largest, together = (n * width // world() for n in (max(rows), sum(rows)))
         if steps.scale:
-            peaks.append(held + every + 2 * 4 * max(rows) * width)
+            rows_width = sum(rows) * width // world()
+            errors = 2 * 4 * max(awq.TOGETHER, rows_width)
+            peaks.append(held + every + rows_width * work.item + errors)
         peaks.append(held + left + codes + 8 * together + 4 * largest)
         if steps.feedback:
             peaks.append(held + left + codes + int((1 + WORKSPACE) * h[width]) + 4 * together)
             peaks.append(held + left + codes + h[width] + 10 * together)
-        peaks.append(held + left + codes + together + 16 * largest)
+        peaks.append(held + left + codes + 3 * together + 24 * PIECE)
         codes += sum(rows) * width
         left -= h[width]
     return max(peaks)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .family import Family, family_of
 from .source import Source, open_source
 
 READERS = ThreadPoolExecutor(4)
+READ_AHEAD = 2**29  # bytes of the next layer that may wait on the host
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Skeleton:
     device: torch.device
     dtype: torch.dtype
     stored: torch.dtype
+    coming: dict[str, Future[Tensor]] = field(default_factory=dict, repr=False)  # what is read ahead
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -128,6 +130,8 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
     if stored not in (torch.float16, torch.bfloat16):
         stored = torch.bfloat16  # a float32 checkpoint is served in bf16
     place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float32 if place.type == "cpu" else stored
     with init_empty_weights(include_buffers=False):
         module = AutoModelForImageTextToText.from_config(hf_config, dtype=dtype)
@@ -160,9 +164,34 @@ def load(skeleton: Skeleton, wanted: Iterable[str]) -> None:
     if skeleton.device.type == "cpu":
         tensors = map(skeleton.source.get, map(skeleton.names.__getitem__, names))
     else:  # several at a time: what costs time is to map the files' pages
-        tensors = READERS.map(lambda n: skeleton.source.get(skeleton.names[n]).to(skeleton.device), names)
+        tensors = READERS.map(lambda name: _on_device(skeleton, name), names)
     for name, tensor in zip(names, tensors, strict=True):
         set_parameter(skeleton.module, name, tensor.to(skeleton.stored).to(skeleton.dtype))
+
+
+def _on_device(skeleton: Skeleton, name: str) -> Tensor:
+    early = skeleton.coming.pop(name, None)
+    host = skeleton.source.get(skeleton.names[name]) if early is None else early.result()
+    return host.to(skeleton.device)
+
+
+def read_ahead(skeleton: Skeleton, index: int) -> None:
+    """Begin to read decoder layer `index`, or as much of it as READ_AHEAD bytes hold, into pinned host memory, so that
+    `load_layer` only has to copy it to the GPU. Nothing on a CPU, or past the last layer."""
+    if skeleton.device.type == "cpu" or index >= len(skeleton.layers):
+        return
+    left = READ_AHEAD
+    for inside, stored in skeleton.layer_names(index).items():
+        left -= skeleton.source.metas[stored].nbytes
+        if left < 0:
+            return
+        name = skeleton.layer_prefix(index) + inside
+        skeleton.coming[name] = READERS.submit(_pinned, skeleton.source, stored)
+
+
+def _pinned(source: Source, stored: str) -> Tensor:
+    tensor = source.get(stored)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def release(skeleton: Skeleton, wanted: Iterable[str]) -> None:

@@ -25,6 +25,8 @@ from .ranks import share, total, whole
 
 UNREACHED = "the calibration fed it nothing, or nothing but zeros"
 
+PIECE = 2**25  # weights judged at a time, float32
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -68,14 +70,8 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
         searched = gram is not None and (steps.clip or steps.feedback)
         parts = _split(rounded, [s.stop - s.start for s in shares])
         for name, part, rows, height in zip(group.linears, parts, shares, heights, strict=True):
-            before = problem.weights[f"{name}.weight"][rows].float()
-            kept = found = plain = _lost(part, before, moved, name, rows, gram)
-            if searched:
-                other = _nearest(moved.weight(name, rows), grid)
-                plain = _lost(other, before, moved, name, rows, gram)
-                better = found <= plain
-                part, kept = _where(better, part, other), torch.where(better, found, plain)
-            lost[name] = torch.stack([_squares(before, gram), kept, found, plain]).sum(1)
+            weight = problem.weights[f"{name}.weight"][rows]
+            part, lost[name] = _better(part, weight, moved, name, rows, gram, grid if searched else None)
             q, scales, zero = (whole(t, height) for t in (part.q, part.scale, part.zero))
             quantized[name] = Quantized(q, scales, zero, grid.group_size, grid.symmetric)
         lap("errors")
@@ -130,6 +126,34 @@ def _nearest(weight: Tensor, grid: Grid, shrink: Tensor | None = None) -> Quanti
 def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
     parts = zip(x.q.split(heights), x.scale.split(heights), x.zero.split(heights), strict=True)
     return [Quantized(q, scale, zero, x.group_size, x.symmetric) for q, scale, zero in parts]
+
+
+def _better(
+    part: Quantized, weight: Tensor, moved: Scaled, name: str, rows: slice, gram: Tensor | None, grid: Grid | None
+) -> tuple[Quantized, Tensor]:
+    """These rows of a linear, each as it was found or, where that loses less, as rounding leaves it (no `grid`: not
+    tried); and sums over the rows: their output's energy, what is lost now, what the search and what rounding lost."""
+    chosen, sums = [], torch.zeros(4, device=weight.device)
+    size = max(1, PIECE // weight.shape[1])
+    for start in range(0, weight.shape[0], size):
+        piece = slice(start, min(start + size, weight.shape[0]))
+        inside = slice(rows.start + piece.start, rows.start + piece.stop)  # of the whole linear
+        before = weight[piece].float()
+        mine = _rows(part, piece)
+        kept = found = plain = _lost(mine, before, moved, name, inside, gram)
+        if grid is not None:
+            other = _nearest(moved.weight(name, inside), grid)
+            plain = _lost(other, before, moved, name, inside, gram)
+            better = found <= plain
+            mine, kept = _where(better, mine, other), torch.where(better, found, plain)
+        chosen.append(mine)
+        sums += torch.stack([_squares(before, gram), kept, found, plain]).sum(1)
+    q, scale, zero = (torch.cat([getattr(c, n) for c in chosen]) for n in ("q", "scale", "zero"))
+    return replace(part, q=q, scale=scale, zero=zero), sums
+
+
+def _rows(x: Quantized, rows: slice) -> Quantized:
+    return replace(x, q=x.q[rows], scale=x.scale[rows], zero=x.zero[rows])
 
 
 def _where(mine: Tensor, one: Quantized, other: Quantized) -> Quantized:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample
 from .bnb import bnb
 from .family import Group
+from .fused import fused
 from .gather import collect_grams
 from .grid import Grid, check_width
 from .inputs import media_mask, micro_batches
@@ -27,7 +29,17 @@ from .lockstep import Lockstep, Stop
 from .memory import MICRO_BATCH
 from .method import Problem, Solution, restored
 from .ranks import own, total
-from .skeleton import Skeleton, embeddings, load, load_layer, release, release_layer, set_parameter
+from .skeleton import (
+    READERS,
+    Skeleton,
+    embeddings,
+    load,
+    load_layer,
+    read_ahead,
+    release,
+    release_layer,
+    set_parameter,
+)
 from .steps import STEPS, solve
 
 CALIBRATED = ("awq", "gptq", "rtn")  # rtn needs no inputs, but is measured on them
@@ -134,6 +146,8 @@ def walk(
         return
     counted = [0, 0, 0]
     with torch.no_grad(), tensor_cores():
+        warming = _warm(skeleton, plan, grid)
+        read_ahead(skeleton, 0)
         load(skeleton, embeddings(skeleton))
         base = skeleton.module.base_model
 
@@ -154,8 +168,11 @@ def walk(
                 if stop.index == 0:
                     release(skeleton, embeddings(skeleton))
                     counted = total(torch.tensor(counted, device=skeleton.device)).tolist()
+                    warming.result()
                     lap("vision tower and embeddings")
                 load_layer(skeleton, stop.index)
+                if stop.index < last:
+                    read_ahead(skeleton, stop.index + 1)
                 lap("load")
                 solution, left_out = None, 0
                 if stop.index in done:
@@ -186,6 +203,17 @@ def tensor_cores() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _warm(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], grid: Grid) -> Future[None]:
+    """Compile the kernels that this model needs while its pictures are looked at."""
+    kernels = fused(torch.empty(0, device=skeleton.device))
+    prefix, groups = skeleton.layer_prefix(0), next(iter(plan.values()))
+    names = [skeleton.names[f"{prefix}{g.linears[0]}.weight"] for g in groups]
+    widths = [skeleton.source.metas[n].shape[1] for n in names]
+    if kernels is None:
+        return READERS.submit(lambda: None)
+    return READERS.submit(kernels.warm, grid, widths, skeleton.device)
 
 
 def _walk_uncalibrated(
