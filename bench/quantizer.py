@@ -208,7 +208,8 @@ def ratios(runs: list[Run]) -> list[str]:
     for ours in (r for r in runs if QUANTIZING not in r.stages):
         for theirs in (r for r in runs if QUANTIZING in r.stages and r.label.split()[1] == ours.label.split()[1]):
             layer, memory = theirs.layer_seconds / ours.layer_seconds, theirs.gpu_peak / max(ours.gpu_peak, 1)
-            lines.append(f"{ours.label} is {layer:.1f} times faster a layer than {theirs.label}, GPU memory / {memory:.2f}")
+            who = f"{ours.label} is {layer:.1f} times faster a layer than {theirs.label}"
+            lines.append(f"{who}, {memory:.2f}x less GPU memory")
     return lines
 
 
