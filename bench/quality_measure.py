@@ -1,7 +1,8 @@
 """What int4 loses at every position of held-out samples: a model kept whole, its states, and the study's measures.
 
-Pebble answers with almost no entropy (6e-4 nats), so a KL on its answers lives on a handful of tokens. Beside it stand
-measures that every position feeds: the KL of both models' distributions at temperature SOFT, times SOFT squared (in
+Pebble answers with almost no entropy (6e-4 nats), so the mean KL on its answers is made by a handful of tokens: 20 of
+9,910 made 91 to 97% of it, for good methods and worse ones. Beside it stand its median and measures that every
+position feeds: the KL of both models' distributions at temperature SOFT, times SOFT squared (in
 the limit the variance of the logits' difference), and the relative error of the decoder's last hidden states.
 """
 
@@ -92,6 +93,11 @@ def compare(asked: Asked, before: Sequence[Tensor], after: Sequence[Tensor], hea
             continue
         measures |= {f"{kind}.{name}": _digits(values[mine].mean()) for name, values in joined.items()}
         measures |= {f"{kind}.{name}_p99": _digits(joined[name][mine].quantile(0.99)) for name in ("kl", "soft")}
+        kl = joined["kl"][mine].sort(descending=True).values
+        measures[f"{kind}.kl_median"] = _digits(kl.median())
+        measures[f"{kind}.kl_top20_share"] = _digits(
+            kl[:20].sum() / kl.sum().clamp_min(1e-30)
+        )  # is the mean 20 tokens?
         measures[f"{kind}.tokens"] = float(mine.sum())
     for name in ("right", "right_fp16"):
         measures[name] = statistics.fmean(r[name] for r in raw)

@@ -17,6 +17,7 @@ Runs = Sequence[Mapping[str, Any]]
 # measure -> what a reader sees
 SHOWN = {
     "answer.kl": "answers: KL",
+    "answer.kl_median": "median",
     "answer.kl_p99": "p99",
     "answer.soft": "at T=4",
     "answer.error": "hidden",
@@ -26,7 +27,7 @@ SHOWN = {
     "image.soft": "at T=4",
 }
 DRAWN = {"answer.soft": "answer positions", "text.soft": "other text", "image.soft": "picture tokens"}
-RATIOS = ("answer.kl", "answer.soft", "answer.error", "text.soft", "image.soft")
+RATIOS = ("answer.kl", "answer.kl_median", "answer.soft", "answer.error", "text.soft", "image.soft")
 
 
 def by_variant(runs: Runs, setting: str) -> dict[str, dict[int, Mapping[str, float]]]:
