@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from .clip import SHARES
 from .grid import HUGE, LEVELS, MIDDLE, TINY, Grid, Quantized
 
 BLOCK = 128  # columns that GPTQ rounds in one piece
@@ -34,10 +35,10 @@ def scaled_errors(weight: Tensor, scales: Tensor, grid: Grid, out: Tensor) -> Te
     return out
 
 
-def best_shrink(weight: Tensor, blocks: Tensor, grid: Grid, shares: tuple[float, ...]) -> Tensor:
+def best_shrink(weight: Tensor, costs: Tensor, grid: Grid, shares: tuple[float, ...]) -> Tensor:
     """Per row and group the entry of `shares` that loses least, float32 [rows, groups].
 
-    weight float32 [rows, in]; blocks float32 [groups, g, g], the diagonal blocks of H.
+    weight float32 [rows, in]; costs float32, as in clip.py: blocks [groups, g, g], or [in].
     """
     rows, width = weight.shape
     count = width // grid.group_size
@@ -45,8 +46,8 @@ def best_shrink(weight: Tensor, blocks: Tensor, grid: Grid, shares: tuple[float,
     best = torch.empty(rows, count, dtype=torch.float32, device=weight.device)
     block = 64
     _best_shrink[(triton.cdiv(rows, block), count)](
-        weight, blocks, table, best, rows, weight.stride(0), count,
-        **_grid(grid), **PLAIN, N=len(shares), G=grid.group_size, R=block, num_warps=8,
+        weight, costs, table, best, rows, weight.stride(0), count,
+        **_grid(grid), **PLAIN, BLOCKS=costs.ndim == 3, N=len(shares), G=grid.group_size, R=block, num_warps=8,
     )  # fmt: skip
     return best
 
@@ -95,7 +96,8 @@ def warm(grid: Grid, widths: Sequence[int], device: torch.device) -> None:
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 if dtype in (grid.scale_dtype, torch.float32):
                     scaled_errors(weight.to(dtype), torch.ones(1, width, device=device), grid, weight.clone()[None])
-            made = quantize(weight, grid, best_shrink(weight, blocks, grid, (1.0,)))
+            best_shrink(weight, blocks, grid, SHARES)
+            made = quantize(weight, grid, best_shrink(weight, blocks[:, 0].flatten(), grid, SHARES))
             part, square = weight[:, :BLOCK], torch.zeros(BLOCK, BLOCK, device=device)
             owner = torch.zeros(BLOCK, dtype=torch.int32, device=device)
             zero = made.zero.float()
@@ -161,14 +163,17 @@ def _scaled_errors(
 def _best_shrink(
     w_ptr, h_ptr, share_ptr, best_ptr, rows, w_stride, count,
     SYMMETRIC: tl.constexpr, BF16: tl.constexpr, TINY: tl.constexpr, HUGE: tl.constexpr, LEVELS: tl.constexpr,
-    MIDDLE: tl.constexpr, N: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    MIDDLE: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     group = tl.program_id(1)
     g = tl.arange(0, G)
     inside = r < rows
     w = tl.load(w_ptr + r[:, None] * w_stride + (group * G + g)[None, :], mask=inside[:, None], other=0.0)
-    h = tl.load(h_ptr + group.to(tl.int64) * G * G + g[:, None] * G + g[None, :])
+    if BLOCKS:
+        h = tl.load(h_ptr + group.to(tl.int64) * G * G + g[:, None] * G + g[None, :])
+    else:
+        h = tl.load(h_ptr + group * G + g)[None, :]
     low = tl.min(w, 1)
     high = tl.max(w, 1)
     best = tl.full((R,), float("inf"), tl.float32)
@@ -178,7 +183,10 @@ def _best_shrink(
         scale, zero = _fit(low * p, high * p, SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE)
         code = _code(w, scale[:, None], zero[:, None], LEVELS)
         d = (code - zero[:, None]) * scale[:, None] - w
-        loss = tl.sum(tl.dot(d, h, input_precision="tf32x3") * d, 1)
+        if BLOCKS:
+            loss = tl.sum(tl.dot(d, h, input_precision="tf32x3") * d, 1)
+        else:
+            loss = tl.sum(d * h * d, 1)
         better = loss < best
         best = tl.where(better, loss, best)
         share = tl.where(better, p, share)
@@ -214,16 +222,31 @@ def _round_block(
     inside = r < rows
     column = tl.arange(0, B)
     e = tl.zeros((R, B), tl.float32)
+    # what a column needs is loaded while the one before is rounded: the chain of columns waits for no memory
+    k = B - 1
+    m = tl.load(m_ptr + column * m_down + k * m_right, mask=column > k, other=0.0)
+    w = tl.load(w_ptr + r * w_stride + k, mask=inside, other=0.0)
+    t = tl.load(t_ptr + r * t_stride + k, mask=inside, other=0.0)
+    owner = tl.load(owner_ptr + k)
+    scale = tl.load(scale_ptr + r * groups + owner, mask=inside, other=1.0)
+    zero = tl.load(zero_ptr + r * groups + owner, mask=inside, other=0.0)
+    owner = tl.load(owner_ptr + max(k - 1, 0))
     for step in range(B):
         k = B - 1 - step
-        m = tl.load(m_ptr + column * m_down + k * m_right, mask=column > k, other=0.0)
-        owner = tl.load(owner_ptr + k)
-        scale = tl.load(scale_ptr + r * groups + owner, mask=inside, other=1.0)
-        zero = tl.load(zero_ptr + r * groups + owner, mask=inside, other=0.0)
-        w = tl.load(w_ptr + r * w_stride + k, mask=inside, other=0.0)
-        target = tl.load(t_ptr + r * t_stride + k, mask=inside, other=0.0) + tl.sum(e * m[None, :], 1)
-        code = _code(target, scale, zero, LEVELS)
+        coming = max(k - 1, 0)
+        next_m = tl.load(m_ptr + column * m_down + coming * m_right, mask=column > coming, other=0.0)
+        next_w = tl.load(w_ptr + r * w_stride + coming, mask=inside, other=0.0)
+        next_t = tl.load(t_ptr + r * t_stride + coming, mask=inside, other=0.0)
+        next_scale = tl.load(scale_ptr + r * groups + owner, mask=inside, other=1.0)
+        next_zero = tl.load(zero_ptr + r * groups + owner, mask=inside, other=0.0)
+        owner = tl.load(owner_ptr + max(k - 2, 0))
+        code = _code(t + tl.sum(e * m[None, :], 1), scale, zero, LEVELS)
         error = w - (code - zero) * scale
         tl.store(q_ptr + r * q_stride + k, code.to(tl.uint8), mask=inside)
         e = tl.where((column == k)[None, :], error[:, None], e)
+        m = next_m
+        w = next_w
+        t = next_t
+        scale = next_scale
+        zero = next_zero
     tl.store(e_ptr + r[:, None] * e_stride + column[None, :], e, mask=inside[:, None])

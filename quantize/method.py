@@ -26,7 +26,7 @@ class Problem:
     """One decoder layer to quantize. `weights`: on the device, by name inside the layer (norms and biases too), in the
     compute dtype. `grams`: per group, H = sum over tokens of x x^T / tokens, float32 [in, in]; none for a group that no
     token reached. `stored` is the dtype that norms and biases are written in, `head_dim` the width of an attention
-    head.
+    head, `tokens` how many there were.
     """
 
     weights: Mapping[str, Tensor]
@@ -34,6 +34,7 @@ class Problem:
     grams: dict[Group, Tensor]
     stored: torch.dtype = torch.bfloat16
     head_dim: int = 128
+    tokens: int = 2**30  # that H is the mean of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .awq import Scaled, scale
 from .clip import best_shrink
 from .family import Group
 from .fused import fused
-from .gptq import column_order, feedback, round_columns
+from .gptq import DAMP, column_order, damping, feedback, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
 from .method import Problem, Solution
@@ -39,11 +39,11 @@ class Steps:
 
 STEPS: dict[tuple[str, str], Steps] = {
     ("rtn", "default"): Steps(),
-    ("awq", "fast"): Steps(clip=True),
-    ("awq", "default"): Steps(scale=True, clip=True),
+    ("awq", "fast"): Steps(scale=True, clip=True),  # AWQ as published
+    ("gptq", "fast"): Steps(feedback=True),  # GPTQ as published, groups static
+    ("awq", "default"): Steps(scale=True, clip=True, feedback=True),
+    ("gptq", "default"): Steps(scale=True, clip=True, feedback=True),
     ("awq", "best"): Steps(scale=True, clip=True, feedback=True),
-    ("gptq", "fast"): Steps(clip=True),
-    ("gptq", "default"): Steps(clip=True, feedback=True),
     ("gptq", "best"): Steps(scale=True, clip=True, feedback=True),
 }
 
@@ -64,7 +64,7 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
         gram = problem.grams.pop(group, None)  # the last to need it: it is the largest thing there is
         heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
         shares = [share(height) for height in heights]
-        rounded, why = _round(moved, group, shares, gram, grid, steps)
+        rounded, why = _round(moved, group, shares, gram, problem.tokens, grid, steps)
         fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
         searched = gram is not None and (steps.clip or steps.feedback)
@@ -85,7 +85,7 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
 
 
 def _round(
-    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, grid: Grid, steps: Steps
+    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, tokens: int, grid: Grid, steps: Steps
 ) -> tuple[Quantized, str]:
     """This rank's rows of all the group's linears, one below the other: rows are independent, so one piece of work.
     With it, why not all of `steps` were taken, or nothing."""
@@ -95,23 +95,28 @@ def _round(
     if gram is None:
         return _nearest(weight, grid), UNREACHED
     shrink = None
-    if steps.clip:
-        blocks = diagonal_blocks(gram, size)
-        if columns is not None:
-            s = columns.view(-1, size)
-            blocks /= s[:, :, None] * s[:, None, :]
-        shrink = best_shrink(weight, blocks, grid)
     if not steps.feedback:
+        if steps.clip:
+            blocks = diagonal_blocks(gram, size)
+            if columns is not None:
+                s = columns.view(-1, size)
+                blocks /= s[:, :, None] * s[:, None, :]
+            shrink = best_shrink(weight, blocks, grid)
         return _nearest(weight, grid, shrink), ""
     order = column_order(gram, columns)
     try:
-        follow = feedback(gram, order, columns)
+        damp = damping(len(gram), tokens) if steps.scale else DAMP
+        follow, pivots = feedback(gram, order, columns, damp=damp)
     except ValueError as e:
-        return _nearest(weight, grid, shrink), f"no error feedback: {e}"
+        return _nearest(weight, grid), f"no error feedback: {e}"
     g = groups(weight, size)
-    shrink = 1.0 if shrink is None else shrink
-    scale, zero = fit(g.amin(-1) * shrink, g.amax(-1) * shrink, grid)
-    del g
+    low, high = g.amin(-1), g.amax(-1)
+    if steps.clip:
+        costs = torch.empty_like(pivots)
+        costs[order] = pivots
+        shrink = best_shrink(weight, costs, grid)
+        low, high = low * shrink, high * shrink
+    scale, zero = fit(low, high, grid)
     weight = weight[:, order]
     return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric), ""
 

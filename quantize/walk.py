@@ -180,7 +180,9 @@ def walk(
                     for name, value in finished(stop.index).items():
                         set_parameter(stop.layer, name, _ready(skeleton, value))
                 else:
-                    solution, left_out = _quantize(skeleton, stop, plan[stop.index], grid, (method, quality), lap)
+                    solution, left_out = _quantize(
+                        skeleton, stop, plan[stop.index], grid, (method, quality), sum(counted[1:]), lap
+                    )
                 layer = Layer(stop.index, solution, Tokens(*counted), left_out)
                 yield layer
                 lap("pack")
@@ -249,12 +251,13 @@ def _quantize(
     groups: tuple[Group, ...],
     grid: Grid,
     steps: tuple[str, str],
+    tokens: int,
     lap: Callable[[str], None],
 ) -> tuple[Solution, int]:
     grams, left_out = collect_grams(stop, groups)
     lap("forward and Gram matrices")
     weights = {n: p.detach() for n, p in stop.layer.named_parameters()}
-    problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config))
+    problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config), tokens)
     solution = _sound(solve(problem, grid, STEPS[steps], lap), stop.index)
     del grams, problem, weights
     for name, value in solution.changed.items():

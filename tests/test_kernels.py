@@ -8,7 +8,7 @@ import torch
 from mmq.quantize import awq, clip, gptq
 from mmq.quantize.fused import fused
 from mmq.quantize.gram import Gram, diagonal_blocks
-from mmq.quantize.grid import Grid, fit, groups, quantize
+from mmq.quantize.grid import Grid, dequantize, fit, groups, quantize
 
 if not torch.cuda.is_available() or fused(torch.empty(1, device="cuda")) is None:
     pytest.skip("no GPU with Triton here; the plain torch paths are tested elsewhere", allow_module_level=True)
@@ -65,11 +65,12 @@ def test_scale_losses(grid: Grid, plain: pytest.MonkeyPatch) -> None:
 def test_clip(grid: Grid, plain: pytest.MonkeyPatch) -> None:
     """Shares that lose equally to float32's last digits may differ; no more than one in a thousand does."""
     weight, gram = _layer()
-    blocks = diagonal_blocks(gram, grid.group_size)
-    a = clip.best_shrink(weight, blocks, grid)
-    _off(plain)
-    b = clip.best_shrink(weight, blocks, grid)
-    assert int((a != b).sum()) <= max(2, a.numel() // 1000)
+    for costs in (diagonal_blocks(gram, grid.group_size), gram.diagonal().contiguous()):
+        a = clip.best_shrink(weight, costs, grid)
+        with plain.context() as patch:
+            _off(patch)
+            b = clip.best_shrink(weight, costs, grid)
+        assert int((a != b).sum()) <= max(2, a.numel() // 1000)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -78,7 +79,7 @@ def test_error_feedback(grid: Grid, plain: pytest.MonkeyPatch) -> None:
     g = groups(weight, grid.group_size)
     scale, zero = fit(g.amin(-1), g.amax(-1), grid)
     order = gptq.column_order(gram)
-    given = (weight[:, order], gptq.feedback(gram, order), order, scale, zero)
+    given = (weight[:, order], gptq.feedback(gram, order)[0], order, scale, zero)
     a = gptq.round_columns(*given, symmetric=grid.symmetric)
     _off(plain)
     b = gptq.round_columns(*given, symmetric=grid.symmetric)
@@ -93,3 +94,32 @@ def test_gram_of_16_bit_inputs(dtype: torch.dtype) -> None:
         made.add(part)
     want = x.double().T @ x.double() / len(x)
     torch.testing.assert_close(made.mean().double(), want, rtol=1e-4, atol=2e-5)
+
+
+def test_the_fast_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels on the tensor cores hand errors on as the exact factor does, outlier channels or not."""
+    torch.manual_seed(0)
+    width = 5000
+    x = torch.randn(4 * width, width, device="cuda") @ (torch.randn(width, width, device="cuda") / width**0.5)
+    x[:, ::97] *= 50
+    gram = x.T @ x / len(x)
+    order = gptq.column_order(gram)
+    exact, pivots = gptq.feedback(gram, order, damp=0.1)
+    monkeypatch.setattr(gptq, "PANEL", 1024)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        fast, costs = gptq.feedback(gram, order, damp=0.1)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert not torch.equal(exact, fast)  # the other path was taken
+    weight = torch.randn(64, width, device="cuda")[:, order]
+    g = groups(weight, 50)
+    scale, zero = fit(g.amin(-1), g.amax(-1), Grid())
+    losses = []
+    for follow in (exact, fast):
+        q = gptq.round_columns(weight, follow, order, scale, zero, symmetric=False)
+        back = torch.argsort(order)
+        d = (dequantize(q) - weight[:, back]).double()
+        losses.append(float(((d @ gram.double()) * d).sum()))
+    assert abs(losses[1] / losses[0] - 1) < 0.01
+    torch.testing.assert_close(costs, pivots, rtol=0.02, atol=0)
