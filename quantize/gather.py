@@ -28,18 +28,19 @@ def collect_grams(stop: Stop, groups: tuple[Group, ...]) -> tuple[dict[Group, Te
     """
     grams, _ = _sum_grams(stop, groups)
     spoilt = tuple(g for g in groups if not math.isfinite(_energy(grams[g])))
-    left_out = 0
     for group in spoilt:
-        del grams[group]
+        del grams[group]  # before the next is summed: it may be the largest thing there is
+    counts: dict[Group, tuple[int, int]] = {}
     if spoilt:
-        again, left_out = _sum_grams(stop, spoilt, finite_only=True)
+        again, counts = _sum_grams(stop, spoilt, finite_only=True)
         grams |= again
-    for group in spoilt:
-        if not 0 < _energy(grams[group]) < math.inf:
+    for group, (kept, _) in counts.items():
+        if not kept or not math.isfinite(_energy(grams[group])):
             raise ValueError(
                 f"the inputs of {group.linears[0]} in decoder layer {stop.index} are not finite: the checkpoint "
                 "overflows in its own dtype, or is damaged; --device cpu computes in float32"
             )
+    left_out = max((lost for _, lost in counts.values()), default=0)
     return {group: gram for group, gram in grams.items() if _energy(gram)}, left_out
 
 
@@ -47,17 +48,19 @@ def _energy(gram: Tensor) -> float:
     return float(gram.diagonal().sum())
 
 
-def _sum_grams(stop: Stop, groups: tuple[Group, ...], *, finite_only: bool = False) -> tuple[dict[Group, Tensor], int]:
-    """Every group's H, of zeros where no token came, and the most tokens that one of them lacks."""
+def _sum_grams(
+    stop: Stop, groups: tuple[Group, ...], *, finite_only: bool = False
+) -> tuple[dict[Group, Tensor], dict[Group, tuple[int, int]]]:
+    """Every group's H, of zeros where no token came; and with `finite_only` how many tokens it has and lacks."""
     sums: dict[Group, Gram] = {}
-    missing: dict[Group, Tensor] = {}
+    counts: dict[Group, Tensor] = {}
 
     def watch(group: Group) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().flatten(0, -2)  # [tokens, in]
             if finite_only:
                 fine = x.float().square().sum(-1).isfinite()  # squares too: they are what is summed
-                missing[group] += (~fine).sum()
+                counts[group] += torch.stack([fine.sum(), (~fine).sum()])
                 x = x[fine]
             sums[group].add(x)
 
@@ -66,7 +69,7 @@ def _sum_grams(stop: Stop, groups: tuple[Group, ...], *, finite_only: bool = Fal
     for group in groups:
         weight = stop.layer.get_parameter(f"{group.linears[0]}.weight")
         sums[group] = Gram(weight.shape[1], weight.device)
-        missing[group] = torch.zeros((), dtype=torch.int64, device=weight.device)
+        counts[group] = torch.zeros(2, dtype=torch.int64, device=weight.device)
     handles = [stop.layer.get_submodule(g.linears[0]).register_forward_pre_hook(watch(g)) for g in groups]
     try:
         for call in stop.calls:
@@ -74,4 +77,8 @@ def _sum_grams(stop: Stop, groups: tuple[Group, ...], *, finite_only: bool = Fal
     finally:
         for handle in handles:
             handle.remove()
-    return {g: sums.pop(g).mean() for g in groups}, max((int(total(missing[g])) for g in groups), default=0)
+    grams = {g: sums.pop(g).mean() for g in groups}
+    if not finite_only:
+        return grams, {}
+    told = {g: total(c).tolist() for g, c in counts.items()}
+    return grams, {g: (kept, lost) for g, (kept, lost) in told.items()}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import vlm
+from transformers import AutoTokenizer
 
 from mmq.__main__ import main
 
@@ -217,6 +219,30 @@ def test_summaries_name_the_next_command(mmq: Run, tmp_path: Path) -> None:
     code, out, _ = mmq("recipes")
     assert code == 0
     assert "MiniCPM-V-2_6" in out
+
+
+def test_what_fell_back_is_told(mmq: Run, tmp_path: Path) -> None:
+    """A word whose embedding is no number, and a layer whose values are all zero: o_proj is fed nothing else."""
+    checkpoint = vlm("qwen2_vl", tmp_path / "odd") / "model.safetensors"
+    tensors = load_file(checkpoint)
+    (odd, *_) = AutoTokenizer.from_pretrained(tmp_path / "odd")("ꙮ")["input_ids"]
+    tensors["model.embed_tokens.weight"][odd] = torch.nan
+    for leaf in ("weight", "bias"):
+        tensors[f"model.layers.0.self_attn.v_proj.{leaf}"].zero_()
+    save_file(tensors, checkpoint, metadata={"format": "pt"})
+    lines = [[{"role": "user", "content": text}, {"role": "assistant", "content": "好。"}] for text in ("你好", "ꙮ?")]
+    data = "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in lines)
+    (tmp_path / "data.jsonl").write_text(data, encoding="utf-8")
+    code, out, err = mmq("quantize", "./odd", "--calibration", "data.jsonl", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    why = "the calibration fed it nothing, or nothing but zeros"
+    assert facts["fallbacks"] == {"layer 0 self_attn.o_proj": why}
+    assert facts["left_out"] > 0
+    code, out, _ = mmq("quantize", "./odd", "--calibration", "data.jsonl", "--overwrite")
+    told = " ".join(out.split())
+    assert f"{facts['left_out']} tokens whose activations are not finite" in told
+    assert f"1 linears, all in mmq.json; layer 0 self_attn.o_proj: {why}" in told
 
 
 def test_serve_print_starts_nothing(mmq: Run) -> None:

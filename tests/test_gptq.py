@@ -64,7 +64,9 @@ def published(weight: Tensor, gram: Tensor, grid: Grid, *, block: int) -> Tensor
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("rows", "width", "group_size", "block"), [(16, 256, 128, 128), (7, 320, 32, 64)])
+@pytest.mark.parametrize(
+    ("rows", "width", "group_size", "block"), [(16, 256, 128, 128), (7, 320, 32, 64), (5, 1152, 128, 128)]
+)
 def test_the_codes_are_the_published_algorithms(
     symmetric: bool, rows: int, width: int, group_size: int, block: int
 ) -> None:
