@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..export.artifact import hash_file
 from ..export.view import view
+from ..quantize.grid import dequantize, quantize
 from ..quantize.skeleton import build
 from ..recipes.calibration import CALIBRATIONS
 from ..recipes.pebble.tasks import samples
@@ -88,7 +89,8 @@ def study(
             variant.make(base, drawn[variant.calibration, seed], artifact)
             seconds = round(time.monotonic() - start, 1)
             after = states(build(artifact, source=view(artifact)), asked)
-            found = compare(asked, before, after, head)
+            rounded = dequantize(quantize(head, variant.head)) if variant.head else head
+            found = compare(asked, before, after, head, rounded)
             shutil.rmtree(artifact)
             run = {"setting": setting, "variant": variant.name, "seed": seed, "seconds": seconds, "created": now()}
             run |= {"machine": platform.platform(terse=True), "mark": mark, **found}
@@ -110,11 +112,12 @@ def _open(base: Path, tests: Sequence[Sample]) -> tuple[Path, Asked, list[Tensor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: run what is missing, then write DIR/quality.md and its pictures."""
-    from .quality_report import draw, write
+    """The command line: run what is missing, then write DIR/NAME.md, DIR/NAME.json and DIR/NAME-SETTING.svg."""
+    from .quality_report import draw, keep, write
 
     parser = argparse.ArgumentParser(prog="python -m mmq.bench.quality", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, table and pictures")
+    parser.add_argument("--name", default="quality", help="of the table and the pictures")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["rtn", "awq", "gptq"])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration samples")
@@ -138,8 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test_seed=asked.test_seed,
         tell=tell,
     )
-    write(runs, asked.out / "quality.md", against=asked.against)
-    draw(runs, asked.out)
+    write(runs, asked.out / f"{asked.name}.md", against=asked.against)
+    keep(runs, asked.out / f"{asked.name}.json")
+    draw(runs, asked.out, name=asked.name)
 
 
 if __name__ == "__main__":

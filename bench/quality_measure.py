@@ -57,17 +57,21 @@ def states(skeleton: Skeleton, asked: Asked) -> list[Tensor]:
         return [base(**i, use_cache=False).last_hidden_state[0, :-1].float() for i in asked.inputs]
 
 
-def compare(asked: Asked, before: Sequence[Tensor], after: Sequence[Tensor], head: Tensor) -> dict[str, Any]:
-    """Measures by kind, and the raw samples. States are [tokens - 1, hidden], `head` [vocabulary, hidden].
+def compare(
+    asked: Asked, before: Sequence[Tensor], after: Sequence[Tensor], head: Tensor, head_after: Tensor | None = None
+) -> dict[str, Any]:
+    """Measures by kind, and the raw samples. States are [tokens - 1, hidden], heads [vocabulary, hidden]; without
+    `head_after` both models have the same head.
 
     A sample is right when every token of its answer is the likeliest after the true ones before it: then, and only
     then, greedy decoding says exactly this answer.
     """
+    other = head if head_after is None else head_after
     found: dict[str, list[Tensor]] = {k: [] for k in ("kl", "soft", "error", "agree", "entropy")}
     raw = []
     for sample, inputs, kind, a, b in zip(asked.samples, asked.inputs, asked.kinds, before, after, strict=True):
         following = inputs["input_ids"][0, 1:]
-        x, y = a @ head.T, b @ head.T
+        x, y = a @ head.T, b @ other.T
         hard, soft = compare_logits(x, y, following), compare_logits(x / SOFT, y / SOFT, following)
         p = x.log_softmax(-1)
         error = (b - a).square().sum(-1) / a.square().sum(-1)

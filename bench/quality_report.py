@@ -5,6 +5,7 @@ A ratio is the geometric mean, over calibration seeds, of a measure against anot
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -87,8 +88,19 @@ def write(runs: Runs, path: Path, *, against: str) -> None:
     path.write_text(text + tables(runs, against=against), encoding="utf-8")
 
 
-def draw(runs: Runs, folder: Path) -> list[Path]:
-    """One SVG a setting: every variant's KL at T=4 by kind of position, one dot a seed, on a log scale.
+def keep(runs: Runs, path: Path) -> None:
+    """The runs as one JSON file, a line each: all that was measured but the single samples, versions told once."""
+    head = {"versions": runs[0]["mark"]["versions"], "test": runs[0]["mark"]["test"]}
+    lines = []
+    for run in runs:
+        mark = {k: v for k, v in run["mark"].items() if k not in head}
+        lines.append(json.dumps({**run, "mark": mark, "samples": len(run["samples"])}, ensure_ascii=False))
+    told = json.dumps(head, ensure_ascii=False)[:-1]
+    path.write_text(told + ', "runs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+
+
+def draw(runs: Runs, folder: Path, *, name: str = "quality") -> list[Path]:
+    """One SVG a setting, NAME-SETTING.svg: every variant's KL at T=4 by kind of position, a dot a seed, on a log scale.
 
     ValueError where matplotlib is not installed.
     """
@@ -106,8 +118,8 @@ def draw(runs: Runs, folder: Path) -> list[Path]:
         names = sorted(variants, key=lambda n: statistics.fmean(m["answer.soft"] for m in variants[n].values()))
         figure, axes = pyplot.subplots(1, len(DRAWN), sharey=True, figsize=(10, 0.8 + 0.28 * len(names)))
         for axis, (measure, title) in zip(axes, DRAWN.items(), strict=True):
-            for row, name in enumerate(names):
-                values = [m[measure] for m in variants[name].values()]
+            for row, variant in enumerate(names):
+                values = [m[measure] for m in variants[variant].values()]
                 axis.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], color="#333333", linewidth=2)
                 axis.plot(values, [row] * len(values), "o", color="#2a6fb0", markersize=4, alpha=0.7)
             axis.set_xscale("log")
@@ -117,7 +129,7 @@ def draw(runs: Runs, folder: Path) -> list[Path]:
         axes[0].invert_yaxis()
         axes[1].set_xlabel(f"KL to FP16 at temperature 4, times 16 (nats); pebble {setting}, a dot a calibration seed")
         figure.tight_layout()
-        path = folder / f"{setting}.svg"
+        path = folder / f"{name}-{setting}.svg"
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
         written.append(path)

@@ -18,7 +18,7 @@ from mmq.bench import quality
 from mmq.bench.backends import BACKENDS
 from mmq.bench.quality import study
 from mmq.bench.quality_measure import KINDS, SOFT, Asked, ask, compare, states
-from mmq.bench.quality_report import draw, ratio, tables, write
+from mmq.bench.quality_report import draw, keep, ratio, tables, write
 from mmq.bench.quality_settings import SETTINGS, UNEVEN
 from mmq.bench.quality_variants import THEIRS, VARIANTS, Variant, by_mmq, by_peer
 from mmq.quantize.skeleton import build
@@ -57,6 +57,19 @@ def test_measures_are_those_of_the_textbook_by_kind_of_position() -> None:
     error = ((b[0] - a[0]).square().sum() / a[0].square().sum()).item()
     assert found["answer.error"] == pytest.approx(error, rel=1e-4)
     assert [found[f"{k}.tokens"] for k in KINDS] == [1, 1, 1]
+
+
+def test_a_rounded_head_counts() -> None:
+    same = torch.eye(2)
+    asked = asked_of([[0, 0]], [[0, 1]])
+    assert compare(asked, [same], [same], torch.eye(2))["measures"]["answer.kl"] == 0
+    found = compare(asked, [same], [same], torch.eye(2), torch.eye(2) * 2)["measures"]
+    assert found["answer.kl"] == pytest.approx(kl(softmax(1, 0), softmax(2, 0)), rel=1e-4)
+    assert found["answer.error"] == 0
+
+
+def softmax(*logits: float) -> list[float]:
+    return [math.exp(x) / sum(map(math.exp, logits)) for x in logits]
 
 
 def test_twenty_tokens_can_make_the_mean_and_not_the_median() -> None:
@@ -202,7 +215,7 @@ def test_a_real_package_is_studied(tmp_path: Path) -> None:
 def made_up(variant: str, seed: int, value: float) -> dict[str, Any]:
     measures = {f"{k}.{m}": value for k in KINDS for m in ("kl", "kl_median", "kl_p99", "soft", "error")}
     run = {"setting": "shipped", "variant": variant, "seed": seed, "created": "2026-11-21T00:00:00+00:00"}
-    mark = {"versions": {"torch": "2.13.0"}}
+    mark = {"versions": {"torch": "2.13.0"}, "test": "0f", "code": "1e"}
     return {**run, "mark": mark, "measures": {**measures, "right": 0.5, "right_fp16": 1.0}, "samples": [{}] * 7}
 
 
@@ -222,6 +235,13 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path) -> None:
     assert written.startswith("4 runs, calibration seeds 0, 1, 7 held-out samples; torch 2.13.0; 2026-11-21.")
 
 
+def test_the_runs_are_kept_in_one_file_without_their_samples(tmp_path: Path) -> None:
+    keep(RUNS, tmp_path / "quality.json")
+    kept = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    assert (kept["versions"], kept["test"]) == ({"torch": "2.13.0"}, "0f")
+    assert kept["runs"] == [{**r, "mark": {"code": "1e"}, "samples": 7} for r in RUNS]
+
+
 def test_a_ratio_is_taken_seed_by_seed() -> None:
     mine, other = {0: {"x": 2.0}, 1: {"x": 8.0}, 5: {"x": 100.0}}, {0: {"x": 1.0}, 1: {"x": 1.0}, 7: {"x": 9.0}}
     assert ratio(mine, other, "x") == pytest.approx(4.0)
@@ -233,7 +253,7 @@ def test_a_picture_of_the_runs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws the pictures: pip install 'mmq-toolkit[study]'")
     (path,) = draw(RUNS, tmp_path)
     first = path.read_text(encoding="utf-8")
-    assert path.name == "shipped.svg"
+    assert path.name == "quality-shipped.svg"
     assert ">best<" in first
     assert ">picture tokens<" in first
     assert draw(RUNS, tmp_path)[0].read_text(encoding="utf-8") == first  # the same bytes
@@ -244,8 +264,9 @@ def test_the_command_writes_runs_table_and_pictures(tmp_path: Path) -> None:
     few = ["--calibrated", "2", "--held-out", "2", "--seeds", "0", "--settings", "shipped"]
     quality.main(["--out", str(tmp_path), "--variants", "rtn", "rtn-sym", "--against", "rtn", *few])
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        "quality-shipped.svg",
+        "quality.json",
         "quality.md",
         "shipped.rtn-sym.0.json",
         "shipped.rtn.0.json",
-        "shipped.svg",
     ]
