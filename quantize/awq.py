@@ -66,14 +66,16 @@ def candidates(rms: Tensor, weights: Sequence[Tensor], group_size: int) -> list[
     return found
 
 
-def best_scale(weights: Sequence[Tensor], gram: Tensor, grid: Grid, *, tie: int = 1, tie_block: int = 1) -> Tensor:
+def best_scale(
+    weights: Sequence[Tensor], gram: Tensor, grid: Grid, *, tie: int = 1, tie_block: int = 1, finalists: int = FINALISTS
+) -> Tensor:
     """The per-channel scale, float32 [in], that loses least over `weights`, each [out, in], given their input's
     Gram matrix [in, in].
 
     All candidates are tried on some of the rows, the best few on all: the order of candidates shows on a few hundred
     rows, and the loss of a row costs in^2. With `tie` > 1 channels are query heads of width `tie_block`
     and each `tie` neighbouring heads read one value head: their scales must agree, so their statistics are averaged
-    first.
+    first. With one of `finalists` the first look decides.
     """
     rms = gram.diagonal().clamp_min(0).sqrt()
     pool = torch.stack(
@@ -81,8 +83,8 @@ def best_scale(weights: Sequence[Tensor], gram: Tensor, grid: Grid, *, tie: int 
     )
     if sum(w.shape[0] for w in weights) > FIRST_ROWS:
         first = scale_losses([telling_rows(weights, gram, grid.group_size)], gram, pool, grid)
-        pool = pool[first.argsort(stable=True)[:FINALISTS]]
-    return pool[scale_losses(weights, gram, pool, grid).argmin()]
+        pool = pool[first.argsort(stable=True)[:finalists]]
+    return pool[0] if len(pool) == 1 else pool[scale_losses(weights, gram, pool, grid).argmin()]
 
 
 def telling_rows(weights: Sequence[Tensor], gram: Tensor, group_size: int) -> Tensor:
@@ -129,7 +131,7 @@ def _tied(s: Tensor, tie: int, block: int) -> Tensor:
     return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1).contiguous()
 
 
-def scale(problem: Problem, grid: Grid) -> Scaled:
+def scale(problem: Problem, grid: Grid, *, finalists: int = FINALISTS) -> Scaled:
     """Search and move the scales of one decoder layer.
 
     A norm that absorbs 1/s is rounded to the stored dtype first, and the scale that remains *after* that rounding is
@@ -144,7 +146,7 @@ def scale(problem: Problem, grid: Grid) -> Scaled:
             continue
         absorber = str(group.absorber)
         ws = [moved.weights[f"{n}.weight"] for n in group.linears]
-        s = best_scale(ws, problem.grams[group], grid, tie=tie, tie_block=problem.head_dim)
+        s = best_scale(ws, problem.grams[group], grid, tie=tie, tie_block=problem.head_dim, finalists=finalists)
         if moved.weights[f"{absorber}.weight"].ndim == 1:
             s = _fold_into_norm(absorber, s, moved, stored=problem.stored)
         else:

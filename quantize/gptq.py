@@ -21,7 +21,7 @@ from .grid import LEVELS, Quantized
 BLOCK = 128  # columns rounded one by one before their errors are handed on
 WIDE = 512  # columns that take the errors of all behind them in one product
 CHUNK = 1024  # rows of H gathered at a time
-PANEL = 2048  # columns factored at a time
+PANEL = 1024  # columns factored at a time
 DAMP = 0.01  # share of the mean diagonal added to H, as in the authors' code
 FEW = 0.5  # damping by the share of columns to tokens: what few tokens say of many channels is half chance
 

@@ -20,6 +20,7 @@ from triton.language.extra import libdevice
 from .clip import SHARES
 from .grid import HUGE, LEVELS, MIDDLE, TINY, Grid, Quantized
 
+ROUNDED = 4  # rows that one warp rounds: a column waits for the one before it, so many warps must be under way
 BLOCK = 128  # columns that GPTQ rounds in one piece
 PLAIN = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where torch rounds twice
 
@@ -63,11 +64,11 @@ def round_block(
     codes and errors.
     """
     rows, columns = weight.shape
-    block = 16
+    block = ROUNDED
     _round_block[(triton.cdiv(rows, block),)](
         weight, target, feedback, scale, zero, owner, codes, errors, rows, scale.shape[1],
         weight.stride(0), target.stride(0), feedback.stride(0), feedback.stride(1), codes.stride(0), errors.stride(0),
-        **PLAIN, LEVELS=LEVELS, B=columns, R=block, num_warps=2,
+        **PLAIN, LEVELS=LEVELS, B=columns, R=block, num_warps=1,
     )  # fmt: skip
 
 

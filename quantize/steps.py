@@ -55,7 +55,11 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
     the search lost more as a whole is among the solution's `fallbacks`, as is one that no token reached. ValueError
     when widths do not fit. `lap(stage)` is called at the end of each stage, for whoever measures.
     """
-    moved = scale(problem, grid) if steps.scale else Scaled(dict(problem.weights))
+    moved = Scaled(dict(problem.weights))
+    if (
+        steps.scale
+    ):  # what errors cost once they are fed back, rounding to nearest shows only roughly: a first look will do
+        moved = scale(problem, grid, **({"finalists": 1} if steps.feedback else {}))
     lap("scale search")
     quantized: dict[str, Quantized] = {}
     lost: dict[str, Tensor] = {}
@@ -68,6 +72,9 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
         fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
         searched = gram is not None and (steps.clip or steps.feedback)
+        gram = (
+            gram if gram is None or not gram.is_cuda else gram.bfloat16()
+        )  # enough to weigh errors, at twice the speed
         parts = _split(rounded, [s.stop - s.start for s in shares])
         for name, part, rows, height in zip(group.linears, parts, shares, heights, strict=True):
             weight = problem.weights[f"{name}.weight"][rows]
@@ -181,4 +188,8 @@ def _lost(after: Quantized, before: Tensor, moved: Scaled, name: str, rows: slic
 
 def _squares(weight: Tensor, gram: Tensor | None) -> Tensor:
     """The mean square of each row's output, w H w^T, or of the row itself where there is no H: [rows]."""
-    return ((weight if gram is None else weight @ gram) * weight).sum(1)
+    if gram is None:
+        return weight.square().sum(1)
+    if gram.dtype == weight.dtype:
+        return ((weight @ gram) * weight).sum(1)
+    return (torch.mm(weight.to(gram.dtype), gram, out_dtype=torch.float32) * weight).sum(1)
