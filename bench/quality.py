@@ -32,7 +32,7 @@ from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample, digest
 from .quality_measure import Asked, ask, compare, states
 from .quality_settings import SETTINGS
-from .quality_variants import VARIANTS, Variant
+from .quality_variants import THEIRS, VARIANTS, Variant
 from .report import now, versions
 
 TEST_SEED = 2026  # of the held-out samples; the methods were tuned on seed 0
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test_seed=asked.test_seed,
         tell=tell,
     )
-    write(runs, asked.out / f"{asked.name}.md", against=asked.against)
+    write(runs, asked.out / f"{asked.name}.md", against=asked.against, theirs=[v.name for v in THEIRS])
     keep(runs, asked.out / f"{asked.name}.json")
     draw(runs, asked.out, name=asked.name)
 

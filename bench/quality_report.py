@@ -70,13 +70,41 @@ def tables(runs: Runs, *, against: str) -> str:
     return "\n".join(parts)
 
 
+def rivals(runs: Runs, ours: Sequence[str], theirs: Sequence[str], measures: Sequence[str] = RATIOS) -> str:
+    """Markdown: for every setting and measure the best of `theirs` (least geometric mean over the seeds that all of
+    them have), and each of `ours` as a share of it: the geometric mean and each seed's lowest..highest."""
+    rows = []
+    for setting in dict.fromkeys(r["setting"] for r in runs):
+        variants = by_variant(runs, setting)
+        present = [n for n in theirs if n in variants]
+        if not present:
+            continue
+        common = set.intersection(*(set(variants[n]) for n in present))
+        for measure in measures:
+            middle = {
+                n: statistics.fmean(math.log(max(variants[n][s][measure], 1e-30)) for s in common) for n in present
+            }
+            best = min(middle, key=lambda n: middle[n])
+            rows.append([setting, measure, best, *(_beside(variants, n, best, measure) for n in ours)])
+    return markdown_table(["setting", "measure", "best other package", *ours], rows)
+
+
+def _beside(variants: Mapping[str, Mapping[int, Mapping[str, float]]], mine: str, other: str, measure: str) -> str:
+    """A share with its range over seeds; empty where `mine` was not run."""
+    shared = [{s: m} for s, m in variants.get(mine, {}).items() if s in variants[other]]
+    if not shared:
+        return ""
+    each = [ratio(one, variants[other], measure) for one in shared]
+    return f"{ratio(variants[mine], variants[other], measure):.2f} ({min(each):.2f}..{max(each):.2f})"
+
+
 def _share(seeds: Mapping[int, Mapping[str, float]]) -> str:
     before = next(iter(seeds.values()))["right_fp16"]
     return f"{statistics.fmean(m['right'] for m in seeds.values()):.2%} of {before:.2%}"
 
 
-def write(runs: Runs, path: Path, *, against: str) -> None:
-    """The tables as a file, with what they were made by."""
+def write(runs: Runs, path: Path, *, against: str, theirs: Sequence[str] = ()) -> None:
+    """The tables as a file, with what they were made by; `theirs` are the variants of other packages."""
     seeds = sorted({r["seed"] for r in runs})
     made = runs[0]
     text = (
@@ -85,7 +113,12 @@ def write(runs: Runs, path: Path, *, against: str) -> None:
         + f"; {made['created'][:10]}.\n\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + tables(runs, against=against), encoding="utf-8")
+    text += tables(runs, against=against)
+    names = list(dict.fromkeys(r["variant"] for r in runs))
+    ours, others = [n for n in names if n not in theirs], [n for n in names if n in theirs]
+    if ours and others:
+        text += "\n### Beside the best other package\n\n" + rivals(runs, ours, others)
+    path.write_text(text, encoding="utf-8")
 
 
 def keep(runs: Runs, path: Path) -> None:

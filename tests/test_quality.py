@@ -18,7 +18,7 @@ from mmq.bench import quality
 from mmq.bench.backends import BACKENDS
 from mmq.bench.quality import study
 from mmq.bench.quality_measure import KINDS, SOFT, Asked, ask, compare, states
-from mmq.bench.quality_report import draw, keep, ratio, tables, write
+from mmq.bench.quality_report import draw, keep, ratio, rivals, tables, write
 from mmq.bench.quality_settings import SETTINGS, UNEVEN
 from mmq.bench.quality_variants import THEIRS, VARIANTS, Variant, by_mmq, by_peer
 from mmq.quantize.skeleton import build
@@ -233,6 +233,17 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path) -> None:
     write(RUNS, tmp_path / "quality.md", against="awq")
     written = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert written.startswith("4 runs, calibration seeds 0, 1, 7 held-out samples; torch 2.13.0; 2026-11-21.")
+    assert "best other package" not in written
+    write(RUNS, tmp_path / "quality.md", against="awq", theirs=["awq"])
+    assert "best other package" in (tmp_path / "quality.md").read_text(encoding="utf-8")
+
+
+def test_ours_beside_the_best_of_theirs() -> None:
+    """The best is told by the seeds that all others have: one lucky seed of its own makes no winner."""
+    lucky = made_up("lucky", 2, 0.001)
+    others = [made_up("lucky", 0, 3.0), lucky, made_up("steady", 0, 2.0), made_up("steady", 1, 8.0)]
+    text = rivals([*RUNS, *others], ["best", "absent"], ["lucky", "steady", "never run"], ["answer.kl"])
+    assert text.splitlines()[2] == "| shipped | answer.kl | steady | 0.50 (0.25..1.00) |  |"
 
 
 def test_the_runs_are_kept_in_one_file_without_their_samples(tmp_path: Path) -> None:
