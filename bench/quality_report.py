@@ -77,13 +77,12 @@ def rivals(runs: Runs, ours: Sequence[str], theirs: Sequence[str], measures: Seq
     for setting in dict.fromkeys(r["setting"] for r in runs):
         variants = by_variant(runs, setting)
         present = [n for n in theirs if n in variants]
-        if not present:
+        common = set.intersection(*(set(variants[n]) for n in present)) if present else set()
+        if not common:
             continue
-        common = set.intersection(*(set(variants[n]) for n in present))
         for measure in measures:
-            middle = {
-                n: statistics.fmean(math.log(max(variants[n][s][measure], 1e-30)) for s in common) for n in present
-            }
+            logs = {n: [math.log(max(variants[n][s][measure], 1e-30)) for s in common] for n in present}
+            middle = {n: statistics.fmean(values) for n, values in logs.items()}
             best = min(middle, key=lambda n: middle[n])
             rows.append([setting, measure, best, *(_beside(variants, n, best, measure) for n in ours)])
     return markdown_table(["setting", "measure", "best other package", *ours], rows)
