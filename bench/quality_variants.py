@@ -82,25 +82,21 @@ def _digest(files: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
+LEVELS = [(m, q) for m in ("awq", "gptq") for q in ("fast", "default", "best")]
+
+
+def _name(method: str, quality: str, *more: str) -> str:
+    return "-".join((method, *([] if quality == "default" else [quality]), *more))
+
+
 OURS = (
     by_mmq("rtn", method="rtn"),
     by_mmq("rtn-sym", method="rtn", symmetric=True),
-    *(
-        by_mmq(m if q == "default" else f"{m}-{q}", method=m, quality=q)
-        for m in ("awq", "gptq")
-        for q in ("fast", "default", "best")
-    ),
-    *(
-        by_mmq(f"{m}-g{g}" if q == "default" else f"{m}-{q}-g{g}", method=m, quality=q, group_size=g)
-        for m in ("awq", "gptq")
-        for q in ("fast", "default", "best")
-        for g in (32, 64)
-    ),
+    *(by_mmq(_name(m, q), method=m, quality=q) for m, q in LEVELS),
     *(by_mmq(f"rtn-g{g}", method="rtn", group_size=g) for g in (32, 64)),
+    *(by_mmq(_name(m, q, f"g{g}"), method=m, quality=q, group_size=g) for m, q in LEVELS for g in (32, 64)),
+    *(by_mmq(_name(m, q, "text-only"), method=m, quality=q, calibration="text") for m, q in LEVELS),
     by_mmq("awq-int4-head", method="awq", head=Grid()),
-    by_mmq("awq-text-only", method="awq", calibration="text"),
-    by_mmq("awq-fast-text-only", method="awq", quality="fast", calibration="text"),
-    by_mmq("gptq-text-only", method="gptq", calibration="text"),
 )
 THEIRS = (
     by_peer("llmcompressor-awq", "llmcompressor", method="awq", symmetric=False),
