@@ -211,6 +211,8 @@ def _write_layers(
                         tensors,
                         {_note(order.out, layer.index): to_json(note)},
                     )
+                    del tensors
+                del layer  # its codes are as large as half a layer, and the next one is about to be made
             return
         except torch.OutOfMemoryError:
             smaller = memory.smaller()

@@ -59,6 +59,26 @@ class Gram:
         return h
 
 
+class Cross:
+    """A sum of y x^T over pairs of inputs, float32 [in, in] in the end."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.total = torch.zeros(width, width, device=device)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Take two [tokens, in] of one dtype."""
+        for start in range(0, x.shape[1], ROWS):
+            rows, left = self.total[start : start + ROWS], y[:, start : start + ROWS].T
+            if x.dtype == torch.float32:
+                rows.addmm_(left, x)
+            else:
+                rows += torch.mm(left, x, out_dtype=torch.float32)
+
+    def mean(self, tokens: int) -> Tensor:
+        """The sum of every rank over `tokens`, those of all of them."""
+        return total(self.total).div_(max(tokens, 1))
+
+
 def diagonal_blocks(gram: Tensor, size: int) -> Tensor:
     """The blocks of H [in, in] on its diagonal, [in / size, size, size]."""
     count = gram.shape[0] // size

@@ -64,7 +64,7 @@ class Stop:
     layer: nn.Module
     calls: list[Call]
     _forward: Callable[..., Any] = field(repr=False)
-    _resume: Callable[[Stop], None] = field(repr=False)
+    _resume: Callable[[Stop, Callable[[Call], None]], None] = field(repr=False)
 
     def run(self, call: Call) -> Any:
         """What the layer makes of one call, which stays where it is."""
@@ -74,9 +74,9 @@ class Stop:
             call.park()
         return out
 
-    def advance(self) -> None:
-        """Run the layer for every call and let each go on to its next halt or its end."""
-        self._resume(self)
+    def advance(self, before: Callable[[Call], None] = lambda call: None) -> None:
+        """Run the layer for every call and let each go on to its next halt or its end; `before` each is called."""
+        self._resume(self, before)
 
 
 class Lockstep:
@@ -126,11 +126,12 @@ class Lockstep:
     def _only(self) -> int:
         raise RuntimeError(f"samples stand before different layers: {sorted(self._halted)}")
 
-    def _advance(self, stop: Stop) -> None:
+    def _advance(self, stop: Stop, before: Callable[[Call], None]) -> None:
         calls, stop.calls = stop.calls, []
         calls.reverse()
         while calls:
             call = calls.pop()  # drop our hold on its inputs before the next one runs
+            before(call)
             out = stop.run(call)
             thread, number = call.thread, call.number
             del call

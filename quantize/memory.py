@@ -113,6 +113,9 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
         return work.layer * 4
     steps = STEPS[method, quality]
     held = work.layer + pictures + (micro * work.hidden * work.item if memory.park else 2 * states)
+    if steps.pull:  # the 16-bit model's stream beside the other, and the layer as it was
+        starting += (0 if memory.park else 2 * states) + pictures
+        held += work.layer + (0 if memory.park else 2 * states) + pictures
     widest = max(width for _, width in work.groups)
     h = {width: 4 * width**2 for _, width in work.groups}
     every = sum(h[width] for _, width in work.groups)
@@ -129,6 +132,9 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
         if steps.feedback:
             peaks.append(held + left + codes + int((1 + WORKSPACE) * h[width]) + 4 * together)
             peaks.append(held + left + codes + h[width] + 10 * together)
+        if steps.pull:
+            peaks.append(held + left + codes + h[width] + waiting)
+            peaks.append(held + left + codes + h[width] + 16 * together)
         peaks.append(held + left + codes + 3 * together + 24 * PIECE)
         codes += sum(rows) * width
         left -= h[width]
@@ -147,12 +153,13 @@ def flops(work: Workload, method: str, quality: str) -> float:
     if method == "bnb":
         return 0.0
     steps = STEPS[method, quality]
-    done = 2 * 2 * work.tokens * work.layer / work.item
+    done = (2 + 3 * steps.pull) * 2 * work.tokens * work.layer / work.item
     for rows, width in work.groups:
         done += work.tokens * width**2
         tried = min(awq.FIRST_ROWS, sum(rows)) * 2 * awq.STEPS + sum(rows) * awq.FINALISTS
         done += (tried * steps.scale + sum(rows) * (2 + steps.feedback)) * 2 * width**2 / world()
         done += steps.feedback * width**3 / 3
+        done += steps.pull * (3 * work.tokens * width**2 + 4 * sum(rows) * width**2 / world())
     return done
 
 

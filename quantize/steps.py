@@ -7,13 +7,13 @@ is free to hold any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .awq import Scaled, scale
+from .awq import FINALISTS, Scaled, scale
 from .clip import best_shrink
 from .family import Group
 from .fused import fused
@@ -21,8 +21,10 @@ from .gptq import DAMP, column_order, damping, feedback, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
 from .method import Problem, Solution
+from .pull import pulled
 from .ranks import share, total, whole
 
+PULL = 0.5  # how far; 0.25 to 1 measured alike, 0.5 best (docs/quality.md)
 UNREACHED = "the calibration fed it nothing, or nothing but zeros"
 
 PIECE = 2**25  # weights judged at a time, float32
@@ -35,6 +37,7 @@ class Steps:
     scale: bool = False
     clip: bool = False
     feedback: bool = False
+    pull: bool = False  # towards what the group puts out in the 16-bit model, on the inputs it really gets
 
 
 STEPS: dict[tuple[str, str], Steps] = {
@@ -43,23 +46,33 @@ STEPS: dict[tuple[str, str], Steps] = {
     ("gptq", "fast"): Steps(feedback=True),  # GPTQ as published, groups static
     ("awq", "default"): Steps(scale=True, clip=True, feedback=True),
     ("gptq", "default"): Steps(scale=True, clip=True, feedback=True),
-    ("awq", "best"): Steps(scale=True, clip=True, feedback=True),
-    ("gptq", "best"): Steps(scale=True, clip=True, feedback=True),
+    ("awq", "best"): Steps(scale=True, clip=True, feedback=True, pull=True),
+    ("gptq", "best"): Steps(scale=True, clip=True, feedback=True, pull=True),
 }
 
 
-def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None] = lambda stage: None) -> Solution:
+Fresh = Callable[[Group, Scaled, Mapping[str, Quantized]], tuple[Tensor, Tensor] | None]
+
+
+def solve(
+    problem: Problem,
+    grid: Grid,
+    steps: Steps,
+    lap: Callable[[str], None] = lambda stage: None,
+    *,
+    fresh: Fresh | None = None,
+) -> Solution:
     """Quantize one decoder layer by `steps`; the Gram matrices are taken out of `problem` on the way.
 
     What was searched is held against plain rounding row by row, and the better of the two is kept. A linear on which
     the search lost more as a whole is among the solution's `fallbacks`, as is one that no token reached. ValueError
-    when widths do not fit. `lap(stage)` is called at the end of each stage, for whoever measures.
+    when widths do not fit. `lap(stage)` is called at the end of each stage, for whoever measures. With `pull`,
+    `fresh(group, moved, quantized)` gives H and the drift (pull.py) of a group's inputs now that the groups before it
+    are quantized.
     """
     moved = Scaled(dict(problem.weights))
-    if (
-        steps.scale
-    ):  # what errors cost once they are fed back, rounding to nearest shows only roughly: a first look will do
-        moved = scale(problem, grid, **({"finalists": 1} if steps.feedback else {}))
+    if steps.scale:  # rounding to nearest shows only roughly what errors cost once they are fed back: one look will do
+        moved = scale(problem, grid, finalists=1 if steps.feedback else FINALISTS)
     lap("scale search")
     quantized: dict[str, Quantized] = {}
     lost: dict[str, Tensor] = {}
@@ -68,17 +81,23 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
         gram = problem.grams.pop(group, None)  # the last to need it: it is the largest thing there is
         heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
         shares = [share(height) for height in heights]
-        rounded, why = _round(moved, group, shares, gram, problem.tokens, grid, steps)
+        drift = None
+        if steps.pull and fresh is not None and gram is not None:
+            del gram
+            gram, drift = fresh(group, moved, quantized) or (None, None)
+            lap("forward, both streams")
+        rounded, aim, why = _round(moved, group, shares, gram, drift, problem.tokens, grid, steps)
+        del drift
         fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
         searched = gram is not None and (steps.clip or steps.feedback)
-        gram = (
-            gram if gram is None or not gram.is_cuda else gram.bfloat16()
-        )  # enough to weigh errors, at twice the speed
+        if gram is not None and gram.is_cuda:
+            gram = gram.bfloat16()  # enough to weigh errors, at twice the speed
         parts = _split(rounded, [s.stop - s.start for s in shares])
-        for name, part, rows, height in zip(group.linears, parts, shares, heights, strict=True):
+        aims = [None] * len(parts) if aim is None else aim.split([s.stop - s.start for s in shares])
+        for name, part, rows, height, aimed in zip(group.linears, parts, shares, heights, aims, strict=True):
             weight = problem.weights[f"{name}.weight"][rows]
-            part, lost[name] = _better(part, weight, moved, name, rows, gram, grid if searched else None)
+            part, lost[name] = _better(part, weight, aimed, moved, name, rows, gram, grid if searched else None)
             q, scales, zero = (whole(t, height) for t in (part.q, part.scale, part.zero))
             quantized[name] = Quantized(q, scales, zero, grid.group_size, grid.symmetric)
         lap("errors")
@@ -92,15 +111,16 @@ def solve(problem: Problem, grid: Grid, steps: Steps, lap: Callable[[str], None]
 
 
 def _round(
-    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, tokens: int, grid: Grid, steps: Steps
-) -> tuple[Quantized, str]:
+    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, drift: Tensor | None, tokens: int,
+    grid: Grid, steps: Steps,
+) -> tuple[Quantized, Tensor | None, str]:  # fmt: skip
     """This rank's rows of all the group's linears, one below the other: rows are independent, so one piece of work.
-    With it, why not all of `steps` were taken, or nothing."""
+    With it, the weights that it was to come near where these are others, and why not all of `steps` were taken."""
     weight = torch.cat([moved.weight(n, rows) for n, rows in zip(group.linears, shares, strict=True)])
     columns = moved.columns.get(group.linears[0])
     size = grid.group_size
     if gram is None:
-        return _nearest(weight, grid), UNREACHED
+        return _nearest(weight, grid), None, UNREACHED
     shrink = None
     if not steps.feedback:
         if steps.clip:
@@ -109,13 +129,13 @@ def _round(
                 s = columns.view(-1, size)
                 blocks /= s[:, :, None] * s[:, None, :]
             shrink = best_shrink(weight, blocks, grid)
-        return _nearest(weight, grid, shrink), ""
+        return _nearest(weight, grid, shrink), None, ""
     order = column_order(gram, columns)
     try:
         damp = damping(len(gram), tokens) if steps.scale else DAMP
         follow, pivots = feedback(gram, order, columns, damp=damp)
     except ValueError as e:
-        return _nearest(weight, grid), f"no error feedback: {e}"
+        return _nearest(weight, grid), None, f"no error feedback: {e}"
     g = groups(weight, size)
     low, high = g.amin(-1), g.amax(-1)
     if steps.clip:
@@ -124,8 +144,11 @@ def _round(
         shrink = best_shrink(weight, costs, grid)
         low, high = low * shrink, high * shrink
     scale, zero = fit(low, high, grid)
+    aim = None
+    if drift is not None:
+        weight = aim = weight + PULL * pulled(weight, drift, columns, follow, pivots, order)
     weight = weight[:, order]
-    return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric), ""
+    return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric), aim, ""
 
 
 def _nearest(weight: Tensor, grid: Grid, shrink: Tensor | None = None) -> Quantized:
@@ -141,8 +164,9 @@ def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
 
 
 def _better(
-    part: Quantized, weight: Tensor, moved: Scaled, name: str, rows: slice, gram: Tensor | None, grid: Grid | None
-) -> tuple[Quantized, Tensor]:
+    part: Quantized, weight: Tensor, aim: Tensor | None, moved: Scaled, name: str, rows: slice, gram: Tensor | None,
+    grid: Grid | None,
+) -> tuple[Quantized, Tensor]:  # fmt: skip
     """These rows of a linear, each as it was found or, where that loses less, as rounding leaves it (no `grid`: not
     tried); and sums over the rows: their output's energy, what is lost now, what the search and what rounding lost."""
     chosen, sums = [], torch.zeros(4, device=weight.device)
@@ -150,16 +174,16 @@ def _better(
     for start in range(0, weight.shape[0], size):
         piece = slice(start, min(start + size, weight.shape[0]))
         inside = slice(rows.start + piece.start, rows.start + piece.stop)  # of the whole linear
-        before = weight[piece].float()
+        before = moved.weight(name, inside) if aim is None else aim[piece]
         mine = _rows(part, piece)
         kept = found = plain = _lost(mine, before, moved, name, inside, gram)
         if grid is not None:
-            other = _nearest(moved.weight(name, inside), grid)
+            other = _nearest(before, grid)
             plain = _lost(other, before, moved, name, inside, gram)
             better = found <= plain
             mine, kept = _where(better, mine, other), torch.where(better, found, plain)
         chosen.append(mine)
-        sums += torch.stack([_squares(before, gram), kept, found, plain]).sum(1)
+        sums += torch.stack([_squares(weight[piece].float(), gram), kept, found, plain]).sum(1)
     q, scale, zero = (torch.cat([getattr(c, n) for c in chosen]) for n in ("q", "scale", "zero"))
     return replace(part, q=q, scale=scale, zero=zero), sums
 
@@ -176,14 +200,14 @@ def _where(mine: Tensor, one: Quantized, other: Quantized) -> Quantized:
 
 
 def _lost(after: Quantized, before: Tensor, moved: Scaled, name: str, rows: slice, gram: Tensor | None) -> Tensor:
-    """What rounding these rows of a linear costs, every moved scale moved back: float32 [rows]."""
-    weight = dequantize(after)
+    """What rounding `before` to `after` costs on these rows of a linear, every moved scale moved back: [rows]."""
+    delta = dequantize(after)
+    delta -= before
     if name in moved.columns:
-        weight /= moved.columns[name]
+        delta /= moved.columns[name]
     if name in moved.rows:
-        weight *= moved.rows[name][rows, None]
-    weight -= before
-    return _squares(weight, gram)
+        delta *= moved.rows[name][rows, None]
+    return _squares(delta, gram)
 
 
 def _squares(weight: Tensor, gram: Tensor | None) -> Tensor:

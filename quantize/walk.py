@@ -11,23 +11,26 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample
+from .awq import Scaled
 from .bnb import bnb
 from .family import Group
 from .fused import fused
 from .gather import collect_grams
-from .grid import Grid, check_width
+from .grid import Grid, Quantized, check_width
 from .inputs import media_mask, micro_batches
-from .lockstep import Lockstep, Stop
+from .lockstep import Call, Lockstep, Stop
 from .memory import MICRO_BATCH
 from .method import Problem, Solution, restored
+from .pull import drift_of, place
 from .ranks import own, total
 from .skeleton import (
     READERS,
@@ -145,6 +148,7 @@ def walk(
     if last is None:
         return
     counted = [0, 0, 0]
+    both = STEPS[method, quality].pull  # every micro-batch twice: as the quantized model runs it, and as the 16-bit one
     with torch.no_grad(), tensor_cores():
         warming = _warm(skeleton, plan, grid)
         read_ahead(skeleton, 0)
@@ -157,7 +161,8 @@ def walk(
                 media = int(media_mask(skeleton, ids).sum())
                 for number, more in enumerate((len(ids), ids.numel() - media, media)):
                     counted[number] += more
-                yield lambda inputs=inputs: base(**inputs, use_cache=False)
+                for _ in range(1 + both):
+                    yield lambda inputs=inputs: base(**inputs, use_cache=False)
                 for tensor in inputs.values():
                     if tensor.is_floating_point():  # pixels: the vision tower has seen them, and the frames hold them
                         tensor.untyped_storage().resize_(0)
@@ -174,6 +179,7 @@ def walk(
                 if stop.index < last:
                     read_ahead(skeleton, stop.index + 1)
                 lap("load")
+                original = dict(stop.layer.named_parameters()) if both else {}
                 solution, left_out = None, 0
                 if stop.index in done:
                     assert finished is not None
@@ -184,15 +190,19 @@ def walk(
                         skeleton, stop, plan[stop.index], grid, (method, quality), sum(counted[1:]), lap
                     )
                 layer = Layer(stop.index, solution, Tokens(*counted), left_out)
+                note = _note(layer)
                 yield layer
+                del layer, solution
                 lap("pack")
                 if stop.index < last:
-                    stop.advance()
+                    now = dict(stop.layer.named_parameters()) if both else {}
+                    stop.advance(partial(_as_its_stream, stop, now, original))
+                    place(stop.layer, now)
                     lap("forward, quantized")
                 else:
                     stop.calls.clear()  # nobody reads what comes out of it
                 release_layer(skeleton, stop.index)
-                tell(Step("layer", stop.index + 1, count, _note(layer)))
+                tell(Step("layer", stop.index + 1, count, note))
 
 
 @contextmanager
@@ -205,6 +215,13 @@ def tensor_cores() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _as_its_stream(
+    stop: Stop, now: Mapping[str, nn.Parameter], original: Mapping[str, nn.Parameter], call: Call
+) -> None:
+    """Give the layer the weights by which this call is to go on: every other call is the 16-bit model's."""
+    place(stop.layer, original if call.number % 2 and original else now)
 
 
 def _warm(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], grid: Grid) -> Future[None]:
@@ -254,11 +271,24 @@ def _quantize(
     tokens: int,
     lap: Callable[[str], None],
 ) -> tuple[Solution, int]:
-    grams, left_out = collect_grams(stop, groups)
+    original = dict(stop.layer.named_parameters())
+    pairs = list(zip(stop.calls[::2], stop.calls[1::2], strict=True)) if STEPS[steps].pull else []
+    grams, left_out = collect_grams(replace(stop, calls=[a for a, _ in pairs]) if pairs else stop, groups)
     lap("forward and Gram matrices")
-    weights = {n: p.detach() for n, p in stop.layer.named_parameters()}
+    weights = {n: p.detach() for n, p in original.items()}
     problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config), tokens)
-    solution = _sound(solve(problem, grid, STEPS[steps], lap), stop.index)
+
+    def fresh(group: Group, moved: Scaled, quantized: Mapping[str, Quantized]) -> tuple[Tensor, Tensor] | None:
+        for name, value in moved.changed.items():
+            set_parameter(stop.layer, name, _ready(skeleton, value))
+        for name in (n for g in groups for n in g.linears):
+            ready = restored(quantized[name]) if name in quantized else moved.weight(name, slice(None))
+            set_parameter(stop.layer, f"{name}.weight", _ready(skeleton, ready))
+        now = dict(stop.layer.named_parameters())
+        columns = moved.columns.get(group.linears[0])
+        return drift_of(stop, pairs, group, now=now, original=original, columns=columns)
+
+    solution = _sound(solve(problem, grid, STEPS[steps], lap, fresh=fresh if pairs else None), stop.index)
     del grams, problem, weights
     for name, value in solution.changed.items():
         set_parameter(stop.layer, name, _ready(skeleton, value))
