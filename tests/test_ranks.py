@@ -14,7 +14,7 @@ from mmq.export.artifact import open_artifact
 from mmq.export.view import packed_linears
 from mmq.quantize.source import open_source
 
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "mmq"]
+COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmq"]
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
