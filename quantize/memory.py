@@ -133,8 +133,9 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
             peaks.append(held + left + codes + int((1 + WORKSPACE) * h[width]) + 4 * together)
             peaks.append(held + left + codes + h[width] + 10 * together)
         if steps.pull:
-            peaks.append(held + left + codes + h[width] + waiting)
-            peaks.append(held + left + codes + h[width] + 16 * together)
+            micro_inputs = 16 * micro * width  # both streams' inputs, and how far apart they are
+            peaks.append(held + 2 * h[width] + codes + waiting + micro_inputs)
+            peaks.append(held + 2 * h[width] + codes + 16 * together + 12 * PIECE)
         peaks.append(held + left + codes + 3 * together + 24 * PIECE)
         codes += sum(rows) * width
         left -= h[width]

@@ -20,29 +20,31 @@ from .gram import Cross, Gram
 from .lockstep import Call, Stop
 from .ranks import total
 
+PIECE = 2**25  # weights solved for at a time, float32
+
 
 class Seen(Exception):
     """A forward pass has come to where its inputs were wanted, and need not go on."""
 
 
-def pulled(
-    weight: Tensor, drift: Tensor, columns: Tensor | None, follow: Tensor, pivots: Tensor, order: Tensor
-) -> Tensor:
-    """W C (H + damping)^-1, float32 [rows, in], for `weight` [rows, in] whose columns carry the scale `columns` [in].
-
-    `drift`: C [in, in] in the inputs' own terms; taken apart by the way. `follow`, `pivots`: the factor of the damped
-    and scaled H in the given `order` (gptq.feedback).
-    """
+def push(weight: Tensor, drift: Tensor, columns: Tensor | None) -> Tensor:
+    """W C, float32 [rows, in], for `weight` [rows, in] whose columns carry the scale `columns` [in]; C [in, in] in the
+    inputs' own terms, which is spent."""
     if columns is not None:
         drift /= columns[:, None]
         drift /= columns
-    x = (weight @ drift)[:, order]
-    x = torch.linalg.solve_triangular(follow.mT, x, upper=True, left=False, unitriangular=True)
-    x /= pivots
-    x = torch.linalg.solve_triangular(follow, x, upper=False, left=False, unitriangular=True)
-    back = torch.empty_like(x)
-    back[:, order] = x
-    return back
+    return weight @ drift
+
+
+def pulled(pushed: Tensor, follow: Tensor, pivots: Tensor, order: Tensor) -> Tensor:
+    """W C (H + damping)^-1, float32 [rows, in], in the place of `pushed`, which is W C. `follow`, `pivots`: the factor
+    of the damped and scaled H in the given `order` (gptq.feedback)."""
+    for rows in pushed.split(max(1, PIECE // pushed.shape[1])):
+        x = rows[:, order]
+        x = torch.linalg.solve_triangular(follow.mT, x, upper=True, left=False, unitriangular=True)
+        x /= pivots
+        rows[:, order] = torch.linalg.solve_triangular(follow, x, upper=False, left=False, unitriangular=True)
+    return pushed
 
 
 def place(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -21,7 +21,7 @@ from .gptq import DAMP, column_order, damping, feedback, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
 from .method import Problem, Solution
-from .pull import pulled
+from .pull import pulled, push
 from .ranks import share, total, whole
 
 PULL = 0.5  # how far; 0.25 to 1 measured alike, 0.5 best (docs/quality.md)
@@ -77,17 +77,23 @@ def solve(
     quantized: dict[str, Quantized] = {}
     lost: dict[str, Tensor] = {}
     fallbacks: dict[str, str] = {}
+    reached = set(problem.grams)
+    pull = fresh if steps.pull else None
+    if pull:
+        problem.grams.clear()  # each group's is taken anew when its turn comes
     for group in problem.groups:
         gram = problem.grams.pop(group, None)  # the last to need it: it is the largest thing there is
         heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
         shares = [share(height) for height in heights]
-        drift = None
-        if steps.pull and fresh is not None and gram is not None:
-            del gram
-            gram, drift = fresh(group, moved, quantized) or (None, None)
+        pushed = None
+        if pull and group in reached:
+            gram, drift = pull(group, moved, quantized) or (None, None)
+            if drift is not None:
+                pushed = push(_weight(moved, group, shares), drift, moved.columns.get(group.linears[0]))
+            del drift
             lap("forward, both streams")
-        rounded, aim, why = _round(moved, group, shares, gram, drift, problem.tokens, grid, steps)
-        del drift
+        rounded, aim, why = _round(moved, group, shares, gram, pushed, problem.tokens, grid, steps)
+        del pushed
         fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
         searched = gram is not None and (steps.clip or steps.feedback)
@@ -111,12 +117,12 @@ def solve(
 
 
 def _round(
-    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, drift: Tensor | None, tokens: int,
+    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, pushed: Tensor | None, tokens: int,
     grid: Grid, steps: Steps,
 ) -> tuple[Quantized, Tensor | None, str]:  # fmt: skip
     """This rank's rows of all the group's linears, one below the other: rows are independent, so one piece of work.
     With it, the weights that it was to come near where these are others, and why not all of `steps` were taken."""
-    weight = torch.cat([moved.weight(n, rows) for n, rows in zip(group.linears, shares, strict=True)])
+    weight = _weight(moved, group, shares)
     columns = moved.columns.get(group.linears[0])
     size = grid.group_size
     if gram is None:
@@ -145,10 +151,14 @@ def _round(
         low, high = low * shrink, high * shrink
     scale, zero = fit(low, high, grid)
     aim = None
-    if drift is not None:
-        weight = aim = weight + PULL * pulled(weight, drift, columns, follow, pivots, order)
+    if pushed is not None:
+        weight = aim = pulled(pushed, follow, pivots, order).mul_(PULL).add_(weight)
     weight = weight[:, order]
     return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric), aim, ""
+
+
+def _weight(moved: Scaled, group: Group, shares: list[slice]) -> Tensor:
+    return torch.cat([moved.weight(n, rows) for n, rows in zip(group.linears, shares, strict=True)])
 
 
 def _nearest(weight: Tensor, grid: Grid, shrink: Tensor | None = None) -> Quantized:
