@@ -47,7 +47,8 @@ WORDS = (
 )
 QUANTIZING = "quantizing"
 PER_LAYER = (
-    "load", "forward and Gram matrices", "scale search", "clip and rounding", "errors", "pack", "forward, quantized",
+    "load", "forward and Gram matrices", "scale search", "forward, both streams", "clip and rounding", "errors", "pack",
+    "forward, quantized",
 )  # fmt: skip
 
 
