@@ -93,7 +93,11 @@ def study(
             found = compare(asked, before, after, head, rounded)
             shutil.rmtree(artifact)
             run = {"setting": setting, "variant": variant.name, "seed": seed, "seconds": seconds, "created": now()}
-            run |= {"machine": platform.platform(terse=True), "mark": mark, **found}
+            run |= {
+                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+                "mark": mark,
+                **found,
+            }
             part = file.with_suffix(".part")
             part.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(part, file)
