@@ -180,7 +180,7 @@ def test_ctrl_c_is_taken_up_again(mmq: Run, monkeypatch: pytest.MonkeyPatch, tmp
         "from pathlib import Path\n"
         "from mmq.__main__ import main\n"
         "def shoot():\n"
-        "    while not Path('out-awq/model-00002-of-00006.safetensors').exists(): time.sleep(0.005)\n"
+        "    while not Path('out-awq/model-00001-of-00006.safetensors').exists(): time.sleep(0.002)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "threading.Thread(target=shoot, daemon=True).start()\n"
         "sys.argv = ['mmq', 'quantize', 'pebble', '--samples', '48']\n"

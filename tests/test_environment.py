@@ -174,7 +174,7 @@ def test_an_old_python_is_told_so_in_one_line(bootstrap, monkeypatch, capsys):
 
 def test_the_requirements_name_no_place():
     """Nothing in the pinned files or their sources names an index or a folder of some machine."""
-    for path in PINS.iterdir():
+    for path in (p for p in PINS.rglob("*") if p.is_file()):
         text = path.read_text(encoding="utf-8")
         assert "://" not in text, path
         assert "--find-links" not in text, path

@@ -17,21 +17,28 @@ from mmq.quantize.source import open_source
 COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmq"]
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_two_ranks_make_what_one_makes(method: str, artifact: Callable[..., Path], tmp_path: Path) -> None:
-    """Codes may differ where sums in another order tip a rounding: in at most one of a thousand."""
-    one = open_artifact(artifact(method))
+@pytest.mark.parametrize(("method", "quality"), [("awq", "fast"), ("awq", "default"), ("gptq", "default")])
+def test_two_ranks_make_what_one_makes(
+    method: str, quality: str, artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Within rounding: sums in another order tip a code here and there, at most one of a thousand. Where errors are fed
+    back every later code of the row hears of it, so there the linears' errors are compared, a few percent apart in single linears of so small a model."""
+    one = open_artifact(artifact(method, quality=quality))
     out = tmp_path / "two"
     samples = one.manifest["recipe"]["samples"]
-    asked = ["quantize", "pebble", "--method", method, "-o", str(out), "--samples", str(samples), "--device", "cpu"]
-    done = subprocess.run([*COMMAND, *asked], capture_output=True, text=True, timeout=300, check=False)
+    asked = ["quantize", "pebble", "--method", method, "--quality", quality, "-o", str(out), "--device", "cpu"]
+    command = [*COMMAND, *asked, "--samples", str(samples)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("next: mmq check") == 1  # one rank speaks
     two = open_artifact(out, verify=True)
     assert two.manifest["calibration"] == one.manifest["calibration"]
     assert two.manifest["quantized"] == one.manifest["quantized"]
-    a, b = open_source(one.path), open_source(two.path)
-    assert list(a.metas) == list(b.metas)
-    for name in packed_linears(a.metas, one.format):
-        x, y = (torch.stack([(s.get(f"{name}.qweight") >> 4 * i) & 15 for i in range(8)]) for s in (a, b))
-        assert int((x != y).sum()) <= x.numel() / 1000
+    for mine, theirs in zip(one.manifest["layers"], two.manifest["layers"], strict=True):
+        assert theirs["errors"] == pytest.approx(mine["errors"], rel=0.15)
+    if quality == "fast":
+        a, b = open_source(one.path), open_source(two.path)
+        assert list(a.metas) == list(b.metas)
+        for name in packed_linears(a.metas, one.format):
+            x, y = (torch.stack([(s.get(f"{name}.qweight") >> 4 * i) & 15 for i in range(8)]) for s in (a, b))
+            assert int((x != y).sum()) <= x.numel() / 1000
