@@ -191,7 +191,7 @@ def test_the_peers_scripts_import_nothing_of_ours():
                 assert not node.level, f"{path.name}:{node.lineno} imports from the package around it"
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert "mmq" not in {name.split(".")[0] for name in names}, f"{path.name}:{node.lineno} imports mmq"
+            assert "mmq" not in {name.split(".")[0] for name in names}, f"{path.name} imports mmq: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def test_two_ranks_make_what_one_makes(
     method: str, quality: str, artifact: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Within rounding: sums in another order tip a code here and there, at most one of a thousand. Where errors are fed
-    back every later code of the row hears of it, so there the linears' errors are compared, a few percent apart in single linears of so small a model."""
+    back every later code of the row hears of it, so there the errors of each linear are compared: a few percent apart
+    in so small a model."""
     one = open_artifact(artifact(method, quality=quality))
     out = tmp_path / "two"
     samples = one.manifest["recipe"]["samples"]
