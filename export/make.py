@@ -81,6 +81,8 @@ def make(
     symmetric, format = settle(recipe.method, recipe.symmetric, recipe.format)
     if read_config(base.path).get("quantization_config"):
         raise ValueError(f"{base.name} is quantized already; mmq starts from a 16-bit checkpoint")
+    if recipe.method in CALIBRATED and len(samples) < world():
+        raise ValueError(f"{len(samples)} samples for {world()} processes: each needs at least one")
     skeleton = build(base.path, device=device)
     plan = linears(skeleton, recipe.keep)
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import mmq.export.make as making
 from mmq.export.artifact import open_artifact
 from mmq.export.view import packed_linears
 from mmq.quantize.source import open_source
+from mmq.recipes.calibration import drawn
+from mmq.recipes.hub import fetch
+from mmq.recipes.recipe import Recipe
 
 COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmq"]
 
@@ -43,3 +47,12 @@ def test_two_ranks_make_what_one_makes(
         for name in packed_linears(a.metas, one.format):
             x, y = (torch.stack([(s.get(f"{name}.qweight") >> 4 * i) & 15 for i in range(8)]) for s in (a, b))
             assert int((x != y).sum()) <= x.numel() / 1000
+
+
+def test_a_process_without_a_sample_is_refused(monkeypatch: pytest.MonkeyPatch, pebble: Path, tmp_path: Path) -> None:
+    """It would wait for the others for ever."""
+    monkeypatch.setattr(making, "world", lambda: 3)
+    recipe = Recipe(name="few", model=str(pebble), samples=2)
+    with pytest.raises(ValueError, match="2 samples for 3 processes: each needs at least one"):
+        making.make(recipe, fetch(str(pebble)), tmp_path / "out", samples=drawn(2), calibration="drawn")
+    assert not (tmp_path / "out").exists()
