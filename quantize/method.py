@@ -57,6 +57,10 @@ def restored(x: Quantized | Nf4) -> Tensor:
     return dequantize(x) if isinstance(x, Quantized) else x.weight
 
 
-def output_error(delta: Tensor, gram: Tensor) -> Tensor:
-    """tr(delta H delta^T), the squared error that `delta` [out, in] makes on the calibrated outputs. A scalar."""
-    return ((delta @ gram) * delta).sum()
+def output_squares(weight: Tensor, gram: Tensor | None) -> Tensor:
+    """The mean square of each row's output, w H w^T, or of the row itself where there is no H: [rows]."""
+    if gram is None:
+        return weight.square().sum(1)
+    if gram.dtype == weight.dtype:
+        return ((weight @ gram) * weight).sum(1)
+    return (torch.mm(weight.to(gram.dtype), gram, out_dtype=torch.float32) * weight).sum(1)

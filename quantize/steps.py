@@ -20,7 +20,7 @@ from .fused import fused
 from .gptq import DAMP, column_order, damping, feedback, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
-from .method import Problem, Solution
+from .method import Problem, Solution, output_squares
 from .pull import pulled, push
 from .ranks import share, total, whole
 
@@ -193,7 +193,7 @@ def _better(
             better = found <= plain
             mine, kept = _where(better, mine, other), torch.where(better, found, plain)
         chosen.append(mine)
-        sums += torch.stack([_squares(weight[piece].float(), gram), kept, found, plain]).sum(1)
+        sums += torch.stack([output_squares(weight[piece].float(), gram), kept, found, plain]).sum(1)
     q, scale, zero = (torch.cat([getattr(c, n) for c in chosen]) for n in ("q", "scale", "zero"))
     return replace(part, q=q, scale=scale, zero=zero), sums
 
@@ -217,13 +217,4 @@ def _lost(after: Quantized, before: Tensor, moved: Scaled, name: str, rows: slic
         delta /= moved.columns[name]
     if name in moved.rows:
         delta *= moved.rows[name][rows, None]
-    return _squares(delta, gram)
-
-
-def _squares(weight: Tensor, gram: Tensor | None) -> Tensor:
-    """The mean square of each row's output, w H w^T, or of the row itself where there is no H: [rows]."""
-    if gram is None:
-        return weight.square().sum(1)
-    if gram.dtype == weight.dtype:
-        return ((weight @ gram) * weight).sum(1)
-    return (torch.mm(weight.to(gram.dtype), gram, out_dtype=torch.float32) * weight).sum(1)
+    return output_squares(delta, gram)

@@ -17,7 +17,7 @@ from mmq.quantize.family import FAMILIES, LLAMA, family_of
 from mmq.quantize.grid import Grid
 from mmq.quantize.inputs import encode
 from mmq.quantize.lockstep import Lockstep
-from mmq.quantize.method import Problem, output_error, restored
+from mmq.quantize.method import Problem, output_squares, restored
 from mmq.quantize.skeleton import build, load_layer, load_outside, release_layer
 from mmq.quantize.source import open_source
 from mmq.quantize.steps import STEPS, solve
@@ -92,8 +92,10 @@ def test_a_linear_kept_in_16_bit_absorbs_no_scale() -> None:
     assert not awq.scale(problem, Grid()).columns
     alone = solve(problem, Grid(), STEPS["awq", "default"])
     assert not alone.changed
-    loss = output_error(restored(alone.quantized["self_attn.o_proj"]) - weights["self_attn.o_proj.weight"], gram)
-    assert loss < 0.05 * output_error(weights["self_attn.o_proj.weight"], gram)
+    loss = output_squares(
+        restored(alone.quantized["self_attn.o_proj"]) - weights["self_attn.o_proj.weight"], gram
+    ).sum()
+    assert loss < 0.05 * output_squares(weights["self_attn.o_proj.weight"], gram).sum()
 
 
 def test_an_unknown_family_says_how_to_add_it(tmp_path: Path) -> None:

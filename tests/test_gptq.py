@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmq.quantize import gptq
 from mmq.quantize.grid import LEVELS, Grid, dequantize, fit, groups, quantize
-from mmq.quantize.method import output_error
+from mmq.quantize.method import output_squares
 
 
 def problem(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ def test_the_loss_falls_apart_into_rounding_errors() -> None:
     e = weight - (made.q.double() - zero.repeat_interleave(128, 1)) * step
     alone = e[:, order] @ follow  # r, [rows, in]: the error of column k and what it had to make up for
     pieces = (alone * lower.diagonal()).square().sum()
-    torch.testing.assert_close(output_error(e, damped), pieces, rtol=1e-9, atol=0)
+    torch.testing.assert_close(output_squares(e, damped).sum(), pieces, rtol=1e-9, atol=0)
     free = (made.q > 0) & (made.q < LEVELS)
     assert float((alone.abs() / step[:, order])[free[:, order]].max()) <= 0.5 + 1e-9
     assert float(free.double().mean()) > 0.8
@@ -123,4 +123,4 @@ def test_it_loses_less_than_rounding_to_nearest(symmetric: bool) -> None:
     nearest = quantize(weight, grid)
     q = ours(weight, gram, grid)
     fed = dequantize(type(nearest)(q, nearest.scale, nearest.zero, 128, symmetric))
-    assert output_error(fed - weight, gram) < 0.6 * output_error(dequantize(nearest) - weight, gram)
+    assert output_squares(fed - weight, gram).sum() < 0.6 * output_squares(dequantize(nearest) - weight, gram).sum()

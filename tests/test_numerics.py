@@ -23,7 +23,7 @@ from mmq.quantize.family import LLAMA, Group
 from mmq.quantize.gather import collect_grams
 from mmq.quantize.grid import Grid, Quantized, dequantize, quantize
 from mmq.quantize.lockstep import Lockstep, Stop
-from mmq.quantize.method import Problem, Solution, output_error, restored
+from mmq.quantize.method import Problem, Solution, output_squares, restored
 from mmq.quantize.steps import STEPS, UNREACHED, solve
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
@@ -96,8 +96,8 @@ def check(case: Case, solution: Solution, *, grid: Grid, limit: float = 0.02) ->
             assert q.scale.isfinite().all()
             assert int(q.q.max()) <= 15
             weight = case.weights[f"{name}.weight"]
-            before = float(output_error(weight, grams[group]))
-            plain = float(output_error(dequantize(quantize(weight, grid)) - weight, grams[group]))
+            before = float(output_squares(weight, grams[group]).sum())
+            plain = float(output_squares(dequantize(quantize(weight, grid)) - weight, grams[group]).sum())
             assert solution.errors[name] <= 1.001 * plain / max(before, 1e-30) + 1e-9
     assert all(t.isfinite().all() for t in solution.changed.values())
     want, got = outputs(case), outputs(case, solution)
