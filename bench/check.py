@@ -19,9 +19,9 @@ from ..export.artifact import Artifact
 from ..export.view import packed_linears, view
 from ..quantize.inputs import answer_mask, encode
 from ..quantize.lockstep import Lockstep
+from ..quantize.plan import linears
 from ..quantize.skeleton import Skeleton, build, load_layer, load_outside, release, release_layer, vision
 from ..quantize.source import open_source
-from ..quantize.walk import linears
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Limits
 from ..recipes.samples import Sample

@@ -19,8 +19,8 @@ from .. import __version__
 from ..export.adopt import adopt
 from ..export.artifact import UNFINISHED, Artifact, hash_file, prepare
 from ..quantize.inputs import encode, media_mask
+from ..quantize.plan import check_groups, linears
 from ..quantize.skeleton import Skeleton, build
-from ..quantize.walk import check_groups, linears
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..quantize.family import Group
 from ..quantize.grid import MIDDLE, Grid, Quantized
+from ..quantize.plan import linears
 from ..quantize.skeleton import Skeleton, build, checkpoint_names, read_config
 from ..quantize.source import Meta, Source, open_source
-from ..quantize.walk import linears
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe

@@ -24,10 +24,12 @@ from .. import __version__
 from ..quantize import memory as budget
 from ..quantize.family import Group
 from ..quantize.grid import Grid, Quantized
+from ..quantize.layer import Layer
 from ..quantize.memory import Memory
+from ..quantize.plan import check_groups, linears
 from ..quantize.ranks import agreed, rank, world
 from ..quantize.skeleton import Skeleton, build, read_config, release
-from ..quantize.walk import CALIBRATED, Layer, check_groups, linears, no_lap, walk
+from ..quantize.walk import CALIBRATED, no_lap, walk
 from ..recipes.folder import headers
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent

@@ -7,11 +7,9 @@ through `finished` which of them an interrupted run has already made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,17 +18,16 @@ from torch import Tensor, nn
 
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample
-from .awq import Scaled
 from .bnb import bnb
 from .family import Group
 from .fused import fused
-from .gather import collect_grams
-from .grid import Grid, Quantized, check_width
+from .grid import Grid
 from .inputs import media_mask, micro_batches
+from .layer import Layer, Tokens, quantize_layer, ready, sound
 from .lockstep import Call, Lockstep, Stop
 from .memory import MICRO_BATCH
-from .method import Problem, Solution, restored
-from .pull import drift_of, place
+from .method import Problem
+from .pull import place
 from .ranks import own, total
 from .skeleton import (
     READERS,
@@ -43,78 +40,13 @@ from .skeleton import (
     release_layer,
     set_parameter,
 )
-from .steps import STEPS, solve
+from .steps import STEPS
 
 CALIBRATED = ("awq", "gptq", "rtn")  # rtn needs no inputs, but is measured on them
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """How much the calibration holds."""
-
-    samples: int
-    text: int
-    media: int
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One finished decoder layer. `solution` is None for one that was already on disk, `tokens` when no inputs were
-    needed. `left_out` counts the tokens whose activations were not finite, so that they were not calibrated on."""
-
-    index: int
-    solution: Solution | None
-    tokens: Tokens | None
-    left_out: int = 0
-
-
 def no_lap(name: str) -> None:
     """Nobody measures: see `walk`."""
-
-
-def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Group, ...]]:
-    """Per decoder layer, the groups to quantize: the family's, less what starts with an entry of `keep`.
-
-    An entry is a prefix of a module's or a checkpoint's name, whole words only
-    (`layers.1` is not `layers.10`). Engines fuse the linears of a group, so a group is
-    quantized whole or not at all: ValueError when `keep` splits one, matches nothing, or leaves nothing.
-    """
-    used: set[str] = set()
-    found = {}
-    for index in range(len(skeleton.layers)):
-        prefix = skeleton.layer_prefix(index)
-        chosen = []
-        for group in skeleton.family.groups:
-            kept = []
-            for name in group.linears:
-                full = f"{prefix}{name}"
-                spellings = (full, name, skeleton.names[f"{full}.weight"].removesuffix(".weight"))
-                hits = [k for k in keep if any(f"{s}.".startswith(k.rstrip(".") + ".") for s in spellings)]
-                used.update(hits)
-                kept.append(bool(hits))
-            if any(kept) and not all(kept):
-                raise ValueError(
-                    f"keep splits {', '.join(group.linears)} of layer {index}; engines fuse them: keep all"
-                )
-            if not any(kept):
-                chosen.append(group)
-        found[index] = tuple(chosen)
-    outside = {n for n in skeleton.names if not n.startswith(skeleton.family.layers + ".")}
-    for k in keep:
-        if k not in used and not any(n.startswith(k) or skeleton.names[n].startswith(k) for n in outside):
-            raise ValueError(f"keep: nothing in the model is named {k!r}")
-    if not any(found.values()):
-        raise ValueError("keep leaves no linear to quantize; name fewer modules")
-    return found
-
-
-def check_groups(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], group_size: int) -> None:
-    """ValueError when `group_size` does not divide the inputs of a linear that is to be quantized."""
-    for index, groups in plan.items():
-        for group in groups:
-            for name in group.linears:
-                stored = skeleton.names[f"{skeleton.layer_prefix(index)}{name}.weight"]
-                check_width(stored.removesuffix(".weight"), skeleton.source.metas[stored].shape[1], group_size)
 
 
 def walk(
@@ -184,9 +116,9 @@ def walk(
                 if stop.index in done:
                     assert finished is not None
                     for name, value in finished(stop.index).items():
-                        set_parameter(stop.layer, name, _ready(skeleton, value))
+                        set_parameter(stop.layer, name, ready(skeleton, value))
                 else:
-                    solution, left_out = _quantize(
+                    solution, left_out = quantize_layer(
                         skeleton, stop, plan[stop.index], grid, (method, quality), sum(counted[1:]), lap
                     )
                 layer = Layer(stop.index, solution, Tokens(*counted), left_out)
@@ -244,7 +176,7 @@ def _walk_uncalibrated(
             continue
         load_layer(skeleton, index)
         weights = {n: p.detach() for n, p in layer.named_parameters()}
-        result = Layer(index, _sound(bnb(Problem(weights, plan[index], {}), grid), index), None)
+        result = Layer(index, sound(bnb(Problem(weights, plan[index], {}), grid), index), None)
         yield result
         release_layer(skeleton, index)
         tell(Step("layer", index + 1, len(skeleton.layers), _note(result)))
@@ -260,59 +192,3 @@ def _note(layer: Layer) -> str:
     told += [f"{len(layer.solution.fallbacks)} plainly rounded"] if layer.solution.fallbacks else []
     told += [f"{layer.left_out} tokens left out"] if layer.left_out else []
     return "; ".join(told)
-
-
-def _quantize(
-    skeleton: Skeleton,
-    stop: Stop,
-    groups: tuple[Group, ...],
-    grid: Grid,
-    steps: tuple[str, str],
-    tokens: int,
-    lap: Callable[[str], None],
-) -> tuple[Solution, int]:
-    original = dict(stop.layer.named_parameters())
-    pairs = list(zip(stop.calls[::2], stop.calls[1::2], strict=True)) if STEPS[steps].pull else []
-    grams, left_out = collect_grams(replace(stop, calls=[a for a, _ in pairs]) if pairs else stop, groups)
-    lap("forward and Gram matrices")
-    weights = {n: p.detach() for n, p in original.items()}
-    problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config), tokens)
-
-    def fresh(group: Group, moved: Scaled, quantized: Mapping[str, Quantized]) -> tuple[Tensor, Tensor] | None:
-        for name, value in moved.changed.items():
-            set_parameter(stop.layer, name, _ready(skeleton, value))
-        for name in (n for g in groups for n in g.linears):
-            ready = restored(quantized[name]) if name in quantized else moved.weight(name, slice(None))
-            set_parameter(stop.layer, f"{name}.weight", _ready(skeleton, ready))
-        now = dict(stop.layer.named_parameters())
-        columns = moved.columns.get(group.linears[0])
-        return drift_of(stop, pairs, group, now=now, original=original, columns=columns)
-
-    solution = _sound(solve(problem, grid, STEPS[steps], lap, fresh=fresh if pairs else None), stop.index)
-    del grams, problem, weights
-    for name, value in solution.changed.items():
-        set_parameter(stop.layer, name, _ready(skeleton, value))
-    for name, value in solution.quantized.items():
-        set_parameter(stop.layer, f"{name}.weight", _ready(skeleton, restored(value)))
-    return solution, left_out
-
-
-def _sound(solution: Solution, index: int) -> Solution:
-    """The same. ValueError where a linear's weights were not finite, so that nothing can be said of its error."""
-    for name, error in solution.errors.items():
-        if not math.isfinite(error):
-            raise ValueError(
-                f"the weights of {name} in decoder layer {index} are not finite: the checkpoint is damaged"
-            )
-    return solution
-
-
-def _ready(skeleton: Skeleton, value: Tensor) -> Tensor:
-    """A tensor as an engine would hold it: rounded to the stored dtype, then in the compute dtype."""
-    return value.to(skeleton.device).to(skeleton.stored).to(skeleton.dtype)
-
-
-def head_dim(config: Any) -> int:
-    """Width of one attention head of the text model."""
-    text = config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

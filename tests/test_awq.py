@@ -18,10 +18,10 @@ from mmq.quantize.family import Group
 from mmq.quantize.gather import collect_grams
 from mmq.quantize.grid import Grid, fake
 from mmq.quantize.inputs import encode
+from mmq.quantize.layer import head_dim
 from mmq.quantize.lockstep import Lockstep, Stop
 from mmq.quantize.method import Problem
 from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside, set_parameter
-from mmq.quantize.walk import head_dim
 from mmq.recipes.calibration import drawn
 
 

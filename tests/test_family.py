@@ -18,10 +18,10 @@ from mmq.quantize.grid import Grid
 from mmq.quantize.inputs import encode
 from mmq.quantize.lockstep import Lockstep
 from mmq.quantize.method import Problem, output_squares, restored
+from mmq.quantize.plan import linears
 from mmq.quantize.skeleton import build, load_layer, load_outside, release_layer
 from mmq.quantize.source import open_source
 from mmq.quantize.steps import STEPS, solve
-from mmq.quantize.walk import linears
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
 from mmq.recipes.recipe import Recipe
