@@ -1,7 +1,8 @@
 """Several processes, one quantization: what each does alone and what they do together, under torchrun.
 
-Samples are split over the ranks, their Gram matrices summed; of every linear each rank searches and rounds its own
-share of the rows. Without torchrun there is one rank, and everything here does nothing.
+Samples are split over the ranks, their Gram matrices summed; of every linear each rank searches its own share of the
+rows, and rounds these rows or, where that is faster, all rows of its own share of the linears. Without torchrun there
+is one rank, and everything here does nothing.
 """
 
 from __future__ import annotations
@@ -76,6 +77,31 @@ def whole(part: Tensor, count: int) -> Tensor:
         dist.broadcast(piece, src=number)
     rows[share(count)] = part
     return rows
+
+
+def spread(costs: Sequence[float]) -> list[int]:
+    """A rank for each piece of work, the dearest given first and always to whoever has least to do."""
+    owners, busy = [0] * len(costs), [0.0] * world()
+    for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[piece] = busy.index(min(busy))
+        busy[owners[piece]] += costs[piece]
+    return owners
+
+
+def sent(tensor: Tensor, owner: int) -> Tensor:
+    """The owner's `tensor`; the others' are written over."""
+    tensor = tensor.contiguous()
+    if world() > 1:
+        dist.broadcast(tensor, src=owner)
+    return tensor
+
+
+def everyones(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks."""
+    box: list[Any] = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(box, value)
+    return box
 
 
 def agreed(value: T) -> T:
