@@ -26,17 +26,8 @@ from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe
 from .artifact import Artifact, check_disk, finish
-from .make import (
-    Order,
-    address,
-    copy_small_files,
-    expected_bytes,
-    files_of,
-    quantized_names,
-    versions,
-    write_config,
-    write_index,
-)
+from .beside import copy_small_files, write_config, write_index
+from .order import Order, address, expected_bytes, files_of, quantized_names, versions
 from .packing import LAYOUTS, unpack_gptq
 from .view import packed_linears
 from .writer import Writer

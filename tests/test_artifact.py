@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mmq.export.artifact import MANIFEST, UNFINISHED, check_disk, finish, open_artifact, prepare
+from mmq.export.beside import copy_small_files
 from mmq.export.config import settle
-from mmq.export.make import copy_small_files, make
+from mmq.export.make import make
 from mmq.export.view import packed_linears, view
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn

@@ -1,0 +1,58 @@
+"""The small files that an engine wants beside the weights: index, config, processors, tokenizer.
+
+Knows names and shapes only, no tensor's values.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from ..quantize.skeleton import Skeleton, read_config
+from ..recipes.folder import headers
+from .artifact import write_json
+from .config import CONFIGS, Packing
+from .order import Order, quantized_names
+
+LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")
+
+
+def write_index(order: Order) -> None:
+    where: dict[str, str] = {}
+    total = 0
+    for file in (*order.layer_files, *order.rest):
+        where |= dict.fromkeys((n for n in headers(order.out / file) if n != "__metadata__"), file)
+        total += (order.out / file).stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    write_json(order.out / "model.safetensors.index.json", index)
+
+
+def write_config(skeleton: Skeleton, order: Order) -> None:
+    """The base's config.json as it stands, and the quantization it now has."""
+    quantized = set(quantized_names(skeleton, order))
+    spelled = {n.removesuffix(".weight"): c.removesuffix(".weight") for n, c in skeleton.names.items()}
+    skipped = []
+    for name, module in skeleton.module.named_modules():
+        if isinstance(module, nn.Linear) and spelled.get(name) not in quantized:
+            skipped += [name, spelled.get(name, name)]
+    dtype = str(skeleton.stored).removeprefix("torch.")
+    packing = Packing(
+        order.format, order.grid.group_size, order.grid.symmetric, skeleton.family.skip, tuple(skipped), dtype
+    )
+    config = read_config(order.base.path)
+    config["quantization_config"] = CONFIGS[order.format](packing)
+    write_json(order.out / "config.json", config)
+
+
+def copy_small_files(base: Path, out: Path) -> None:
+    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code.
+
+    Not what is hidden: of the hub, of git, or of the user (a .env with a token).
+    """
+    for path in sorted(base.iterdir()):
+        hidden = path.name.startswith(".")
+        if path.is_file() and not hidden and path.name not in NOT_COPIED and path.suffix not in LEFT_BEHIND:
+            shutil.copyfile(path, out / path.name)

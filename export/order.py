@@ -1,0 +1,91 @@
+"""An order: a run settled in every detail, and what of it follows by arithmetic: files, names, bytes.
+
+Knows no algorithm, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import __version__
+from ..quantize.family import Group
+from ..quantize.grid import Grid
+from ..quantize.skeleton import Skeleton
+from ..recipes.hub import Base
+from ..recipes.recipe import Recipe, model_on
+
+REST_SHARD = 2**30  # bytes of untouched tensors in one file
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run settled in every detail: what will be written where."""
+
+    recipe: Recipe
+    base: Base
+    out: Path
+    method: str
+    format: str
+    grid: Grid
+    plan: Mapping[int, tuple[Group, ...]]
+    layer_files: tuple[str, ...]
+    rest: Mapping[str, tuple[str, ...]]  # file -> tensor names
+
+
+def files_of(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Names of the layer files, and of the files for everything else with the tensors each holds."""
+    count = len(skeleton.layers)
+    inside = {c for i in range(count) for c in skeleton.layer_names(i).values()}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, meta in skeleton.source.metas.items():
+        if name in inside:
+            continue
+        if shards[-1] and size + meta.nbytes > REST_SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += meta.nbytes
+    total = count + len(shards)
+    files = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    return tuple(files[:count]), {f: tuple(names) for f, names in zip(files[count:], shards, strict=True)}
+
+
+def quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
+    """Checkpoint names, without `.weight`, of every linear that is quantized."""
+    for index, groups in order.plan.items():
+        names = skeleton.layer_names(index)
+        for group in groups:
+            for linear in group.linears:
+                yield names[f"{linear}.weight"].removesuffix(".weight")
+
+
+def expected_bytes(skeleton: Skeleton, order: Order) -> int:
+    """About how much the artifact will take: 4 bits and a scale for what is quantized, the rest as it is."""
+    packed = {f"{n}.weight" for n in quantized_names(skeleton, order)}
+    total = 0
+    for name, meta in skeleton.source.metas.items():
+        total += int(meta.nbytes / 4 * 1.15) if name in packed else meta.nbytes
+    return total + 16 * 2**20
+
+
+def address(recipe: Recipe, base: Base) -> str:
+    """What `fetch` finds the base by again."""
+    return (
+        str(base.path) if base.hub == "local" else base.name if base.hub == "embedded" else model_on(recipe, base.hub)
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions that made an artifact, of what is installed."""
+    found = {"mmq": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
