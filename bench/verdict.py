@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ..export.artifact import MANIFEST, Artifact, write_json
 from ..recipes.recipe import Limits, limits_from
@@ -39,6 +40,22 @@ def rows(result: Checked, limits: Limits) -> list[list[str]]:
     return found
 
 
+def facts(result: Checked) -> dict[str, Any]:
+    """A check for programs."""
+    return {"measures": dict(result.measures), "failures": list(result.failures)}
+
+
+def in_short(result: Checked, where: Path) -> str:
+    """One line; the report in the folder `where` has the rest."""
+    kl, same = (result.measures[name] for name in ("mean_kl", "top1"))
+    return f"mean KL to FP16 {kl:.3g}, top-1 agreement {same:.4g}; more in {where}/check.md"
+
+
+def limits_of(artifact: Artifact) -> Limits:
+    """What the artifact's recipe lets it lose."""
+    return limits_from(artifact.manifest["recipe"]["limits"], where=f"{artifact.path / MANIFEST}: limits")
+
+
 def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
     """The report as Markdown."""
     lines = [f"# Check of {artifact.manifest['name']}", ""]
@@ -62,7 +79,7 @@ def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
 def write(artifact: Artifact, result: Checked, *, engine: str | None = None) -> Path:
     """Write check.json and check.md (or check-ENGINE) into the artifact's folder; returns the JSON's path."""
     path = artifact.path / (f"check-{engine}.json" if engine else "check.json")
-    limits = limits_from(artifact.manifest["recipe"]["limits"], where=f"{artifact.path / MANIFEST}: limits")
+    limits = limits_of(artifact)
     write_json(
         path,
         {

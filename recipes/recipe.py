@@ -154,6 +154,11 @@ def show(recipe: Recipe) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
 
 
+def with_options(recipe: Recipe, **asked: Any) -> Recipe:
+    """The recipe with each option that was given: what is None (or an empty list) stays as the recipe has it."""
+    return dataclasses.replace(recipe, **{k: v for k, v in asked.items() if v is not None and v != ()})
+
+
 def model_on(recipe: Recipe, hub: str) -> str:
     """The id to fetch from `hub`: on ModelScope some models have another owner. ValueError for an unknown hub."""
     _choice("hub", hub, HUBS)

@@ -1,0 +1,37 @@
+"""A check from beginning to end: held-out samples, the comparison, the report that it leaves beside the artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..export.artifact import Artifact
+from ..recipes.progress import Tell, silent
+from ..recipes.sets import CHECKED, held_out_samples
+from .check import Checked, check
+from .served import check_served
+from .verdict import limits_of, write
+
+
+def examine(
+    artifact: Artifact,
+    base: Path,
+    *,
+    dataset: str | None = None,
+    count: int = CHECKED,
+    engine: str | None = None,
+    device: str = "cpu",
+    tell: Tell = silent,
+) -> tuple[Checked, Path]:
+    """Hold `artifact` against the checkpoint in `base`, as it lies on disk or as `engine` serves it; the result and the
+    path of its report. Errors as `check`'s and `check_served`'s."""
+    limits = limits_of(artifact)
+    embedded = artifact.manifest["base"]["hub"] == "embedded"
+    samples = held_out_samples(dataset, count, embedded=embedded)
+    if engine:
+        result = check_served(artifact, base, samples=samples, limits=limits, engine=engine, tell=tell)
+    else:
+        score = None
+        if embedded and dataset is None:
+            from ..recipes.pebble.tasks import exact as score
+        result = check(artifact, base, samples=samples, limits=limits, score=score, device=device, tell=tell)
+    return result, write(artifact, result, engine=engine)

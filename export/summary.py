@@ -1,0 +1,72 @@
+"""What `mmq quantize` says of an artifact: facts for programs, rows for readers. Reads the manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..recipes.terminal import human
+from .artifact import Artifact
+
+
+def facts(artifact: Artifact, *, seconds: float) -> dict[str, Any]:
+    """The artifact in numbers, made in `seconds`. The errors of single layers are mmq's own measure: what a backend
+    made is judged by a check."""
+    manifest = artifact.manifest
+    errors = [e for layer in manifest["layers"] for e in layer["errors"].values()]
+    found = {
+        "artifact": str(artifact.path),
+        "method": manifest["method"],
+        "format": artifact.format,
+        "linears": len(manifest["quantized"]),
+        "mean_error": sum(errors) / max(len(errors), 1),
+        "fallbacks": fallbacks(manifest),
+        "left_out": max((layer.get("left_out", 0) for layer in manifest["layers"]), default=0),
+        "base_bytes": manifest["base"]["weight_bytes"],
+        "bytes": sum(f["size"] for n, f in manifest["files"].items() if n.endswith(".safetensors")),
+        "seconds": round(seconds, 1),
+        "digest": artifact.digest,
+    }
+    if "backend" in manifest:
+        own = ("mean_error", "fallbacks", "left_out")
+        return {**{k: v for k, v in found.items() if k not in own}, "backend": manifest["backend"]}
+    return found
+
+
+def rows(artifact: Artifact, told: Mapping[str, Any]) -> list[list[str]]:
+    """[what, value] a line, of the facts `told`."""
+    manifest = artifact.manifest
+    calibrated = manifest["calibration"]
+    by = manifest.get("backend")
+    found = [["artifact", told["artifact"]]]
+    if by:
+        found.append(["made by", f"{by['backend']} {by['version']} in {by['seconds']:.1f} s"])
+    before, after = told["base_bytes"], told["bytes"]
+    error = f", mean output error {told['mean_error']:.2e} of the signal" if "mean_error" in told else ""
+    found += [
+        ["format", f"{artifact.format}, 4 bit, groups of {manifest['group_size']}"],
+        ["weights", f"{human(before)} -> {human(after)} ({before / after:.2f}x smaller)"],
+        ["int4 linears", f"{told['linears']}{error}"],
+        ["calibration", "none" if calibrated is None else calibration_line(calibrated)],
+        ["time", f"{told['seconds']} s"],
+    ]
+    if told.get("left_out"):
+        found.append(["left out", f"{told['left_out']} tokens whose activations are not finite"])
+    if told.get("fallbacks"):
+        name, why = next(iter(told["fallbacks"].items()))
+        found.append(["rounded to nearest", f"{len(told['fallbacks'])} linears, all in mmq.json; {name}: {why}"])
+    return found
+
+
+def fallbacks(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Which linears were plainly rounded to nearest, and why."""
+    return {
+        f"layer {layer['index']} {name}": why
+        for layer in manifest["layers"]
+        for name, why in layer.get("fallbacks", {}).items()
+    }
+
+
+def calibration_line(info: Mapping[str, Any]) -> str:
+    """How much calibration there was, for a reader."""
+    return f"{info['name']}: {info['samples']} samples, {info['media']} image and {info['text']} text tokens"

@@ -1,0 +1,65 @@
+"""What the terminal shows, built and not printed: tables, progress bars, sizes in words.
+
+Knows no command; printing is the command line's. rich is imported on use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from .progress import Step
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+
+def human(size: float) -> str:
+    """Bytes for a reader."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.2f} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    raise AssertionError
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of words, or of figures where more than one column has a title."""
+    from rich.table import Table
+
+    found = Table(box=None, pad_edge=False, show_header=any(head))
+    figures = len(head) > 2 and all(head[1:])  # columns of figures keep their width, and the words before them give way
+    for column, title in enumerate(head):
+        keep = figures == (column > 0)
+        found.add_column(title, no_wrap=keep, overflow="fold", justify="right" if figures and column else "left")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def bars() -> Progress:
+    """Progress bars for stderr, shown while it is used as a context manager; `listener` moves them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def listener(shown: Progress) -> Callable[[Step], None]:
+    """Who is told of steps and keeps a bar for each kind of them."""
+    tasks: dict[str, TaskID] = {}
+
+    def tell(step: Step) -> None:
+        if step.name not in tasks:
+            tasks[step.name] = shown.add_task(step.name, total=step.total, note="")
+        shown.update(tasks[step.name], completed=step.done, total=step.total, note=step.note)
+
+    return tell

@@ -1,0 +1,22 @@
+"""What a user names to be served, found: an artifact or a checkpoint here, else a recipe's or a hub's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..export.artifact import MANIFEST, open_artifact
+from ..recipes.hub import fetch
+from ..recipes.progress import Tell, silent
+from ..recipes.recipe import model_on, recipe_for
+
+
+def servable(target: str, *, hub: str, revision: str | None = None, tell: Tell = silent) -> tuple[Path, str]:
+    """The folder that `target` means and its name. ValueError for a name that means nothing, OSError for an artifact
+    that is not whole, and as `fetch`'s."""
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        if (folder / MANIFEST).is_file():
+            open_artifact(folder)
+        return folder, folder.resolve().name
+    recipe = recipe_for(target)
+    return fetch(model_on(recipe, hub), hub=hub, revision=revision or recipe.revision, tell=tell).path, recipe.name
