@@ -16,9 +16,11 @@ ROWS = 2048  # rows of H taken at a time
 
 
 class Gram:
-    """A sum of x x^T, float32 [in, in] in the end. Only blocks on and above the diagonal are computed."""
+    """A sum of x x^T, float32 [in, in] in the end. Only blocks on and above the diagonal are computed. About `hold`
+    inputs are gathered before they are multiplied."""
 
-    def __init__(self, width: int, device: torch.device):
+    def __init__(self, width: int, device: torch.device, *, hold: int = TOKENS):
+        self.hold = hold
         self.total = torch.zeros(width, width, device=device)
         self.tokens = 0
         self._waiting: list[Tensor] = []
@@ -27,7 +29,7 @@ class Gram:
         """Take [tokens, in], 16 or 32 bit. It must not be changed afterwards."""
         self._waiting.append(x)
         self.tokens += x.shape[0]
-        if sum(w.shape[0] for w in self._waiting) >= TOKENS:
+        if sum(w.shape[0] for w in self._waiting) >= self.hold:
             self._multiply()
 
     def _multiply(self) -> None:

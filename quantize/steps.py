@@ -96,7 +96,8 @@ def solve(
         if group in ready:
             rounded, aim, why = ready.pop(group)
         else:
-            rounded, aim, why = _round(moved, group, shares, gram, pushed, problem.tokens, grid, steps)
+            tokens = problem.fewer.get(group, problem.tokens)
+            rounded, aim, why = _round(moved, group, shares, gram, pushed, tokens, grid, steps)
         del pushed
         fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
@@ -176,7 +177,8 @@ def _by_owner(
         if owner == rank():
             all_rows = [slice(0, out) for out, _ in each]
             gram = problem.grams.get(group)
-            mine[group], _, why[group] = _round(moved, group, all_rows, gram, None, problem.tokens, grid, steps)
+            tokens = problem.fewer.get(group, problem.tokens)
+            mine[group], _, why[group] = _round(moved, group, all_rows, gram, None, tokens, grid, steps)
     why = {group: said for told in everyones(why) for group, said in told.items()}
     ready = {}
     for (group, each), owner in zip(shapes.items(), owners, strict=True):
