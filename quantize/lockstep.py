@@ -20,6 +20,10 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 
+class Seen(Exception):
+    """A forward pass has come to what was wanted of it, and need not go on: raise it in a hook under `Stop.look`."""
+
+
 @dataclass
 class Call:
     """One sample halted before a decoder layer: what that layer is being called with."""
@@ -73,6 +77,14 @@ class Stop:
         if call.parked is not None:
             call.park()
         return out
+
+    def look(self, call: Call) -> None:
+        """Run the layer for one call, for its hooks' sake, until one of them raises Seen."""
+        try:
+            self.run(call)
+        except Seen:
+            if call.parked is not None:
+                call.park()
 
     def advance(self, before: Callable[[Call], None] = lambda call: None) -> None:
         """Run the layer for every call and let each go on to its next halt or its end; `before` each is called."""

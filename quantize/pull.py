@@ -17,14 +17,10 @@ from torch import Tensor, nn
 
 from .family import Group
 from .gram import Cross, Gram
-from .lockstep import Call, Stop
+from .lockstep import Call, Seen, Stop
 from .ranks import total
 
 PIECE = 2**25  # weights solved for at a time, float32
-
-
-class Seen(Exception):
-    """A forward pass has come to where its inputs were wanted, and need not go on."""
 
 
 def push(weight: Tensor, drift: Tensor, columns: Tensor | None) -> Tensor:
@@ -64,13 +60,9 @@ def inputs_of(stop: Stop, call: Call, group: Group) -> Tensor | None:
 
     handle = stop.layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
     try:
-        stop.run(call)
-    except Seen:
-        pass
+        stop.look(call)
     finally:
         handle.remove()
-        if call.parked is not None:
-            call.park()
     return found[0] if found else None
 
 
