@@ -153,12 +153,32 @@ def quantize(
 @click.option("--dataset", metavar="FILE|FOLDER", help="Held-out samples of your own (JSONL with answers).")
 @click.option("--samples", type=int, default=CHECKED, show_default=True, help="Held-out samples to use.")
 @click.option("--engine", type=click.Choice(["vllm"]), help="Ask the artifact as this engine serves it.")
+@click.option(
+    "--engines",
+    metavar="NAME,...",
+    help="Tell which of vllm, sglang, lmdeploy, transformers (or all) would load it, from its headers alone.",
+)
+@click.option("--tp", type=int, default=1, show_default=True, help="With --engines: GPUs that share each layer.")
 @device_option
 @json_option
 def check(
-    artifact: Path, base: Path | None, dataset: str | None, samples: int, engine: str | None, device: str, as_json: bool
+    artifact: Path,
+    base: Path | None,
+    dataset: str | None,
+    samples: int,
+    engine: str | None,
+    engines: str | None,
+    tp: int,
+    device: str,
+    as_json: bool,
 ) -> None:
-    """Hold ARTIFACT against its FP16 base; exit 1 past the recipe's limits."""
+    """Hold ARTIFACT against its FP16 base; exit 1 past the recipe's limits.
+
+    With --engines ask instead whether engines would load it; exit 1 where one named would not.
+    """
+    if engines is not None:
+        check_engines(artifact, engines, tp, as_json=as_json)
+        return
     from .export.artifact import base_of, open_artifact
     from .quantize.device import load_torch, pick_device
 
@@ -186,6 +206,21 @@ def check(
         next_step(f"mmq serve {artifact}")
 
 
+def check_engines(folder: Path, engines: str, tp: int, *, as_json: bool) -> None:
+    """Verdicts of the engines named; exit 1 where one of them would not load it."""
+    from .serve.engines import installed
+    from .serve.rules.verdicts import chosen, facts, refused, rows, verdicts
+
+    found = verdicts(folder, chosen(engines), tp=tp, packages=installed())
+    if as_json:
+        click.echo(json.dumps(facts(found), ensure_ascii=False))
+    else:
+        show_table(["engine", "", "why", "what to do"], rows(found))
+    if no := refused(found):
+        click.echo(f"mmq: would not load it: {', '.join(no)}", err=True)
+        sys.exit(1)
+
+
 @cli.command(context_settings={"ignore_unknown_options": False})
 @click.argument("target")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
@@ -198,6 +233,7 @@ def check(
 @click.option(
     "--print", "print_only", is_flag=True, help="Print the command with a reason for each flag, start nothing."
 )
+@click.option("--ignore-rules", is_flag=True, help="Start the engine though its rules say no (`mmq check --engines`).")
 @several(hub_options)
 def serve(
     target: str,

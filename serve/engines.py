@@ -6,6 +6,7 @@ to 0.33, on CUDA and on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,9 @@ from typing import Any
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from .flags import Flag, Launch, given, merged, number
 from .machine import GIB, Machine
+from .rules.rule import judge
+from .rules.subject import read_subject
+from .rules.verdicts import PLACES, setting_of
 from .shape import Shape, read_shape
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -64,6 +68,14 @@ def packages_beside(program: Path) -> dict[str, str]:
         name = item.metadata["Name"] if item.metadata else None
         if name:
             found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), item.version)
+    return found
+
+
+def installed() -> dict[str, dict[str, str]]:
+    """By engine, the packages of the environment that it would run from: vLLM's program's, this Python's own."""
+    found = {"transformers": packages_beside(Path(sys.executable))}
+    with contextlib.suppress(OSError):
+        found["vllm"] = packages_beside(find_vllm())
     return found
 
 
@@ -130,11 +142,14 @@ def vllm(
 ENGINES: dict[str, Callable[..., Launch]] = {"vllm": vllm}
 
 
-def plan(engine: str, target: Path, *, served_model_name: str | None = None, **options: Any) -> Launch:
+def plan(
+    engine: str, target: Path, *, served_model_name: str | None = None, ignore_rules: bool = False, **options: Any
+) -> Launch:
     """The launch of `target` under the engine of this name; options as the engine's function.
 
-    `target` is an artifact, which must be whole, or any 16-bit checkpoint folder; the artifact's name is the model's.
-    ValueError for an unknown engine, OSError for a folder that cannot be served.
+    `target` is an artifact, which must be whole, or any checkpoint folder; the artifact's name is the model's.
+    ValueError for an unknown engine, and for a quantized checkpoint that the engine's rules refuse unless
+    `ignore_rules`; OSError for a folder that cannot be served.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known engines are {', '.join(sorted(ENGINES))}")
@@ -142,7 +157,26 @@ def plan(engine: str, target: Path, *, served_model_name: str | None = None, **o
         raise OSError(f"no folder {target}; `mmq quantize` makes an artifact, and a checkpoint's folder serves as well")
     if (target / MANIFEST).is_file() or (target / UNFINISHED).is_file():
         served_model_name = served_model_name or open_artifact(target).manifest.get("name")
-    return ENGINES[engine](target, served_model_name=served_model_name, **options)
+    launch = ENGINES[engine](target, served_model_name=served_model_name, **options)
+    if not ignore_rules:
+        _refuse(engine, target, launch, options.get("extra", ()))
+    return launch
+
+
+def _refuse(engine: str, target: Path, launch: Launch, extra: Sequence[str]) -> None:
+    """ValueError with the reason and the remedy where the engine would load `target` not at all, or wrongly."""
+    if read_shape(target).quantized is None:
+        return
+    subject = read_subject(target)
+    packages = packages_beside(Path(launch.argv[0]))
+    tp = int(number(extra, "--tensor-parallel-size", "-tp") or 1)
+    for place in PLACES:
+        if place.engine == engine and place.device == launch.device:
+            fatal = [f for f in judge(subject, place, setting_of(place, tp, packages)).findings if f.fatal]
+            if fatal:
+                more = f" (and {len(fatal) - 1} more: `mmq check --engines {engine} {target}`)" if fatal[1:] else ""
+                why = f"{fatal[0].why}; {fatal[0].remedy}{more}; --ignore-rules starts it all the same"
+                raise ValueError(f"{engine} would not serve {target} as it is: {why}")
 
 
 def _host_reason(host: str, extra: Sequence[str], environ: Mapping[str, str]) -> str:

@@ -1,0 +1,71 @@
+"""transformers' rules, as read in the sources of 5.19.0: which packages a format needs, how its lists are matched.
+
+Imports no transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from .names import SAME, TRANSFORMERS
+from .rule import Finding, Place, Setting, disagreement, files_there, matches, whole
+from .subject import Subject
+from .vllm import REMOTE_TYPES
+
+SEEN = "5.19.0"
+NEEDS = {
+    "awq": ("gptqmodel", "accelerate"),
+    "gptq": ("gptqmodel", "optimum"),
+    "compressed-tensors": ("compressed-tensors",),
+    "bitsandbytes": ("bitsandbytes", "accelerate"),
+}
+
+
+def remote(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Model code of a checkpoint's own, written for transformers 4, seldom loads in 5."""
+    if str(subject.config.get("model_type")) in REMOTE_TYPES:
+        why = f"transformers has no {subject.config['model_type']}; the checkpoint's own code is for transformers 4"
+        yield Finding("remote code", True, why, "serve it with vLLM, which has the class itself")
+
+
+def packages(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """What must be installed beside it. gptqmodel and vLLM exclude each other."""
+    missing = [p for p in NEEDS.get(subject.method, ()) if p not in setting.packages]
+    if subject.method not in ("", *NEEDS):
+        yield Finding("format", False, f"mmq knows no rules for {subject.method}", "load it once and see")
+    if missing:
+        why = f"transformers loads {subject.method} only with {' and '.join(missing)}"
+        aside = ", in an environment without vLLM" if "gptqmodel" in missing else ""
+        yield Finding("plugin", False, why, f"`pip install {' '.join(missing)}`{aside}")
+    if subject.method == "gptq":
+        why = "GPTQ goes through optimum, which packs every linear it finds in the decoder's layers"
+        yield Finding("format", False, why, "load it once and see")
+
+
+def lists(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """`re.match` from the start of a module's name, or its end; compressed-tensors exact or `re:`."""
+    key = {"awq": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules", "compressed-tensors": "ignore"}
+    if subject.method not in key:
+        return
+    where = key[subject.method]
+    entries = [str(e) for e in subject.quantization.get(where) or ()]
+    names = TRANSFORMERS.get(subject.architecture, SAME)
+
+    def believed(name: str) -> bool:
+        module = names.linear(name)
+        if subject.method == "compressed-tensors":
+            return not any(matches(e, module) for e in entries)
+        return not any(re.match(e, module) or module.endswith(e) for e in entries)
+
+    sure = subject.architecture in TRANSFORMERS
+    yield from disagreement("transformers", believed, subject, where, sure=sure)
+
+
+def one_process(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    if setting.tp > 1 and subject.method:
+        why = "quantized linears are not split over GPUs"
+        yield Finding("tensor parallel", True, why, "--tp 1; device_map places whole layers on several GPUs")
+
+
+PLACES = (Place("transformers", "any", SEEN, (remote, whole, files_there, packages, lists, one_process), device="cpu"),)

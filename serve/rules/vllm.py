@@ -1,0 +1,234 @@
+"""vLLM's rules, as read in the sources of 0.32.0: AWQ, GPTQ, compressed-tensors, bitsandbytes; on CUDA and on a CPU.
+
+Where rules differ between versions, the version is in the rule. Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from .names import VLLM
+from .rule import (
+    Finding,
+    Place,
+    Setting,
+    disagreement,
+    files_there,
+    first_of,
+    fused_alike,
+    fused_groups,
+    heads_divide,
+    release,
+    whole,
+)
+from .subject import Linear, Subject
+from .vllm_lists import awq_believed, bnb_believed, compressed_believed, gptq_believed
+
+SEEN = "0.32.0"
+INPUTS_SPLIT = ("o_proj", "down_proj", "w2", "wo", "out_proj", "dense_4h_to_h", "c_proj")  # "row parallel"
+MARLIN_GROUPS = (-1, 32, 64, 128)
+CPU_TILE = 32
+METHODS = ("", "awq", "gptq", "compressed-tensors", "bitsandbytes")
+# model types whose configuration or processor is the checkpoint's own code: transformers 5.19 has none
+REMOTE_TYPES = frozenset(
+    {
+        "minicpmv",
+        "minicpmo",
+        "internvl_chat",
+        "phi3_v",
+        "phi4mm",
+        "internlm2",
+        "internlm3",
+        "ovis",
+        "deepseek_vl_v2",
+        "kimi_vl",
+        "molmo",
+    }
+)
+
+
+def known(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """The model class and the method."""
+    if subject.architecture not in VLLM:
+        why = f"mmq has no name table for {subject.architecture or 'a config without architectures'} under vLLM"
+        yield Finding("architecture", False, why, "start it once and ask; names are judged as they stand on disk")
+    if subject.method not in METHODS:
+        why = f"mmq knows vLLM's rules for {', '.join(METHODS[1:])}, not for {subject.method}"
+        yield Finding("format", False, why, "start it once and ask")
+
+
+def remote_code(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    if str(subject.config.get("model_type")) in REMOTE_TYPES:
+        why = f"model type {subject.config['model_type']} brings its own Python for its config or processor"
+        yield Finding("remote code", False, why, "read it, then serve with --trust-remote-code")
+
+
+def awq(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """AutoAWQConfig: 4 bits, GEMM order, zero points; a skip list of substrings of vLLM's names."""
+    if subject.method != "awq":
+        return
+    said = subject.quantization
+    bits = said.get("bits", said.get("w_bit"))
+    if bits != 4:
+        yield Finding("bits", True, f"AWQ of {bits} bits; vLLM loads 4", "quantize to 4 bits")
+    version = str(said.get("version", "gemm")).lower()
+    if version != "gemm":
+        yield Finding("layout", True, f"AWQ layout {version}; vLLM loads gemm", "quantize again with version gemm")
+    if said.get("zero_point", True) is False:
+        why = "zero_point is false: vLLM then reads weights without the offset of 8, and answers garbage"
+        yield Finding("zero point", True, why, "`mmq convert FOLDER --format gptq`, or --repair where zeros are stored")
+    sure = subject.architecture in VLLM
+    yield from disagreement("vLLM", awq_believed(subject), subject, "modules_to_not_convert", sure=sure)
+    yield from _head(subject, bool(said.get("lm_head")))
+
+
+def gptq(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """AutoGPTQConfig: symmetric 4 or 8 bits, groups of Marlin's sizes, no activation order across groups."""
+    if subject.method != "gptq":
+        return
+    said = subject.quantization
+    group = said.get("group_size")
+    if (said.get("bits"), said.get("sym")) not in ((4, True), (8, True)):
+        why = f"GPTQ of {said.get('bits')} bits, sym {said.get('sym')}; vLLM loads symmetric 4 or 8"
+        yield Finding("symmetric", True, why, "quantize again symmetric, or asymmetric in AWQ")
+    if said.get("desc_act") and group != -1:
+        why = "desc_act: columns in activation order across groups, which vLLM no longer loads"
+        yield Finding("activation order", True, why, "quantize again with static groups (desc_act false)")
+    if group not in MARLIN_GROUPS:
+        yield Finding("group size", True, f"GPTQ in groups of {group}; vLLM loads 32, 64, 128 or -1", _GROUPS)
+    if "checkpoint_format" in said and said["checkpoint_format"] not in ("gptq", "gptq_v2", ""):
+        why = f"checkpoint_format {said['checkpoint_format']}: vLLM reads gptq and gptq_v2"
+        yield Finding("layout", True, why, "quantize again in format gptq")
+    for rule, over in (said.get("dynamic") or {}).items():
+        changed = {k: v for k, v in (over or {}).items() if said.get(k) != v}
+        if changed and not rule.startswith("-:"):
+            why = f"dynamic rule {rule} gives some linears {changed}"
+            yield Finding("dynamic", False, why, "mmq does not judge mixed grids; start it once and ask")
+    sure = subject.architecture in VLLM
+    yield from disagreement(
+        "vLLM", gptq_believed(subject), subject, "dynamic and modules_in_block_to_quantize", sure=sure
+    )
+    yield from _head(subject, bool(said.get("lm_head")))
+
+
+def compressed(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """CompressedTensorsConfig: pack-quantized int4 weights; `ignore` is exact or `re:`, on vLLM's names."""
+    if subject.method != "compressed-tensors":
+        return
+    for name, group in (subject.quantization.get("config_groups") or {}).items():
+        weights = group.get("weights") or {}
+        kind = group.get("format") or subject.quantization.get("format")
+        if kind != "pack-quantized" or weights.get("type") != "int" or group.get("input_activations"):
+            why = f"{name} is {kind}; mmq judges int weights in pack-quantized"
+            yield Finding("format", False, why, "start it once and ask")
+        if weights.get("actorder") in ("group", "dynamic"):
+            why = f"{name}: actorder {weights['actorder']}, which vLLM no longer loads"
+            yield Finding("activation order", True, why, "quantize again with actorder static or none")
+        size = weights.get("group_size")
+        if size is not None and size not in MARLIN_GROUPS and setting.device == "cuda":
+            yield Finding("group size", True, f"groups of {size}; vLLM's kernels take 32, 64 or 128", _GROUPS)
+    sure = subject.architecture in VLLM
+    yield from disagreement("vLLM", compressed_believed(subject), subject, "targets and ignore", sure=sure)
+
+
+def bitsandbytes(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Pre-quantized NF4: in tree before 0.28, since then a plugin; no tensor parallelism."""
+    if subject.method != "bitsandbytes":
+        return
+    if subject.quantization.get("load_in_8bit"):
+        yield Finding("format", True, "bitsandbytes int8, stored; vLLM loads stored NF4 alone", "quantize to nf4")
+    if setting.tp > 1:
+        why = "stored bitsandbytes weights cannot be split over GPUs"
+        yield Finding("tensor parallel", True, why, "--tp 1 (pipeline parallel works), or another format")
+    missing = [p for p in ("bitsandbytes", "vllm-bnb-plugin") if p not in setting.packages]
+    if release(setting.version or SEEN) < (0, 28):
+        missing = [p for p in missing if p != "vllm-bnb-plugin"]
+    if missing:
+        why = f"vLLM {setting.version or SEEN} needs {' and '.join(missing)} for bitsandbytes"
+        yield Finding("plugin", False, why, f"`pip install {' '.join(missing)}` in the engine's environment")
+    believed = bnb_believed(subject)
+    taken = [x.name for x in subject.linears.values() if not x.packed and believed(x.name)]
+    if taken:
+        why = f"{first_of(taken)} in 16 bit and not in llm_int8_skip_modules: vLLM makes them 4 bit while it loads"
+        yield Finding("skip list", False, why, "`mmq convert FOLDER --repair` lists them")
+
+
+def shapes(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Whether a kernel takes each rank's share of each packed linear."""
+    if subject.method not in ("awq", "gptq", "compressed-tensors"):
+        return
+    straddling, words, tiles = [], [], []
+    for linear in subject.linears.values():
+        if not linear.packed:
+            continue
+        inputs, outputs = per_rank(subject, linear, setting.tp)
+        if linear.group and linear.inputs != inputs and inputs % linear.group:
+            straddling.append(f"{linear.name} ({linear.inputs} / {setting.tp} = {inputs:g} inputs)")
+        if outputs % 8:
+            words.append(f"{linear.name} ({outputs:g} outputs)")
+        if setting.device == "cpu" and inputs % CPU_TILE:
+            tiles.append(f"{linear.name} ({inputs:g} inputs)")
+    if setting.device == "cpu":
+        fused = {x.name for g in fused_groups(subject) for x in g}
+        sets = [*fused_groups(subject), *((x,) for n, x in subject.linears.items() if n not in fused)]
+        for group in sets:
+            total = sum(per_rank(subject, x, setting.tp)[1] for x in group)
+            if group[0].packed and total % CPU_TILE:
+                tiles.append(f"{group[0].name} ({total:g} outputs with what it is fused with)")
+    size = max((x.group for x in subject.packed), default=0)
+    if straddling:
+        why = f"{first_of(straddling)} per GPU: groups of {size} would straddle GPUs"
+        yield Finding("tensor parallel", True, why, "a smaller --tp, or quantize in smaller groups")
+    if words:
+        yield Finding("tile", True, f"{first_of(words)} per GPU: not whole int32 words", "a smaller --tp")
+    if tiles:
+        why = f"{first_of(tiles)}: the CPU kernel takes multiples of {CPU_TILE}"
+        yield Finding("tile", True, why, "keep these linears in 16 bit (`mmq quantize --keep`), or serve on a GPU")
+
+
+def per_rank(subject: Subject, linear: Linear, tp: int) -> tuple[float, float]:
+    """One rank's (inputs, outputs) of a linear; keys and values are repeated where there are fewer heads than ranks."""
+    leaf = linear.name.rpartition(".")[2]
+    if leaf in INPUTS_SPLIT:
+        return linear.inputs / tp, linear.outputs
+    pairs = int(subject.text.get("num_key_value_heads") or 0)
+    if leaf in ("k_proj", "v_proj") and 0 < pairs < tp:
+        return linear.inputs, linear.outputs / pairs
+    return linear.inputs, linear.outputs / tp
+
+
+def _head(subject: Subject, declared: bool) -> Iterator[Finding]:
+    """An output head is packed for vLLM where `lm_head` says so, and nowhere else."""
+    if subject.head is not None and subject.head.packed != declared:
+        is_, said = ("packed", "not set") if subject.head.packed else ("in 16 bit", "true")
+        why = f"{subject.head.name} is {is_}, and lm_head is {said} in quantization_config"
+        yield Finding("head", True, why, "`mmq convert FOLDER --repair`")
+
+
+def vision_divides(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """The picture encoder's heads are dealt out as well, unless it is kept whole on every GPU."""
+    vision = subject.config.get("vision_config")
+    heads = (vision.get("num_heads") or vision.get("num_attention_heads")) if isinstance(vision, Mapping) else None
+    if heads and int(heads) % setting.tp:
+        why = f"{heads} heads of the picture encoder cannot be dealt to {setting.tp} GPUs"
+        yield Finding("heads", False, why, "add --mm-encoder-tp-mode data, which keeps the encoder whole")
+
+
+_GROUPS = "quantize again with --group-size 32, 64 or 128"
+
+
+RULES = (
+    known,
+    whole,
+    files_there,
+    remote_code,
+    fused_alike,
+    awq,
+    gptq,
+    compressed,
+    bitsandbytes,
+    heads_divide,
+    vision_divides,
+    shapes,
+)
+PLACES = (Place("vllm", "cuda", SEEN, RULES), Place("vllm", "cpu", SEEN, RULES, device="cpu"))
