@@ -148,7 +148,7 @@ def scale(problem: Problem, grid: Grid, *, finalists: int = FINALISTS) -> Scaled
         ws = [moved.weights[f"{n}.weight"] for n in group.linears]
         s = best_scale(ws, problem.grams[group], grid, tie=tie, tie_block=problem.head_dim, finalists=finalists)
         if moved.weights[f"{absorber}.weight"].ndim == 1:
-            s = _fold_into_norm(absorber, s, moved, stored=problem.stored)
+            s = _fold_into_norm(absorber, s, moved, stored=problem.stored, offset=group.offset)
         else:
             rows = s.view(-1, tie, problem.head_dim)[:, 0].reshape(-1) if tie > 1 else s
             if not _fold_into_linear(absorber, rows, moved, stored=problem.stored):
@@ -173,14 +173,19 @@ def absorbable(group: Group, weights: dict[str, Tensor], quantized: Collection[s
     return width // rows if width % rows == 0 else 0
 
 
-def _fold_into_norm(name: str, s: Tensor, moved: Scaled, *, stored: torch.dtype) -> Tensor:
-    """Divide a norm's weight [in] by `s`; returns the scale [in] that the group's weights must now carry, exactly."""
-    key = f"{name}.weight"
+def _fold_into_norm(name: str, s: Tensor, moved: Scaled, *, stored: torch.dtype, offset: float = 0.0) -> Tensor:
+    """Divide what a norm multiplies by, its weight [in] and `offset`, by `s`, and its bias where it has one; gives the
+    scale [in] that the group's weights must now carry, exactly."""
+    key, bias = f"{name}.weight", f"{name}.bias"
     norm = moved.weights[key].float()
-    folded = (norm / s).to(stored).float()
-    folded = torch.where(folded.isfinite() & (folded != 0), folded, norm)  # past float16's range: left as it was
+    folded = ((norm + offset) / s - offset).to(stored).float()
+    kept = folded.isfinite() & (folded + offset != 0) & (norm + offset != 0)
+    folded = torch.where(kept, folded, norm)  # past float16's range: left as it was
     moved.weights[key] = moved.changed[key] = folded
-    return torch.where(folded != 0, norm / folded, torch.ones_like(s))
+    carried = torch.where(kept, (norm + offset) / (folded + offset), torch.ones_like(s))
+    if bias in moved.weights:
+        moved.weights[bias] = moved.changed[bias] = (moved.weights[bias].float() / carried).to(stored).float()
+    return carried
 
 
 def _fold_into_linear(name: str, rows: Tensor, moved: Scaled, *, stored: torch.dtype) -> bool:

@@ -1,7 +1,7 @@
-"""Families: where a model class keeps its decoder layers, and which linears in them share an input.
+"""Families: what the walk must know of a model's decoder layers, and the rows for models that nothing detects.
 
-A family is a row of data. Knows nothing of tensors, files or methods. To add one, add a row to FAMILIES and a tiny
-random model of the class to tests/test_family.py.
+A model of the common shape needs no row: detect.py finds its layers, groups and absorbers by running one of them. A
+row names code of ours for checkpoints that transformers has no class for. Knows nothing of tensors, files or methods.
 """
 
 from __future__ import annotations
@@ -12,22 +12,36 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Group:
     """Linears of a decoder layer that read the same input, and the module just before whose output can absorb
-    a per-channel scale (a norm's weight, or the rows of a linear). Names are relative to the decoder layer."""
+    a per-channel scale (a norm's weight, or the rows of a linear). Names are relative to the decoder layer.
+
+    `offset` is what a norm adds to its weight before it multiplies (Gemma: 1)."""
 
     linears: tuple[str, ...]
     absorber: str | None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row. `layers` is the module path of the decoder layers; `skip` are the substrings by which engines
-    know the parts that stay in 16 bit (see export.config for how each engine reads them)."""
+    """`layers` is the module path of the decoder layers, `groups` the groups of each of them. `skip` are the
+    substrings by which engines know the parts that stay in 16 bit (see export.config for how each reads them)."""
+
+    layers: str
+    groups: tuple[tuple[Group, ...], ...]
+    skip: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """Checkpoints of these config.json `model_type`s are opened by our own code: the module `code` in this package,
+    with `build_model(config)` (config.json as a dict -> a PreTrainedModel), `build_processor(folder)` and, where names
+    or layouts differ from the checkpoint's, `rules(model)` (transformers' WeightTransforms)."""
 
     model_types: tuple[str, ...]
-    layers: str
-    skip: tuple[str, ...]
-    groups: tuple[Group, ...]
+    code: str
 
+
+ROWS: tuple[Row, ...] = ()
 
 # The common shape: pre-norm attention and a gated MLP, as in Llama and all that came of it.
 LLAMA = (
@@ -37,23 +51,7 @@ LLAMA = (
     Group(("mlp.down_proj",), "mlp.up_proj"),
 )
 
-FAMILIES = (
-    Family(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-        layers="model.language_model.layers",
-        skip=("visual.", "model.visual.", "lm_head"),
-        groups=LLAMA,
-    ),
-)
 
-
-def family_of(model_type: str) -> Family:
-    """The row for config.json's `model_type`. ValueError that says how to add one."""
-    for row in FAMILIES:
-        if model_type in row.model_types:
-            return row
-    known = ", ".join(t for row in FAMILIES for t in row.model_types)
-    raise ValueError(
-        f"model family {model_type!r} is not known; known are {known}. "
-        "To add it, add a row (about ten lines of data) to FAMILIES in quantize/family.py"
-    )
+def row_of(model_type: str) -> Row | None:
+    """The row for config.json's `model_type`, if it needs one."""
+    return next((row for row in ROWS if model_type in row.model_types), None)

@@ -69,7 +69,7 @@ class Workload:
 def workload(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], samples: Sequence[Sample]) -> Workload:
     """The workload of quantizing by `plan` on `samples`, judged by a few of them, evenly spread."""
     item = skeleton.dtype.itemsize
-    metas = {n: skeleton.source.metas[c] for n, c in skeleton.names.items()}
+    metas = {n: skeleton.source.meta(c) for n, c in skeleton.names.items()}
 
     def numbers(name: str) -> int:
         return torch.Size(metas[name].shape).numel()

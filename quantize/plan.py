@@ -24,7 +24,7 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
     for index in range(len(skeleton.layers)):
         prefix = skeleton.layer_prefix(index)
         chosen = []
-        for group in skeleton.family.groups:
+        for group in skeleton.family.groups[index]:
             kept = []
             for name in group.linears:
                 full = f"{prefix}{name}"
@@ -54,4 +54,4 @@ def check_groups(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], grou
         for group in groups:
             for name in group.linears:
                 stored = skeleton.names[f"{skeleton.layer_prefix(index)}{name}.weight"]
-                check_width(stored.removesuffix(".weight"), skeleton.source.metas[stored].shape[1], group_size)
+                check_width(stored.removesuffix(".weight"), skeleton.source.meta(stored).shape[1], group_size)

@@ -7,18 +7,21 @@ itself, so that what is written keeps the checkpoint's own names.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .family import Family, family_of
+from .classes import check_class, open_model
+from .detect import detect
+from .experts import unfused
+from .family import Family
+from .names import checkpoint_names
 from .source import Source, open_source
 
 READERS = ThreadPoolExecutor(4)
@@ -38,11 +41,17 @@ class Skeleton:
     device: torch.device
     dtype: torch.dtype
     stored: torch.dtype
+    notes: tuple[str, ...] = ()  # what a user should know of how this model is taken
     coming: dict[str, Future[Tensor]] = field(default_factory=dict, repr=False)  # what is read ahead
 
     @property
     def layers(self) -> nn.ModuleList:
         return self.module.get_submodule(self.family.layers)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model has parts for pictures (or sound) beside its text model."""
+        return bool(vision(self))
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.family.layers}.{index}."
@@ -64,67 +73,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON (line {e.lineno}: {e.msg})") from None
 
 
-def open_processor(folder: Path) -> Any:
-    """The model's own processor. ValueError when there is none, or when it has no chat template."""
-    from transformers import AutoProcessor
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as e:  # transformers raises whatever its parts raise
-        raise ValueError(f"{folder}: its processor does not load: {str(e).splitlines()[0]}") from None
-    if not getattr(processor, "chat_template", None):
-        raise ValueError(f"{folder}: no chat template (chat_template.jinja is missing)")
-    return processor
-
-
-def checkpoint_names(module: Any, source: Source) -> dict[str, str]:
-    """Module parameter name -> checkpoint tensor name, by transformers' own renaming rules.
-
-    ValueError names the parameters that no tensor fills, or a tensor that transformers would fuse with others.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    rules: list[Any] = get_model_conversion_mapping(module)
-    renamings = [r for r in rules if not isinstance(r, WeightConverter)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    wanted = dict(module.named_parameters())
-    meta = module.state_dict()
-    options: dict[str, Any] = {"base_model_prefix": module.base_model_prefix, "meta_state_dict": meta}
-    # 5.17 has these two as positional names, later releases by keyword; both take them by keyword
-    options = {k: v for k, v in options.items() if k in inspect.signature(rename_source_key).parameters}
-    found: dict[str, str] = {}
-    for name in source.metas:
-        target, converted = rename_source_key(name, renamings, converters, **options)
-        if converted is not None:
-            raise ValueError(f"tensor {name}: its layout is converted at load ({target}), which mmq cannot stream yet")
-        if target in meta:
-            found[target] = name
-    tied = set(getattr(module, "all_tied_weights_keys", None) or {})
-    missing = [n for n in wanted if n not in found and n not in tied]
-    if missing:
-        raise ValueError(f"{source.folder}: no tensor for {missing[0]} (and {len(missing) - 1} more parameters)")
-    return found
-
-
 def build(folder: Path, *, source: Source | None = None, device: str = "cpu") -> Skeleton:
     """The skeleton of the checkpoint in `folder`, no weights loaded. `source` overrides where tensors come from.
 
-    On a CPU compute runs in float32, elsewhere in the checkpoint's dtype. ValueError for an unknown family.
+    On a CPU compute runs in float32, elsewhere in the checkpoint's dtype. ValueError names what is missing where the
+    model cannot be opened, its layers not be found, or its tensors do not fit.
     """
     config = read_config(folder)
-    family = family_of(str(config.get("model_type")))
+    check_class(config)
     source = source or open_source(folder)
     import transformers
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    transformers.utils.logging.set_verbosity_error()
-    hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(hf_config, "quantization_config"):
-        delattr(hf_config, "quantization_config")
     dtypes = [m.dtype for n, m in source.metas.items() if m.dtype is not None and len(m.shape) == 2]
     stored = max(set(dtypes), key=dtypes.count) if dtypes else torch.bfloat16
     if stored not in (torch.float16, torch.bfloat16):
@@ -133,24 +92,71 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float32 if place.type == "cpu" else stored
-    with init_empty_weights(include_buffers=False):
-        module = AutoModelForImageTextToText.from_config(hf_config, dtype=dtype)
+    opened = open_model(folder, config, dtype=dtype)
+    module = opened.module
     module.eval().requires_grad_(False)
     generation = folder / "generation_config.json"
     if generation.is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    source, renamings = unfused(module, source)
+    names, source = checkpoint_names(module, source, (*opened.rules, *renamings))
+    family, notes = detect(module)
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[name] = buffer.to(place)
-    names = checkpoint_names(module, source)
-    return Skeleton(module, open_processor(folder), source, family, names, place, dtype, stored)
+    skeleton = Skeleton(module, opened.processor, source, family, names, place, dtype, stored, (*opened.notes, *notes))
+    check_template(folder, skeleton)
+    return replace(skeleton, family=replace(family, skip=skips(skeleton)))
+
+
+def check_template(folder: Path, skeleton: Skeleton) -> None:
+    """ValueError when there is no chat template, or when what should read pictures reads only text."""
+    if skeleton.sees and not hasattr(skeleton.processor, "tokenizer"):
+        raise ValueError(f"{folder}: no processor for pictures (preprocessor_config.json is missing)")
+    if not getattr(skeleton.processor, "chat_template", None):
+        raise ValueError(f"{folder}: no chat template (chat_template.jinja is missing)")
+
+
+def skips(skeleton: Skeleton) -> tuple[str, ...]:
+    """The substrings by which engines know the modules that hold no quantized linear, in the model's and in the
+    checkpoint's spelling, each as high up as it goes: `visual.` for a vision tower, `lm_head`."""
+    packed = set()
+    for index, groups in enumerate(skeleton.family.groups):
+        packed |= {skeleton.layer_prefix(index) + n for group in groups for n in group.linears}
+    mine = {n for n, m in skeleton.module.named_modules() if isinstance(m, nn.Linear)}
+    inside = f"{skeleton.family.layers}."
+    rest = {n for n in mine - packed if not n.startswith(inside)}
+    spelled = dict.fromkeys(n for name in sorted(rest) for n in spellings(skeleton, name))
+    taken = packed | {n for name in packed for n in spellings(skeleton, name)}
+    found: dict[str, None] = {}
+    for name in spelled:
+        parts = name.split(".")
+        top = next(
+            i for i in range(1, len(parts) + 1) if not any(t.startswith(".".join(parts[:i]) + ".") for t in taken)
+        )
+        path = ".".join(parts[:top]) + ("." if top < len(parts) else "")
+        for short in (path.removeprefix("model."), path):
+            if short.strip(".") and not any(short in f"{t}." for t in taken):
+                found[short] = None
+    return tuple(found)
+
+
+def spellings(skeleton: Skeleton, module: str) -> tuple[str, ...]:
+    """A module's name, and the checkpoint's names for it: those of the tensors that its weight is read from."""
+    stored = skeleton.names.get(f"{module}.weight")
+    parts = () if stored is None else skeleton.source.parts(stored)
+    return tuple(dict.fromkeys((module, *(p.removesuffix(".weight") for p in parts))))
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Put `value` where parameter `name` of `module` is; None puts it back on the meta device."""
+    """Put `value` where parameter (or buffer) `name` of `module` is; None puts a parameter back on the meta device."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
+    buffer = owner._buffers.get(leaf)
+    if buffer is not None:  # what corrects a router, say: in its own dtype, and small enough to stay
+        owner._buffers[leaf] = buffer if value is None else value.to(buffer.dtype)
+        return
     old = owner._parameters[leaf]
     assert old is not None
     if value is None:
@@ -161,12 +167,14 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
 def load(skeleton: Skeleton, wanted: Iterable[str]) -> None:
     """Load the named parameters (module names) from the source onto the device, in the compute dtype."""
     names = [name for name in wanted if name in skeleton.names]
+    parameters = dict(skeleton.module.named_parameters())
     if skeleton.device.type == "cpu":
         tensors = map(skeleton.source.get, map(skeleton.names.__getitem__, names))
     else:  # several at a time: what costs time is to map the files' pages
         tensors = READERS.map(lambda name: _on_device(skeleton, name), names)
     for name, tensor in zip(names, tensors, strict=True):
-        set_parameter(skeleton.module, name, tensor.to(skeleton.stored).to(skeleton.dtype))
+        exact = name not in parameters
+        set_parameter(skeleton.module, name, tensor if exact else tensor.to(skeleton.stored).to(skeleton.dtype))
 
 
 def _on_device(skeleton: Skeleton, name: str) -> Tensor:
@@ -182,7 +190,7 @@ def read_ahead(skeleton: Skeleton, index: int) -> None:
         return
     left = READ_AHEAD
     for inside, stored in skeleton.layer_names(index).items():
-        left -= skeleton.source.metas[stored].nbytes
+        left -= skeleton.source.meta(stored).nbytes
         if left < 0:
             return
         name = skeleton.layer_prefix(index) + inside
@@ -234,4 +242,7 @@ def embeddings(skeleton: Skeleton) -> list[str]:
 def vision(skeleton: Skeleton) -> list[str]:
     """The parameters that are needed only before the first decoder layer and only for pictures."""
     text = skeleton.family.layers.rpartition(".")[0] + "."
-    return [n for n in outside(skeleton) if not n.startswith(text) and not n.startswith("lm_head.")]
+    head = skeleton.module.get_output_embeddings()
+    after = {id(p) for p in head.parameters()} if head is not None else set()
+    named = dict(skeleton.module.named_parameters())
+    return [n for n in outside(skeleton) if not n.startswith(text) and id(named[n]) not in after]

@@ -7,7 +7,7 @@ whether they were ever int4.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,44 @@ class Meta:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """A tensor that no file holds as it is: `make` makes it of the stored tensors `parts`."""
+
+    made: Meta
+    parts: tuple[str, ...]
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Source:
-    """Named tensors: `metas` from headers alone; `get(name)` reads one onto the CPU; `files` says where each lies."""
+    """Named tensors: `metas` from headers alone; `get(name)` reads one onto the CPU; `files` says where each lies.
+
+    `derived` are further names that `get` and `meta` take, of tensors that are made of stored ones."""
 
     folder: Path
     metas: Mapping[str, Meta]
     get: Callable[[str], Tensor]
     files: Mapping[str, Path] = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    slices: Callable[[str, Any], Tensor] | None = None
+
+    def part(self, name: str, index: Any) -> Tensor:
+        """`get(name)[index]`, read from the file alone where there is one."""
+        return self.get(name)[index] if self.slices is None else self.slices(name, index)
+
+    def meta(self, name: str) -> Meta:
+        """Shape, dtype and size of a stored or derived tensor."""
+        return self.derived[name].made if name in self.derived else self.metas[name]
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The stored tensors behind a name: itself, or what it is made of."""
+        return self.derived[name].parts if name in self.derived else (name,)
+
+
+def with_derived(source: Source, derived: Mapping[str, Derived]) -> Source:
+    """The source with these tensors beside its own."""
+    every = {**source.derived, **derived}
+    return replace(source, get=lambda name: every[name].make() if name in every else source.get(name), derived=every)
 
 
 def open_source(folder: Path) -> Source:
@@ -52,13 +83,19 @@ def open_source(folder: Path) -> Source:
                 metas[name] = Meta(tuple(item["shape"]), DTYPES.get(item["dtype"]), end - begin)
     handles: dict[Path, Any] = {}
 
-    def get(name: str) -> Tensor:
+    def read(name: str, how: Callable[[Any], Tensor]) -> Tensor:
         path = where[name]
         try:
             if path not in handles:
                 handles[path] = safe_open(path, framework="pt")
-            return handles[path].get_tensor(name)
+            return how(handles[path])
         except SafetensorError as e:
             raise OSError(f"{path}: {e}") from None
 
-    return Source(folder, metas, get, where)
+    def get(name: str) -> Tensor:
+        return read(name, lambda handle: handle.get_tensor(name))
+
+    def part(name: str, index: Any) -> Tensor:
+        return read(name, lambda handle: handle.get_slice(name)[index])
+
+    return Source(folder, metas, get, where, slices=part)

@@ -50,7 +50,7 @@ def halted(folder: Path, index: int) -> Iterator[Halted]:
         for stop in steps:
             load_layer(skeleton, stop.index)
             if stop.index == index:
-                groups = skeleton.family.groups
+                groups = skeleton.family.groups[index]
                 seen: dict[Group, list[Tensor]] = {g: [] for g in groups}
 
                 def watch(group: Group, seen: dict[Group, list[Tensor]] = seen) -> Any:

@@ -1,0 +1,336 @@
+"""What shape a decoder layer has, found by running it: which linears share an input, and what can absorb a scale.
+
+The layer runs at its real widths, in its model's own forward, but costs next to nothing: its linears are replaced by
+random matrices of rank two. Two linears share an input when they are given the same memory. A module can absorb a
+scale when dividing what it puts out, and multiplying what the group is given, leaves the layer's output as it was; so
+no rule here knows a name, and a norm whose output something else reads is refused. Knows no weights and no files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .experts import Experts, expert_groups, experts_of
+from .family import Family, Group
+from .lockstep import Lockstep, Stop
+
+TOKENS = 6
+RANDOM = 2**22  # numbers in a parameter that get random values; a larger one is a constant that takes no memory
+SAME = 1e-4  # of the largest change a layer makes: a fold that is none changes it by tenths
+NARROW = 64  # output channels: what is no multiple of it (a gate for each head, say) no engine's kernels take
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a module inside the layer."""
+
+    name: str
+    module: Any
+    given: Tensor
+    gave: Tensor
+    again: Callable[[], Tensor]  # the same call once more
+
+
+def decoder_layers(module: Any) -> str:
+    """The path of the text model's ModuleList of decoder layers. ValueError where there is none, or more than one."""
+    count = module.config.get_text_config(decoder=True).num_hidden_layers
+    words = module.get_input_embeddings()
+    paths = [n for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    owners = {n.rpartition(".")[0] for n, m in module.named_modules() if m is words}
+    beside = [p for p in paths if p.rpartition(".")[0] in owners]
+    found = beside or [p for p in paths if p.rpartition(".")[2] in ("layers", "h", "blocks")]
+    if len(found) != 1:
+        what = "no list" if not found else f"{len(found)} lists ({', '.join(found)})"
+        raise ValueError(
+            f"{type(module).__name__} has {what} of {count} decoder layers beside its embeddings, where one is wanted; "
+            "give it a row in quantize/family.py"
+        )
+    return found[0]
+
+
+def detect(module: Any) -> tuple[Family, tuple[str, ...]]:
+    """The family of a model on the meta device, `skip` left empty, and what a user should know of it.
+
+    ValueError names what is missing where the model's own forward does not come to a layer.
+    """
+    path = decoder_layers(module)
+    layers = module.get_submodule(path)
+    kinds = [_kind(layer) for layer in layers]
+    groups: dict[Any, tuple[Group, ...]] = {}
+    notes: dict[str, None] = {}
+    width = _head_dim(module.config)
+    with torch.no_grad(), _filled(module, layers), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = torch.tensor([_plain_tokens(module.config)])
+        text = module.get_submodule(path.rpartition(".")[0])
+        with Lockstep(layers, [lambda: text(input_ids=ids, use_cache=False)]) as steps:
+            try:
+                for stop in steps:
+                    kind = kinds[stop.index]
+                    if kind not in groups:
+                        groups[kind], more = _layer_groups(stop, width)
+                        notes |= dict.fromkeys(more)
+                    if all(k in groups for k in kinds):
+                        stop.calls.clear()
+                        break
+                    stop.advance()
+            except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as e:
+                raise ValueError(
+                    f"{type(module).__name__} does not run on text alone, so that its layers could be looked at "
+                    f"({type(e).__name__}: {str(e).partition(chr(10))[0]}); give it a row in quantize/family.py"
+                ) from e
+    missed = [i for i, k in enumerate(kinds) if k not in groups]
+    if missed:
+        raise ValueError(
+            f"decoder layer {missed[0]} of {type(module).__name__} is not reached by text (it has "
+            f"{', '.join(sorted({n.split('.')[0] for n, _ in layers[missed[0]].named_parameters()}))}): not supported"
+        )
+    return Family(path, tuple(groups[k] for k in kinds)), tuple(notes)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Layers of one kind have the same modules of the same shapes."""
+    return tuple(
+        (n, type(m).__name__, *(tuple(p.shape) for p in m.parameters(False))) for n, m in layer.named_modules()
+    )
+
+
+def _head_dim(config: Any) -> int:
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _plain_tokens(config: Any) -> list[int]:
+    """Ids that stand for no picture and for nothing else that is special."""
+    special: set[int] = set()
+    for part in (config, *(v for v in vars(config).values() if hasattr(v, "model_type"))):
+        for key, value in vars(part).items():
+            if re.search(r"token(_id|_index)s?$", key):
+                special |= (
+                    {value} if isinstance(value, int) else set(value) if isinstance(value, list | tuple) else set()
+                )
+    count = config.get_text_config(decoder=True).vocab_size
+    return [i for i in range(count) if i not in special][:TOKENS]
+
+
+@contextmanager
+def _filled(module: Any, layers: nn.ModuleList) -> Iterator[None]:
+    """The text model able to run: linears of rank two, random embeddings, random values in the small parameters."""
+    words = module.get_input_embeddings()
+    hidden = module.config.get_text_config(decoder=True).hidden_size
+    borrowed: list[tuple[nn.Module, str, nn.Parameter]] = []
+    random = torch.Generator().manual_seed(0)
+    replaced: list[nn.Module] = [words]
+    words.forward = lambda ids, *a, **k: torch.randn(*ids.shape, hidden, generator=random)
+    mixtures = dict(experts_of(layers)).values()
+    for mixture in mixtures:
+        mixture.forward = _thin_experts(mixture, random)
+        replaced.append(mixture)
+    inside = {m for mixture in mixtures for m in mixture.modules()}
+    for owner in layers.modules():
+        if owner in inside:
+            continue
+        if isinstance(owner, nn.Linear):
+            owner.forward = _thin(owner, random)
+            replaced.append(owner)
+        for name, old in owner._parameters.items():
+            if old is not None and not isinstance(owner, nn.Linear):
+                borrowed.append((owner, name, old))
+                value = torch.rand(old.shape, generator=random) + 0.5 if old.numel() <= RANDOM else None
+                value = torch.full((), 0.01).expand(old.shape) if value is None else value
+                owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+    try:
+        yield
+    finally:
+        for owner in replaced:
+            del owner.forward  # the instance attribute; the class's method shows again
+        for owner, name, old in borrowed:
+            owner._parameters[name] = old
+
+
+def _thin(linear: Any, random: torch.Generator) -> Callable[..., Tensor]:
+    """The forward of a random matrix [out, in] of rank two, and of a random bias where there is one."""
+    down = torch.randn(2, linear.in_features, generator=random) / linear.in_features**0.5
+    up = torch.randn(linear.out_features, 2, generator=random)
+    bias = None if linear.bias is None else torch.randn(linear.out_features, generator=random)
+
+    def forward(input: Tensor) -> Tensor:
+        out = (input.float() @ down.T) @ up.T
+        return out if bias is None else out + bias
+
+    return forward
+
+
+def _thin_experts(mixture: Experts, random: torch.Generator) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The forward of one such matrix in the place of all experts: what they have to say is told by their names."""
+    wide = _thin(nn.Linear(*[mixture[0].gate_proj.in_features] * 2, bias=False, device="meta"), random)
+    return lambda hidden_states, top_k_index, top_k_weights: wide(hidden_states).relu() * top_k_weights.sum(-1, True)
+
+
+def _layer_groups(stop: Stop, width: int) -> tuple[tuple[Group, ...], list[str]]:
+    """The groups of the layer that `stop` stands before, in the order in which they run."""
+    call = stop.calls[0]
+    before = call.hidden.clone()
+
+    def run() -> Tensor:
+        out = stop.run(call)
+        return (out[0] if isinstance(out, tuple) else out) - before
+
+    seen = _watched(stop.layer, run)
+    plain = run()
+    reached: dict[Any, list[Seen]] = {}
+    for one in seen:
+        if isinstance(one.module, nn.Linear):
+            reached.setdefault(_memory(one.given), []).append(one)
+    found, notes = [], []
+    for memory, members in reached.items():
+        chosen = list({m.name: m for m in members if m.module.out_features % NARROW == 0}.values())
+        left = sorted({m.name for m in members} - {m.name for m in chosen})
+        if left:
+            notes.append(f"{', '.join(left)}: too narrow for int4, left in 16 bit")
+        if chosen:
+            absorber, offset = _absorber(seen, memory, chosen, run, plain, width)
+            found.append(Group(tuple(m.name for m in chosen), absorber, offset))
+    found, missed = _siblings(stop.layer, found, {s.name for s in seen})
+    if missed:
+        notes.append(f"{', '.join(missed)}: not reached by text, left in 16 bit")
+    return (*found, *expert_groups(stop.layer)), notes
+
+
+def _watched(layer: nn.Module, run: Callable[[], Tensor]) -> list[Seen]:
+    """Every call of a linear or of a norm (a module with one vector `weight`) inside the layer, in order."""
+    seen: list[Seen] = []
+    handles = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+            given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            if given is not None and isinstance(out, Tensor):
+                seen.append(Seen(name, module, given, out, lambda: module.forward(*args, **kwargs)))
+
+        return record
+
+    for name, module in layer.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) or (weight is not None and weight.ndim == 1):
+            handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _memory(x: Tensor) -> tuple[int, int, int]:
+    return x.untyped_storage().data_ptr(), x.data_ptr(), x.numel()
+
+
+def _absorber(
+    seen: list[Seen], memory: Any, group: list[Seen], run: Callable[[], Tensor], plain: Tensor, width: int
+) -> tuple[str | None, float]:
+    """What can absorb a scale of the group's input, and its offset: the norm that made it, else the last linear before
+    it through which a scale of its rows comes unchanged."""
+    wide = group[0].given.shape[-1]
+    linears = [g.module for g in group]
+    for one in seen:
+        if _memory(one.gave) == memory and not isinstance(one.module, nn.Linear):
+            weight = one.module._parameters["weight"]
+            offset = _offset(one) if weight is not None and weight.numel() == wide else None
+            s = torch.rand(wide) * 1.5 + 0.5
+            if offset is not None and _folds(one.module, s, linears, s, run, plain):
+                return one.name, offset
+            return None, 0.0
+    first = next(i for i, s in enumerate(seen) if s.name == group[0].name)
+    for one in reversed(seen[:first]):
+        if not isinstance(one.module, nn.Linear) or one.module in linears or wide % one.module.out_features:
+            continue
+        rows = torch.rand(one.module.out_features) * 1.5 + 0.5
+        tie = wide // one.module.out_features
+        if tie > 1 and len(rows) % width:
+            continue
+        s = rows if tie == 1 else rows.view(-1, width).repeat_interleave(tie, 0).flatten()
+        if _folds(one.module, rows, linears, s, run, plain):
+            return one.name, 0.0
+    return None, 0.0
+
+
+def _folds(
+    absorber: nn.Module, rows: Tensor, linears: list[nn.Module], s: Tensor, run: Callable[[], Tensor], plain: Tensor
+) -> bool:
+    """Whether the layer's output stays as it was with what `absorber` puts out divided and what `linears` are given
+    multiplied."""
+    divide: Any = lambda module, args, out: out / rows  # noqa: E731
+    handles: list[Any] = [absorber.register_forward_hook(divide)]
+    handles += [linear.register_forward_pre_hook(lambda module, args: (args[0] * s, *args[1:])) for linear in linears]
+    try:
+        return float((run() - plain).abs().max()) <= SAME * float(plain.abs().max())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _offset(one: Seen) -> float | None:
+    """What a norm adds to its weight before it multiplies: 0, or Gemma's 1. None where it does neither."""
+    weight, bias = one.module._parameters["weight"], one.module._parameters.get("bias")
+    assert weight is not None
+    kept = weight.data, None if bias is None else bias.data
+    try:
+        if bias is not None:
+            bias.data = torch.zeros_like(bias)
+        outs = []
+        for value in (1.0, 3.0):
+            weight.data = torch.full_like(kept[0], value)
+            outs.append(one.again().double())
+    finally:
+        weight.data = kept[0]
+        if bias is not None and kept[1] is not None:
+            bias.data = kept[1]
+    first, second = outs
+    for offset in (0.0, 1.0):
+        if torch.allclose(first * (3 + offset), second * (1 + offset), rtol=1e-3, atol=1e-5):
+            return offset
+    return None
+
+
+def _siblings(layer: nn.Module, groups: list[Group], reached: set[str]) -> tuple[list[Group], list[str]]:
+    """The groups, with those of a list's members that no token was sent to (a mixture's experts, say) made after their
+    siblings; and the linears that have none."""
+    told = {m for _, mixture in experts_of(layer) for m in mixture.modules()}
+    every = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear) and m not in told]
+    models: dict[str, Group] = {}
+    for group in groups:
+        if any(c.isdigit() for c in group.linears[0]):
+            models.setdefault(_pattern(group.linears[0]), group)
+    missed, made = [], list(groups)
+    done = {n for g in groups for n in g.linears} | reached
+    for name in every:
+        model = models.get(_pattern(name))
+        if name in done:
+            continue
+        if model is None or model.linears[0].count(".") != name.count("."):
+            missed.append(name)
+            continue
+        old, new = re.findall(r"(?<=\.)\d+(?=\.)", model.linears[0]), re.findall(r"(?<=\.)\d+(?=\.)", name)
+        if len(old) != 1 or len(new) != 1:
+            missed.append(name)
+            continue
+        group = Group(
+            tuple(n.replace(f".{old[0]}.", f".{new[0]}.", 1) for n in model.linears),
+            None if model.absorber is None else model.absorber.replace(f".{old[0]}.", f".{new[0]}.", 1),
+            model.offset,
+        )
+        made.append(group)
+        done |= set(group.linears)
+    return made, missed
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
