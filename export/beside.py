@@ -36,7 +36,7 @@ def write_config(skeleton: Skeleton, order: Order) -> None:
     spelled = {n.removesuffix(".weight"): c.removesuffix(".weight") for n, c in skeleton.names.items()}
     skipped = []
     for name, module in skeleton.module.named_modules():
-        if isinstance(module, nn.Linear) and spelled.get(name) not in quantized:
+        if _is_matrix(name, module, skeleton) and spelled.get(name) not in quantized:
             skipped += [name, spelled.get(name, name)]
     dtype = str(skeleton.stored).removeprefix("torch.")
     packing = Packing(
@@ -45,6 +45,13 @@ def write_config(skeleton: Skeleton, order: Order) -> None:
     config = read_config(order.base.path)
     config["quantization_config"] = CONFIGS[order.format](packing)
     write_json(order.out / "config.json", config)
+
+
+def _is_matrix(name: str, module: nn.Module, skeleton: Skeleton) -> bool:
+    """Whether an engine may hold a module as a linear: a Linear, or what transformers makes of a mixture's router."""
+    weight = module._parameters.get("weight")
+    router = weight is not None and weight.ndim == 2 and name.startswith(f"{skeleton.family.layers}.")
+    return isinstance(module, nn.Linear) or router
 
 
 def copy_small_files(base: Path, out: Path) -> None:

@@ -20,6 +20,7 @@ from ..quantize.grid import Quantized
 from ..quantize.layer import Layer
 from ..quantize.memory import Memory
 from ..quantize.ranks import agreed, rank, world
+from ..quantize.routing import Routed
 from ..quantize.skeleton import Skeleton, release
 from ..quantize.walk import walk
 from ..recipes.folder import headers
@@ -98,7 +99,21 @@ def _layer_tensors(skeleton: Skeleton, order: Order, layer: Layer) -> tuple[dict
         "errors": {n: float(f"{e:.6g}") for n, e in layer.solution.errors.items()},
         "fallbacks": dict(layer.solution.fallbacks),
         "left_out": layer.left_out,
+        **({"experts": [_experts(seen) for seen in layer.mixtures]} if layer.mixtures else {}),
         "tokens": None if layer.tokens is None else dataclasses.asdict(layer.tokens),
+    }
+
+
+def _experts(seen: Routed) -> dict[str, Any]:
+    """What the manifest says of a mixture: tokens by expert, and the experts that were given all tokens of the layer,
+    those that got fewer than `floor`."""
+    return {
+        "at": seen.path,
+        "text": list(seen.text),
+        "media": list(seen.media),
+        "floor": seen.floor,
+        "all_tokens": list(seen.few),
+        "unseen": list(seen.unseen),
     }
 
 

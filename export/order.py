@@ -39,7 +39,7 @@ class Order:
 def files_of(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Names of the layer files, and of the files for everything else with the tensors each holds."""
     count = len(skeleton.layers)
-    inside = {c for i in range(count) for c in skeleton.layer_names(i).values()}
+    inside = {p for i in range(count) for c in skeleton.layer_names(i).values() for p in skeleton.source.parts(c)}
     shards: list[list[str]] = [[]]
     size = 0
     for name, meta in skeleton.source.metas.items():
@@ -66,11 +66,9 @@ def quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
 
 def expected_bytes(skeleton: Skeleton, order: Order) -> int:
     """About how much the artifact will take: 4 bits and a scale for what is quantized, the rest as it is."""
-    packed = {f"{n}.weight" for n in quantized_names(skeleton, order)}
-    total = 0
-    for name, meta in skeleton.source.metas.items():
-        total += int(meta.nbytes / 4 * 1.15) if name in packed else meta.nbytes
-    return total + 16 * 2**20
+    source = skeleton.source
+    packed = sum(source.meta(f"{name}.weight").nbytes for name in quantized_names(skeleton, order))
+    return sum(m.nbytes for m in source.metas.values()) - packed + int(packed / 4 * 1.15) + 16 * 2**20
 
 
 def address(recipe: Recipe, base: Base) -> str:

@@ -6,7 +6,7 @@ Knows nothing of the layers before and after it, and no file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from .grid import Grid, Quantized
 from .lockstep import Stop
 from .method import Problem, Solution, restored
 from .pull import drift_of
+from .routing import HOLD, Routed, apart, counting, of_experts, owner, portions
 from .skeleton import Skeleton, set_parameter
 from .steps import STEPS, solve
 
@@ -35,12 +36,14 @@ class Tokens:
 @dataclass(frozen=True)
 class Layer:
     """One finished decoder layer. `solution` is None for one that was already on disk, `tokens` when no inputs were
-    needed. `left_out` counts the tokens whose activations were not finite, so that they were not calibrated on."""
+    needed. `left_out` counts the tokens whose activations were not finite, so that they were not calibrated on;
+    `mixtures` say what the experts saw."""
 
     index: int
     solution: Solution | None
     tokens: Tokens | None
     left_out: int = 0
+    mixtures: tuple[Routed, ...] = ()
 
 
 def quantize_layer(
@@ -51,10 +54,32 @@ def quantize_layer(
     steps: tuple[str, str],
     tokens: int,
     lap: Callable[[str], None],
-) -> tuple[Solution, int]:
+    *,
+    media: Sequence[Tensor] = (),
+) -> tuple[Solution, int, tuple[Routed, ...]]:
     """Quantize `groups` of the layer at `stop` by (method, quality) `steps`, and leave the result in the layer as an
-    engine will hold it. `tokens` are all ranks'. Also returned: how many tokens were left out, their activations not
-    finite. ValueError for a checkpoint whose weights or activations say nothing."""
+    engine will hold it. `tokens` are all ranks'; `media[call.number]`, bool [tokens], says which of a call's tokens
+    stand for pictures. Also returned: how many tokens were left out, their activations not finite, and what the
+    experts saw. ValueError for a checkpoint whose weights or activations say nothing."""
+    common, inside = apart(stop.layer, groups)
+    solution, left_out = Solution({}), 0
+    if common:
+        solution, left_out = _quantize_common(skeleton, stop, common, grid, steps, tokens, lap)
+    if not inside:
+        return solution, left_out, ()
+    more, lost, mixtures = _quantize_experts(skeleton, stop, inside, grid, steps, tokens, lap, media)
+    return joined(solution, more), max(left_out, lost), mixtures
+
+
+def _quantize_common(
+    skeleton: Skeleton,
+    stop: Stop,
+    groups: tuple[Group, ...],
+    grid: Grid,
+    steps: tuple[str, str],
+    tokens: int,
+    lap: Callable[[str], None],
+) -> tuple[Solution, int]:
     original = dict(stop.layer.named_parameters())
     pairs = list(zip(stop.calls[::2], stop.calls[1::2], strict=True)) if STEPS[steps].pull else []
     grams, left_out = collect_grams(replace(stop, calls=[a for a, _ in pairs]) if pairs else stop, groups)
@@ -74,11 +99,64 @@ def quantize_layer(
 
     solution = sound(solve(problem, grid, STEPS[steps], lap, fresh=fresh if pairs else None), stop.index)
     del grams, problem, weights
+    put(skeleton, stop, solution)
+    return solution, left_out
+
+
+def _quantize_experts(
+    skeleton: Skeleton,
+    stop: Stop,
+    groups: tuple[Group, ...],
+    grid: Grid,
+    steps: tuple[str, str],
+    tokens: int,
+    lap: Callable[[str], None],
+    media: Sequence[Tensor],
+) -> tuple[Solution, int, tuple[Routed, ...]]:
+    """The experts, after the rest of the layer is quantized, so many at a time as their Gram matrices leave room for.
+    Which experts a token goes to differs between the quantized and the 16-bit model, so there is nothing to pull to."""
+    plain = replace(STEPS[steps], pull=False)
+    mine = replace(stop, calls=stop.calls[::2]) if STEPS[steps].pull else stop
+    solution, left_out, mixtures = Solution({}), 0, ()
+    for portion in portions(stop.layer, groups):
+        with counting(stop.layer, media) as (before, seen):
+            grams, lost = collect_grams(mine, portion, hold=HOLD, before=before)
+            mixtures = seen()  # the same each time
+        few = of_experts(portion, mixtures, "few")
+        if few:
+            for group in few:
+                grams.pop(group, None)
+            every, also = collect_grams(mine, few, everything=few, hold=HOLD)
+            grams, lost = grams | every, max(lost, also)
+        lap("forward and Gram matrices")
+        counts = {seen.path: seen.tokens for seen in mixtures}
+        fewer = {g: counts[path][number] for g in portion if g not in set(few) for path, number in [owner(g)]}
+        names = [f"{n}.weight" for g in portion for n in g.linears]
+        weights = {n: stop.layer.get_parameter(n).detach() for n in names}
+        problem = Problem(weights, portion, grams, skeleton.stored, tokens=tokens, fewer=fewer)
+        solved = sound(solve(problem, grid, plain, lap), stop.index)
+        del grams, problem, weights
+        put(skeleton, stop, solved)
+        solution, left_out = joined(solution, solved), max(left_out, lost)
+    return solution, left_out, mixtures
+
+
+def put(skeleton: Skeleton, stop: Stop, solution: Solution) -> None:
+    """Leave a solution in the layer, as an engine will hold it."""
     for name, value in solution.changed.items():
         set_parameter(stop.layer, name, ready(skeleton, value))
     for name, value in solution.quantized.items():
         set_parameter(stop.layer, f"{name}.weight", ready(skeleton, restored(value)))
-    return solution, left_out
+
+
+def joined(one: Solution, other: Solution) -> Solution:
+    """Two solutions of different linears as one."""
+    return Solution(
+        {**one.quantized, **other.quantized},
+        {**one.changed, **other.changed},
+        {**one.errors, **other.errors},
+        {**one.fallbacks, **other.fallbacks},
+    )
 
 
 def sound(solution: Solution, index: int) -> Solution:

@@ -7,7 +7,7 @@ tokens of the layer instead. Knows no method and no file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ HELD = 2**32  # bytes of experts' Gram matrices at a time
 
 
 @dataclass(frozen=True)
-class Seen:
+class Routed:
     """Tokens of the calibration that each expert of one layer's mixture got, those of text and of pictures; the
     experts that got fewer than `floor` and so were calibrated on all tokens of the layer, and those of them that got
     none."""
@@ -52,7 +52,7 @@ class Seen:
 @contextmanager
 def counting(
     layer: nn.Module, media: Sequence[Tensor]
-) -> Iterator[tuple[Callable[[Call], None], Callable[[], tuple[Seen, ...]]]]:
+) -> Iterator[tuple[Callable[[Call], None], Callable[[], tuple[Routed, ...]]]]:
     """While a layer runs, count what its experts get. `media[call.number]`, bool [tokens], says which of a call's
     tokens stand for pictures. Yielded: what is to be told of each call before it runs, and what gives the counts of
     all ranks afterwards."""
@@ -81,11 +81,12 @@ def counting(
         counts[path] = torch.zeros(2, len(experts), dtype=torch.int64, device=device)
         handles.append(experts.register_forward_pre_hook(hook(path), with_kwargs=True))
 
-    def seen() -> tuple[Seen, ...]:
+    def seen() -> tuple[Routed, ...]:
         found = []
-        for path, experts in mixtures.items():
-            text, pictures = total(counts[path]).tolist()
-            found.append(Seen(path, tuple(text), tuple(pictures), floor_of(experts[0].gate_proj.in_features)))
+        for path, count in counts.items():
+            text, pictures = total(count).tolist()
+            width = layer.get_parameter(f"{path}.0.gate_proj.weight").shape[1]
+            found.append(Routed(path, tuple(text), tuple(pictures), floor_of(width)))
         counts.clear()
         return tuple(found)
 
@@ -114,7 +115,7 @@ def owner(group: Group) -> tuple[str, int]:
     return path, int(number)
 
 
-def of_experts(groups: Sequence[Group], mixtures: Sequence[Seen], which: str) -> tuple[Group, ...]:
+def of_experts(groups: Sequence[Group], mixtures: Sequence[Routed], which: str) -> tuple[Group, ...]:
     """Those groups whose experts are among `few` or `unseen` of their mixture."""
     chosen = {(seen.path, number) for seen in mixtures for number in getattr(seen, which)}
     return tuple(g for g in groups if owner(g) in chosen)

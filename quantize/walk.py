@@ -86,14 +86,17 @@ def walk(
         read_ahead(skeleton, 0)
         load(skeleton, embeddings(skeleton))
         base = skeleton.module.base_model
+        pictures: list[Tensor] = []  # by call, bool [tokens]: which of them stand for pictures
 
         def calls() -> Iterator[Callable[[], Any]]:
             for inputs in micro_batches(skeleton, own(samples), tokens=micro_batch):
                 ids = inputs["input_ids"]
-                media = int(media_mask(skeleton, ids).sum())
+                mask = media_mask(skeleton, ids).flatten()
+                media = int(mask.sum())
                 for number, more in enumerate((len(ids), ids.numel() - media, media)):
                     counted[number] += more
                 for _ in range(1 + both):
+                    pictures.append(mask)
                     yield lambda inputs=inputs: base(**inputs, use_cache=False)
                 for tensor in inputs.values():
                     if tensor.is_floating_point():  # pixels: the vision tower has seen them, and the frames hold them
@@ -112,16 +115,16 @@ def walk(
                     read_ahead(skeleton, stop.index + 1)
                 lap("load")
                 original = dict(stop.layer.named_parameters()) if both else {}
-                solution, left_out = None, 0
+                solution, left_out, mixtures = None, 0, ()
                 if stop.index in done:
                     assert finished is not None
                     for name, value in finished(stop.index).items():
                         set_parameter(stop.layer, name, ready(skeleton, value))
                 else:
-                    solution, left_out = quantize_layer(
-                        skeleton, stop, plan[stop.index], grid, (method, quality), sum(counted[1:]), lap
+                    solution, left_out, mixtures = quantize_layer(
+                        skeleton, stop, plan[stop.index], grid, (method, quality), sum(counted[1:]), lap, media=pictures
                     )
-                layer = Layer(stop.index, solution, Tokens(*counted), left_out)
+                layer = Layer(stop.index, solution, Tokens(*counted), left_out, mixtures)
                 note = _note(layer)
                 yield layer
                 del layer, solution
@@ -161,7 +164,7 @@ def _warm(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], grid: Grid)
     kernels = fused(torch.empty(0, device=skeleton.device))
     prefix, groups = skeleton.layer_prefix(0), next(iter(plan.values()))
     names = [skeleton.names[f"{prefix}{g.linears[0]}.weight"] for g in groups]
-    widths = [skeleton.source.metas[n].shape[1] for n in names]
+    widths = [skeleton.source.meta(n).shape[1] for n in names]
     if kernels is None:
         return READERS.submit(lambda: None)
     return READERS.submit(kernels.warm, grid, widths, skeleton.device)
@@ -191,4 +194,7 @@ def _note(layer: Layer) -> str:
     told = [] if worst is None else [f"error {mean:.2e}, most in {worst} {errors[worst]:.2e}"]
     told += [f"{len(layer.solution.fallbacks)} plainly rounded"] if layer.solution.fallbacks else []
     told += [f"{layer.left_out} tokens left out"] if layer.left_out else []
+    few, unseen = (sum(len(getattr(seen, kind)) for seen in layer.mixtures) for kind in ("few", "unseen"))
+    told += [f"{few} experts given all tokens"] if few else []
+    told += [f"{unseen} of them unseen"] if unseen else []
     return "; ".join(told)
