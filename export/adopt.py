@@ -169,7 +169,7 @@ def _their_names(skeleton: Skeleton, packed: Packed) -> dict[str, str]:
     """Module parameter name -> the folder's tensor name, `<linear>.weight` where it is packed."""
     shown = {n: m for n, m in packed.source.metas.items() if packed.owner(n) is None}
     shown |= {f"{linear}.weight": Meta((), None, 0) for linear in packed.linears}
-    names = checkpoint_names(skeleton.module, dataclasses.replace(packed.source, metas=shown))
+    names, _ = checkpoint_names(skeleton.module, dataclasses.replace(packed.source, metas=shown))
     taken = set(names.values())
     for name in shown:  # a bias that the base does not have, as some packers add
         if name not in taken and name.rpartition(".")[0] in packed.linears and packed.source.get(name).any():

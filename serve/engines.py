@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
+from ..export.subject import read_subject
 from .flags import Flag, Launch, given, merged, number
 from .machine import GIB, Machine
 from .rules.rule import judge
-from .rules.subject import read_subject
 from .rules.verdicts import PLACES, setting_of
 from .shape import Shape, read_shape
 

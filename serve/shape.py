@@ -5,12 +5,12 @@ Reads config.json and the weight files' sizes with the standard library. Knows n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..export.subject import read_config, text_config
 from ..recipes.folder import shard_names
 
 # layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
@@ -28,28 +28,6 @@ class Shape:
     quantized: str | None  # quantization_config's quant_method, None for 16 bit
     vision: bool
     dtype: str
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. OSError where there is none or it is not JSON."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise OSError(f"{folder}: no config.json; give the folder of an artifact or of a Hugging Face checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise OSError(f"{path}: not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise OSError(f"{path}: a model's config is a JSON object")
-    return config
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config; the whole where the keys stand at the top (older checkpoints)."""
-    for key in ("text_config", "llm_config", "language_config"):
-        if isinstance(config.get(key), Mapping):
-            return config[key]
-    return config
 
 
 def kv_token_bytes(config: Mapping[str, Any], *, itemsize: int = 2) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...export.subject import Subject
 from .rule import (
     Finding,
     Place,
@@ -16,7 +17,6 @@ from .rule import (
     is_expert,
     whole,
 )
-from .subject import Subject
 from .vllm import remote_code
 
 SEEN = "0.18.0"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .subject import Linear, Subject
+from ...export.subject import Linear, Subject
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_internlm2.py", "merges.txt")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from .names import SAME, SGLANG, SGLANG_LISTS
+from ...export.names import SAME, SGLANG, SGLANG_LISTS
+from ...export.subject import Subject
 from .rule import (
     ROUTERS,
     Finding,
@@ -21,7 +22,6 @@ from .rule import (
     matches,
     whole,
 )
-from .subject import Subject
 from .vllm import MARLIN_GROUPS, per_rank, remote_code
 
 SEEN = "0.5.23"

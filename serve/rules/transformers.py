@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .names import SAME, TRANSFORMERS
+from ...export.names import SAME, TRANSFORMERS
+from ...export.subject import Subject
 from .rule import Finding, Place, Setting, disagreement, files_there, matches, whole
-from .subject import Subject
 from .vllm import REMOTE_TYPES
 
 SEEN = "5.19.0"

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...export.subject import read_subject
 from . import lmdeploy, sglang, transformers, vllm
 from .rule import Place, Setting, Verdict, judge
-from .subject import read_subject
 
 PLACES: tuple[Place, ...] = (
     *vllm.PLACES,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from .names import VLLM
+from ...export.names import VLLM
+from ...export.subject import Linear, Subject
 from .rule import (
     Finding,
     Place,
@@ -21,7 +22,6 @@ from .rule import (
     release,
     whole,
 )
-from .subject import Linear, Subject
 from .vllm_lists import awq_believed, bnb_believed, compressed_believed, gptq_believed
 
 SEEN = "0.32.0"

@@ -13,14 +13,35 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...recipes.folder import headers, shard_names
-from ..shape import read_config, text_config
+from ..recipes.folder import headers, shard_names
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # two-dimensional weights that no engine treats as a linear: lookups, and the head, which has rules of its own
 LOOKUPS = re.compile(r"(embed_tokens|tok_embeddings|wte|wpe|word_embeddings|embeddings?|pos_embed|position_embedding)$")
 HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out)$")
 NF4 = "quant_state.bitsandbytes__nf4"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. OSError where there is none or it is not JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OSError(f"{folder}: no config.json; give the folder of an artifact or of a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise OSError(f"{path}: not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise OSError(f"{path}: a model's config is a JSON object")
+    return config
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config; the whole where the keys stand at the top (older checkpoints)."""
+    for key in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), Mapping):
+            return config[key]
+    return config
 
 
 @dataclass(frozen=True)
