@@ -29,7 +29,7 @@ from .artifact import Artifact, check_disk, finish
 from .beside import copy_small_files, write_config, write_index
 from .order import Order, address, expected_bytes, files_of, quantized_names, versions
 from .packing import LAYOUTS, unpack_gptq
-from .view import packed_linears
+from .view import packed_linears, packed_shape
 from .writer import Writer
 
 
@@ -168,7 +168,8 @@ def adopt(
 def _their_names(skeleton: Skeleton, packed: Packed) -> dict[str, str]:
     """Module parameter name -> the folder's tensor name, `<linear>.weight` where it is packed."""
     shown = {n: m for n, m in packed.source.metas.items() if packed.owner(n) is None}
-    shown |= {f"{linear}.weight": Meta((), None, 0) for linear in packed.linears}
+    shapes = {n: packed_shape(n, packed.format, packed.source) for n in packed.linears}
+    shown |= {f"{linear}.weight": Meta(shape, None, 0) for linear, shape in shapes.items()}
     names, _ = checkpoint_names(skeleton.module, dataclasses.replace(packed.source, metas=shown))
     taken = set(names.values())
     for name in shown:  # a bias that the base does not have, as some packers add

@@ -90,7 +90,7 @@ def view(folder: Path) -> Source:
     dtypes = [m.dtype for m in metas.values() if m.dtype is not None]
     common = max(set(dtypes), key=dtypes.count) if dtypes else torch.bfloat16
     for linear in linears:
-        shape = _shape(linear, format, raw)
+        shape = packed_shape(linear, format, raw)
         metas[f"{linear}.weight"] = Meta(shape, common, 2 * shape[0] * shape[1])
 
     def get(name: str) -> Tensor:
@@ -100,7 +100,7 @@ def view(folder: Path) -> Source:
     return Source(folder, metas, get)
 
 
-def _shape(linear: str, format: str, raw: Source) -> tuple[int, int]:
+def packed_shape(linear: str, format: str, raw: Source) -> tuple[int, int]:
     """[out, in] of a packed linear."""
     if format == "bnb":
         state = json.loads(bytes(raw.get(f"{linear}.weight.{NF4_STATE}").tolist()))
