@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ..export.artifact import Artifact
 from ..export.view import packed_linears, view
-from ..quantize.inputs import answer_mask, encode
+from ..quantize.inputs import answer_mask, encode, suited
 from ..quantize.lockstep import Lockstep
 from ..quantize.plan import linears
 from ..quantize.skeleton import Skeleton, build, load_layer, load_outside, release, release_layer, vision
 from ..quantize.source import open_source
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Limits
-from ..recipes.samples import Sample
+from ..recipes.samples import Sample, blind
 from .generate import answers, fits
 from .measure import Tokens, common_prefix, compare_logits, divergence, repeats, summary
 
@@ -73,6 +73,7 @@ def check(
     if not samples:
         raise ValueError("no sample to check on: each must end in an assistant's answer")
     before, after = build(base, device=device), build(artifact.path, source=view(artifact.path), device=device)
+    samples = suited(before, samples)
     coverage = _coverage(artifact, before)
     with torch.no_grad():
         walked = walk_both(before, after, samples, tell=tell)
@@ -87,8 +88,8 @@ def check(
             "kind": _kind(sample),
             "mean_kl": float(t.kl.mean()),
             "answer": sample.answer,
-            "fp16": before.processor.tokenizer.decode(a, skip_special_tokens=True),
-            "int4": after.processor.tokenizer.decode(b, skip_special_tokens=True),
+            "fp16": before.words.decode(a, skip_special_tokens=True),
+            "int4": after.words.decode(b, skip_special_tokens=True),
             "prefix": common_prefix(a, b),
             "length": len(a),
             "repeats": repeats(b) and not repeats(a),
@@ -103,17 +104,6 @@ def check(
 
 def _kind(sample: Sample) -> str:
     return "image" if sample.images or sample.videos else "text"
-
-
-def blind(sample: Sample) -> Sample:
-    """The same conversation with its pictures and videos taken out."""
-    messages = []
-    for message in sample.messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [part for part in content if part["type"] == "text"]
-        messages.append({**message, "content": content})
-    return replace(sample, messages=messages, images=(), videos=())
 
 
 def walk_both(before: Skeleton, after: Skeleton, samples: Sequence[Sample], *, tell: Tell = silent) -> Walked:

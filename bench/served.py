@@ -20,12 +20,12 @@ from ..export.view import view
 from ..quantize.skeleton import build
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Limits
-from ..recipes.samples import Sample, as_openai
+from ..recipes.samples import Sample, as_openai, blind
 from ..serve.client import connect, plain_errors
 from ..serve.engines import plan
 from ..serve.launch import free_port, running
 from ..serve.machine import this_machine
-from .check import Checked, blind, walk_both
+from .check import Checked, walk_both
 
 
 def check_served(

@@ -15,6 +15,7 @@ import torch
 
 from ..quantize import memory as budget
 from ..quantize.grid import Grid
+from ..quantize.inputs import suited
 from ..quantize.memory import Memory
 from ..quantize.plan import check_groups, linears
 from ..quantize.ranks import agreed, rank, world
@@ -57,6 +58,7 @@ def make(
     if recipe.method in CALIBRATED and len(samples) < world():
         raise ValueError(f"{len(samples)} samples for {world()} processes: each needs at least one")
     skeleton = build(base.path, device=device)
+    samples = suited(skeleton, samples)
     plan = linears(skeleton, recipe.keep)
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)
     if recipe.method != "bnb":
@@ -125,6 +127,7 @@ def make(
             "calibration": None if tokens is None else {"name": calibration, "digest": marks["calibration"], **tokens},
             "quantized": sorted(quantized_names(skeleton, order)),
             "layers": [{k: v for k, v in n.items() if k != "tokens"} for n in notes],
+            "notes": list(skeleton.notes),
             "versions": versions(),
         },
     )

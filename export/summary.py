@@ -55,6 +55,7 @@ def rows(artifact: Artifact, told: Mapping[str, Any]) -> list[list[str]]:
     if told.get("fallbacks"):
         name, why = next(iter(told["fallbacks"].items()))
         found.append(["rounded to nearest", f"{len(told['fallbacks'])} linears, all in mmq.json; {name}: {why}"])
+    found += [["note", note] for note in manifest.get("notes", ())]
     return found
 
 

@@ -53,9 +53,9 @@ def open_model(folder: Path, config: dict[str, Any], *, dtype: torch.dtype) -> O
     if row is not None:
         code = _code(row)
         with init_empty_weights(include_buffers=False):
-            module = code.build_model(config).to(dtype)
+            module, processor = code.build(folder, config, dtype=dtype)
         rules = tuple(code.rules(module)) if hasattr(code, "rules") else ()
-        return Opened(module, code.build_processor(folder), rules)
+        return Opened(module, processor, rules)
     hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(hf_config, "quantization_config"):
         delattr(hf_config, "quantization_config")

@@ -33,15 +33,15 @@ class Family:
 
 @dataclass(frozen=True)
 class Row:
-    """Checkpoints of these config.json `model_type`s are opened by our own code: the module `code` in this package,
-    with `build_model(config)` (config.json as a dict -> a PreTrainedModel), `build_processor(folder)` and, where names
-    or layouts differ from the checkpoint's, `rules(model)` (transformers' WeightTransforms)."""
+    """Checkpoints of these config.json `model_type`s are opened by our own code: the module `code` of this package,
+    with `build(folder, config, *, dtype)` (config.json as a dict -> the model without weights, and its processor) and,
+    where the checkpoint's names or layouts are others, `rules(model)` (transformers' WeightTransforms)."""
 
     model_types: tuple[str, ...]
     code: str
 
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (Row(("minicpmv", "minicpmo"), "minicpmv.model"),)
 
 # The common shape: pre-norm attention and a gated MLP, as in Llama and all that came of it.
 LLAMA = (

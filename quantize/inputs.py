@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recipes.samples import Sample
+from ..recipes.samples import Sample, blind
 from .skeleton import Skeleton
 
 WAITING = 4  # micro-batches' worth of encoded samples that may wait for others of their shape
@@ -27,10 +27,15 @@ def encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) -> 
     return {k: v.to(skeleton.device) for k, v in inputs.items()}
 
 
+def suited(skeleton: Skeleton, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples as this model can read them: of a text model's the pictures are left out."""
+    return list(samples) if skeleton.sees else [blind(s) for s in samples]
+
+
 def _encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) -> dict[str, Tensor]:
-    processor = skeleton.processor
+    sample, processor = suited(skeleton, [sample])[0], skeleton.processor
     messages = sample.question.messages if prompt_only else sample.messages
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt_only)
+    text = conversation(processor, messages, opened=prompt_only, parts=skeleton.sees)
     media: dict[str, Any] = {}
     if sample.images:
         media["images"] = list(sample.images)
@@ -41,6 +46,32 @@ def _encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) ->
     except (ValueError, TypeError, IndexError) as e:
         raise ValueError(f"the model's processor refuses a sample: {str(e).splitlines()[0]}") from None
     return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+
+
+def conversation(processor: Any, messages: Sequence[Mapping[str, Any]], *, opened: bool, parts: bool) -> str:
+    """The prompt for `messages`, with the assistant's turn opened where asked, by the model's own chat template.
+
+    Text models' templates take words, not `parts`. A template that knows no system message gets it in front of the
+    first question; without a template, roles and words stand line by line. ValueError where the template refuses.
+    """
+    from jinja2 import TemplateError
+
+    said = [m if parts else {**m, "content": _words(m["content"])} for m in messages]
+    if not processor.chat_template:
+        lines = [f"{m['role'].capitalize()}: {m['content']}" for m in said]
+        return "\n".join([*lines, "Assistant:"] if opened else lines)
+    try:
+        return processor.apply_chat_template(said, tokenize=False, add_generation_prompt=opened)
+    except TemplateError as e:
+        if said[0]["role"] != "system" or len(said) < 2:
+            raise ValueError(f"the model's chat template refuses a sample: {str(e).partition(chr(10))[0]}") from None
+        asked, system = said[1]["content"], _words(said[0]["content"])
+        both = f"{system}\n\n{asked}" if isinstance(asked, str) else [{"type": "text", "text": f"{system}\n\n"}, *asked]
+        return conversation(processor, [{**said[1], "content": both}, *said[2:]], opened=opened, parts=parts)
+
+
+def _words(content: str | Sequence[Mapping[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
 def micro_batches(skeleton: Skeleton, samples: Sequence[Sample], *, tokens: int) -> Iterator[dict[str, Tensor]]:
@@ -86,10 +117,11 @@ def media_mask(skeleton: Skeleton, input_ids: Tensor) -> Tensor:
     """bool, as `input_ids`: True where a token stands for a piece of a picture or a video."""
     config = skeleton.module.config
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for key in ("image_token_id", "image_token_index", "video_token_id"):
-        token = getattr(config, key, None)
-        if token is not None:
-            mask |= input_ids == token
+    for part in (config, getattr(config, "vision_config", None)):
+        for key in ("image_token_id", "image_token_index", "video_token_id", "video_token_index"):
+            token = getattr(part, key, None)
+            if isinstance(token, int):
+                mask |= input_ids == token
     return mask
 
 

@@ -53,6 +53,11 @@ class Skeleton:
         """Whether the model has parts for pictures (or sound) beside its text model."""
         return bool(vision(self))
 
+    @property
+    def words(self) -> Any:
+        """The tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
     def layer_prefix(self, index: int) -> str:
         return f"{self.family.layers}.{index}."
 
@@ -105,17 +110,21 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[name] = buffer.to(place)
-    skeleton = Skeleton(module, opened.processor, source, family, names, place, dtype, stored, (*opened.notes, *notes))
-    check_template(folder, skeleton)
-    return replace(skeleton, family=replace(family, skip=skips(skeleton)))
+    skeleton = Skeleton(module, opened.processor, source, family, names, place, dtype, stored)
+    told = (*opened.notes, *notes, *template_notes(folder, skeleton))
+    return replace(skeleton, family=replace(family, skip=skips(skeleton)), notes=told)
 
 
-def check_template(folder: Path, skeleton: Skeleton) -> None:
-    """ValueError when there is no chat template, or when what should read pictures reads only text."""
+def template_notes(folder: Path, skeleton: Skeleton) -> list[str]:
+    """What a user should know of how samples are put to the model. ValueError where pictures cannot be put to it."""
+    notes = [] if skeleton.sees else ["no part of the model reads pictures: calibrated on the samples' words alone"]
     if skeleton.sees and not hasattr(skeleton.processor, "tokenizer"):
         raise ValueError(f"{folder}: no processor for pictures (preprocessor_config.json is missing)")
     if not getattr(skeleton.processor, "chat_template", None):
-        raise ValueError(f"{folder}: no chat template (chat_template.jinja is missing)")
+        if skeleton.sees:
+            raise ValueError(f"{folder}: no chat template (chat_template.jinja is missing)")
+        notes.append("no chat template: samples are put as 'User: ...' and 'Assistant: ...'")
+    return notes
 
 
 def skips(skeleton: Skeleton) -> tuple[str, ...]:

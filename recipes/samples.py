@@ -72,6 +72,17 @@ def _places(messages: list[dict[str, Any]], kind: str) -> int:
     return sum(part["type"] == kind for part in parts)
 
 
+def blind(sample: Sample) -> Sample:
+    """The same conversation with its pictures and videos taken out."""
+    messages = []
+    for message in sample.messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [part for part in content if part["type"] == "text"]
+        messages.append({**message, "content": content})
+    return replace(sample, messages=messages, images=(), videos=())
+
+
 def load(source: str | Path, *, count: int | None = None) -> list[Sample]:
     """The first `count` samples (None: all) of a JSONL file, a folder with *.jsonl, or a folder of pictures.
 

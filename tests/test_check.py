@@ -14,13 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmq.bench.check import Checked, blind, check
+from mmq.bench.check import Checked, check
 from mmq.bench.measure import common_prefix, compare_logits, repeats, summary
 from mmq.export.artifact import MANIFEST, finish, open_artifact
 from mmq.export.packing import AWQ_ORDER, pack_last, unpack_last
 from mmq.recipes.pebble import model_folder
 from mmq.recipes.pebble.tasks import exact, samples
 from mmq.recipes.recipe import Limits, recipe_for
+from mmq.recipes.samples import blind
 
 Artifact = Callable[..., Path]
 COUNT = 52  # four of each task
