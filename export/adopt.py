@@ -230,7 +230,8 @@ def _layer(skeleton: Skeleton, order: Order, packed: Packed, names: Mapping[str,
         if inside in quantized:
             linear = name.removesuffix(".weight")
             x = _on_grid(packed.get(theirs.removesuffix(".weight")), order.grid, theirs)
-            tensors |= {f"{linear}.{suffix}": t for suffix, t in _pack(x, order.format, skeleton.stored).items()}
+            packing = pack_lossless(x, order.format, skeleton.stored)
+            tensors |= {f"{linear}.{suffix}": t for suffix, t in packing.items()}
         else:
             changed = _changed(skeleton, packed, prefix + inside, theirs)
             tensors[name] = skeleton.source.get(name) if changed is None else changed
@@ -246,7 +247,7 @@ def _on_grid(x: Quantized, grid: Grid, name: str) -> Quantized:
     return dataclasses.replace(x, symmetric=grid.symmetric)
 
 
-def _pack(x: Quantized, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def pack_lossless(x: Quantized, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Packed without loss: a scale that the format's usual dtype does not hold is kept in float32."""
     tensors = LAYOUTS[format].pack(x, dtype)
     scale = "weight_scale" if format == "compressed-tensors" else "scales"

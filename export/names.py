@@ -8,6 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))  # linears that engines make one
+INTO = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "w1": "gate_up_proj"}  # what the first's name becomes
+
+
+def shards(linear: str) -> tuple[str, ...]:
+    """The linears that engines fuse with `linear`, itself among them; itself alone where nothing is fused."""
+    head, _, leaf = linear.rpartition(".")
+    return next((tuple(f"{head}.{n}" for n in group) for group in FUSED if leaf in group), (linear,))
+
+
+def fused_name(module: str) -> str:
+    """The name that a linear has once an engine has fused it; its own where it is not."""
+    head, _, leaf = module.rpartition(".")
+    for group in FUSED:
+        if leaf in group:
+            return f"{head}.{INTO[group[0]]}"
+    return module
+
 
 @dataclass(frozen=True)
 class Names:

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ...export.names import shards
 from ...export.subject import Linear, Subject
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_internlm2.py", "merges.txt")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -86,12 +86,6 @@ def first_of(names: Iterable[str]) -> str:
     return found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
 
 
-def shards(linear: str) -> tuple[str, ...]:
-    """The linears that engines fuse with `linear`, itself among them; itself alone where nothing is fused."""
-    head, _, leaf = linear.rpartition(".")
-    return next((tuple(f"{head}.{n}" for n in group) for group in FUSED if leaf in group), (linear,))
-
-
 def fused_groups(subject: Subject) -> Iterator[tuple[Linear, ...]]:
     """Each set of linears that engines fuse into one and of which the checkpoint has all."""
     seen: set[str] = set()
@@ -102,17 +96,7 @@ def fused_groups(subject: Subject) -> Iterator[tuple[Linear, ...]]:
             yield tuple(subject.linears[n] for n in names)
 
 
-INTO = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "w1": "gate_up_proj"}
 ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)$")  # never quantized, in any engine
-
-
-def fused_name(module: str) -> str:
-    """The name that a linear has once an engine has fused it; its own where it is not."""
-    head, _, leaf = module.rpartition(".")
-    for group in FUSED:
-        if leaf in group:
-            return f"{head}.{INTO[group[0]]}"
-    return module
 
 
 def expert_module(module: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from ...export.names import SAME, SGLANG, SGLANG_LISTS
+from ...export.names import SAME, SGLANG, SGLANG_LISTS, fused_name
 from ...export.subject import Subject
 from .rule import (
     ROUTERS,
@@ -17,7 +17,6 @@ from .rule import (
     files_there,
     first_of,
     fused_alike,
-    fused_name,
     heads_divide,
     matches,
     whole,

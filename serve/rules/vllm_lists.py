@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ...export.names import SAME, VLLM, Names
+from ...export.names import SAME, VLLM, Names, fused_name
 from ...export.subject import FLOATS, Subject
-from .rule import ROUTERS, expert_module, fused_name, matches
+from .rule import ROUTERS, expert_module, matches
 
 
 def awq_believed(subject: Subject) -> Callable[[str], bool]:

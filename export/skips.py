@@ -1,0 +1,52 @@
+"""The list of what stays in 16 bit, spelled so that every engine reads it alike: from headers alone, for any folder.
+
+Each engine compares the list with its own names, by its own rule (see config.py and names.py); so each linear that is
+not packed is there in every spelling, and each part of the model that holds nothing packed as a prefix with its dot.
+Knows no tensor's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from .names import SAME, SGLANG, SGLANG_LISTS, TRANSFORMERS, VLLM, fused_name, shards
+from .subject import Subject
+
+TABLES = (VLLM, SGLANG, SGLANG_LISTS, TRANSFORMERS)
+
+
+def skip_lists(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(prefixes that end in a dot, full names of linears): together what is in 16 bit, in all spellings.
+
+    A prefix that would also be found within the name of a packed linear, as any engine spells it, is left out; the
+    full names then say it all.
+    """
+    spellings = [SAME, *(table[subject.architecture] for table in TABLES if subject.architecture in table)]
+    packed = {s.linear(x.name) for x in subject.packed for s in spellings}
+    left = [x.name for x in subject.linears.values() if not x.packed]
+    parts = dict.fromkeys(p for name in left if (p := _part(name, [x.name for x in subject.packed])))
+    prefixes = dict.fromkeys(new for part in parts for s in spellings if (new := s(part)))
+    prefixes = [p for p in prefixes if not any(p in name for name in packed)]
+    if subject.head is None or not subject.head.packed:
+        prefixes.append("lm_head")
+    names = dict.fromkeys(s.linear(name) for name in (*left, *_fused(left)) for s in spellings)
+    heads = [] if subject.head is None or subject.head.packed else [subject.head.name]
+    return tuple(prefixes), tuple(dict.fromkeys([*heads, *names]))
+
+
+def _part(name: str, packed: Iterable[str]) -> str | None:
+    """The shortest part of the model, as `visual.`, that holds `name` and nothing packed; None where there is none."""
+    words = name.split(".")
+    for end in range(1, len(words)):
+        part = ".".join(words[:end]) + "."
+        if not any(p.startswith(part) for p in packed):
+            return part
+    return None
+
+
+def _fused(left: Iterable[str]) -> Iterator[str]:
+    """The fused names of what is wholly left: SGLang looks for these alone."""
+    here = set(left)
+    for name in left:
+        if len(shards(name)) > 1 and all(n in here for n in shards(name)):
+            yield fused_name(name)
