@@ -54,6 +54,7 @@ recipe_options = (  # each has the name of the recipe's key that it replaces
     click.option("--group-size", type=int, help="Input columns that share a scale: 32, 64 or 128."),
     click.option("--symmetric/--asymmetric", default=None, help="Default: what the format's engines want."),
     click.option("--keep", multiple=True, metavar="PREFIX", help="Leave modules of this name in 16 bit. Repeatable."),
+    click.option("--head", type=click.Choice(["16bit", "int4"]), help="The output head.  [default: 16bit]"),
     click.option("--calibration", metavar="NAME|FILE|FOLDER", help="drawn, text, a JSONL file or a folder."),
     click.option("--samples", type=int, help="Calibration samples to use."),
 )

@@ -187,6 +187,8 @@ def _coverage(artifact: Artifact, before: Skeleton) -> dict[str, float]:
     for index, groups in plan.items():
         names = before.layer_names(index)
         intended |= {names[f"{n}.weight"].removesuffix(".weight") for g in groups for n in g.linears}
+    if artifact.manifest.get("head"):
+        intended.add(artifact.manifest["head"]["name"])
     found = packed_linears(open_source(artifact.path).metas, artifact.format)
     return {"coverage": len(intended & found) / len(intended), "unintended": float(len(found - intended))}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..export.config import check_head
 from ..export.config import settle as settle_own
 from ..recipes.hub import fetch
 from ..recipes.progress import Tell, silent
@@ -42,8 +43,12 @@ def settle(model: str, *, backend: str | None = None, out: Path | None = None, *
     recipe = with_options(recipe_for(model), **(options | ({"method": None} if backend else {})))
     check_calibration(recipe.calibration)
     if backend is None:
-        settle_own(recipe.method, recipe.symmetric, recipe.format)
+        symmetric, format = settle_own(recipe.method, recipe.symmetric, recipe.format)
+        if recipe.head == "int4":
+            check_head(format, symmetric)
         return Job(recipe, out or Path(f"out-{recipe.method}"))
+    if recipe.head == "int4":
+        raise ValueError("an int4 head is mmq's own; the backends leave it in 16 bit: leave --head out")
     grid: dict[str, Any] = {"symmetric": recipe.symmetric, "format": recipe.format}
     asked = settle_backend(backend, method=method, keep=recipe.keep, **grid)
     return Job(recipe, out or Path(f"out-{backend}-{asked.method}"), asked)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..export.make import make
-from ..quantize.grid import Grid
 from ..recipes.hub import Base
 from ..recipes.recipe import Recipe
 from ..recipes.samples import Sample
@@ -26,25 +25,22 @@ from .peer import PEERS, quantize_with
 class Variant:
     """One way to quantize. `make(base, samples, out)` writes an artifact into the folder `out`, which is not there yet;
     `calibration` names the set the samples are of; `mark` is all that tells this variant from another, as JSON takes
-    it: a run on disk counts as done only under the same mark. `head`: the grid that the output head is rounded to when
-    the artifact is measured; an estimate of what that would cost, for mmq leaves the head in 16 bit."""
+    it: a run on disk counts as done only under the same mark."""
 
     name: str
     make: Callable[[Path, Sequence[Sample], Path], object]
     mark: Mapping[str, Any]
     calibration: str = "drawn"
-    head: Grid | None = None
 
 
-def by_mmq(name: str, *, calibration: str = "drawn", head: Grid | None = None, **fields: Any) -> Variant:
+def by_mmq(name: str, *, calibration: str = "drawn", **fields: Any) -> Variant:
     """A variant that `mmq quantize` makes; `fields` are those of a Recipe."""
 
     def quantize(base: Path, calibrated: Sequence[Sample], out: Path) -> None:
         recipe = Recipe(name, str(base), calibration=calibration, samples=len(calibrated), **fields)
         make(recipe, Base(base, base.name, "local", None), out, samples=calibrated, calibration=calibration)
 
-    mark = {"mmq": fields, "code": _code(), "calibration": calibration} | ({"head": repr(head)} if head else {})
-    return Variant(name, quantize, mark, calibration, head)
+    return Variant(name, quantize, {"mmq": fields, "code": _code(), "calibration": calibration}, calibration)
 
 
 def by_peer(name: str, backend: str, *, method: str, symmetric: bool, calibration: str = "drawn") -> Variant:
@@ -96,7 +92,8 @@ OURS = (
     *(by_mmq(f"rtn-g{g}", method="rtn", group_size=g) for g in (32, 64)),
     *(by_mmq(_name(m, q, f"g{g}"), method=m, quality=q, group_size=g) for m, q in LEVELS for g in (32, 64)),
     *(by_mmq(_name(m, q, "text-only"), method=m, quality=q, calibration="text") for m, q in LEVELS),
-    by_mmq("awq-int4-head", method="awq", head=Grid()),
+    *(by_mmq(_name(m, q, "int4-head"), method=m, quality=q, head="int4") for m, q in LEVELS),
+    by_mmq("rtn-int4-head", method="rtn", head="int4"),
 )
 THEIRS = (
     by_peer("llmcompressor-awq", "llmcompressor", method="awq", symmetric=False),

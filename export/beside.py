@@ -17,6 +17,7 @@ from .config import CONFIGS, Packing
 from .order import Order, quantized_names
 
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
+TEXT = ("text_config", "llm_config", "language_config")  # where a config keeps its text model's
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")
 
 
@@ -31,18 +32,26 @@ def write_index(order: Order) -> None:
 
 
 def write_config(skeleton: Skeleton, order: Order) -> None:
-    """The base's config.json as it stands, and the quantization it now has."""
+    """The base's config.json as it stands, and the quantization it now has. A packed head is no longer the embeddings'
+    weight, whatever it was."""
     quantized = set(quantized_names(skeleton, order))
     spelled = {n.removesuffix(".weight"): c.removesuffix(".weight") for n, c in skeleton.names.items()}
+    skip, head = skeleton.family.skip, order.head
+    if head:
+        spelled[head.name] = head.stored
+        skip = tuple(s for s in skip if s not in f"{head.name}." and s not in f"{head.stored}.")
     skipped = []
     for name, module in skeleton.module.named_modules():
         if _is_matrix(name, module, skeleton) and spelled.get(name) not in quantized:
             skipped += [name, spelled.get(name, name)]
     dtype = str(skeleton.stored).removeprefix("torch.")
     packing = Packing(
-        order.format, order.grid.group_size, order.grid.symmetric, skeleton.family.skip, tuple(skipped), dtype
+        order.format, order.grid.group_size, order.grid.symmetric, skip, tuple(skipped), dtype, head is not None
     )
     config = read_config(order.base.path)
+    if head and head.tied:
+        for part in (config, *(config[key] for key in TEXT if isinstance(config.get(key), dict))):
+            part["tie_word_embeddings"] = False
     config["quantization_config"] = CONFIGS[order.format](packing)
     write_json(order.out / "config.json", config)
 

@@ -17,7 +17,8 @@ class Packing:
     """What a config must say: the format, its grid, and the names of the linears left in 16 bit.
 
     `skipped`: module names (checkpoint's and transformers' spellings) of linears that are not quantized;
-    `skip`: the family's substrings for them.
+    `skip`: the family's substrings for them; `head`: whether the output head is packed too, which no entry of
+    these may then cover.
     """
 
     format: str
@@ -26,6 +27,7 @@ class Packing:
     skip: tuple[str, ...]
     skipped: tuple[str, ...]
     dtype: str  # "bfloat16" or "float16": what bitsandbytes computes in
+    head: bool = False
 
 
 def awq(p: Packing) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def awq(p: Packing) -> dict[str, Any]:
         "group_size": p.group_size,
         "zero_point": True,
         "modules_to_not_convert": _unique([*p.skip, *p.skipped]),
+        **({"lm_head": True} if p.head else {}),  # vLLM's key: without it, it looks for 16-bit weights there
     }
 
 
@@ -52,7 +55,7 @@ def gptq(p: Packing) -> dict[str, Any]:
         "desc_act": False,
         "static_groups": True,
         "true_sequential": True,
-        "lm_head": False,
+        "lm_head": p.head,
         "damp_percent": 0.01,
     }
 
@@ -65,7 +68,7 @@ def compressed_tensors(p: Packing) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
-                "targets": ["Linear"],
+                "targets": ["Linear", *(["re:.*lm_head$"] if p.head else [])],  # vLLM's head is no Linear
                 "format": "pack-quantized",
                 "weights": {
                     "num_bits": 4,
@@ -110,6 +113,23 @@ HOLDS: Mapping[tuple[str, bool], tuple[str, ...]] = {
     ("gptq", False): ("awq", "compressed-tensors"),
     ("bnb", False): ("bnb",),
 }
+
+
+def check_head(format: str, symmetric: bool, rows: int | None = None) -> None:
+    """ValueError where no engine loads a packed output head of so many `rows` (None: not known yet) in this format.
+
+    By vLLM 0.32's own loaders: bitsandbytes knows no packed head; the others are padded to a multiple of 64 rows,
+    which only compressed-tensors' layout, rows first, can take afterwards.
+    """
+    if format == "bnb":
+        raise ValueError("no engine loads a head in bnb; --head int4 goes with awq, gptq and compressed-tensors")
+    step = 64 if format != "compressed-tensors" else 1 if symmetric else 8
+    if rows is not None and rows % step:
+        other = "" if format == "compressed-tensors" else "; --format compressed-tensors can hold it"
+        raise ValueError(
+            f"the output head has {rows} rows, and engines load a packed one in {format} only in multiples of {step}"
+            f"{other}; leave --head out"
+        )
 
 
 def settle(method: str, symmetric: bool | None, format: str | None) -> tuple[bool, str]:

@@ -28,7 +28,7 @@ from ..recipes.progress import Step, Tell
 from ..recipes.samples import Sample
 from .artifact import SCRATCH, to_json
 from .order import Order
-from .packing import LAYOUTS
+from .packing import LAYOUTS, pack_blocks
 from .view import restored_tensors
 from .writer import Writer
 
@@ -48,6 +48,7 @@ def write_layers(
                 quality=order.recipe.quality,
                 grid=order.grid,
                 plan=order.plan,
+                head=order.head,
                 done=agreed(done_layers(order)),
                 finished=lambda index: _finished(skeleton, order, index),
                 micro_batch=memory.micro_batch,
@@ -81,6 +82,11 @@ def _layer_tensors(skeleton: Skeleton, order: Order, layer: Layer) -> tuple[dict
     """What a layer's file holds, and the note that waits beside it for the manifest."""
     assert layer.solution is not None
     tensors: dict[str, Tensor] = {}
+    if order.head and layer.index == len(skeleton.layers):
+        q = layer.solution.quantized[order.head.name]
+        assert isinstance(q, Quantized)
+        packed = pack_blocks(q, LAYOUTS[order.format], skeleton.stored, device=skeleton.device)
+        return {f"{order.head.stored}.{suffix}": t for suffix, t in packed.items()}, _told(layer)
     for inside, name in skeleton.layer_names(layer.index).items():
         linear = inside.removesuffix(".weight")
         if inside.endswith(".weight") and linear in layer.solution.quantized:
@@ -94,7 +100,13 @@ def _layer_tensors(skeleton: Skeleton, order: Order, layer: Layer) -> tuple[dict
             tensors[name] = layer.solution.changed[inside].to(skeleton.source.get(name).dtype)
         else:
             tensors[name] = skeleton.source.get(name)
-    return tensors, {
+    return tensors, _told(layer)
+
+
+def _told(layer: Layer) -> dict[str, Any]:
+    """A layer's note."""
+    assert layer.solution is not None
+    return {
         "index": layer.index,
         "errors": {n: float(f"{e:.6g}") for n, e in layer.solution.errors.items()},
         "fallbacks": dict(layer.solution.fallbacks),

@@ -15,6 +15,7 @@ import torch
 
 from ..quantize import memory as budget
 from ..quantize.grid import Grid
+from ..quantize.head import head_of
 from ..quantize.inputs import suited
 from ..quantize.memory import Memory
 from ..quantize.plan import check_groups, linears
@@ -27,7 +28,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.samples import Sample, digest
 from .artifact import Artifact, check_disk, finish, hash_file, open_artifact, prepare
 from .beside import copy_small_files, write_config, write_index
-from .config import settle
+from .config import check_head, settle
 from .layers import done_layers, is_whole, read_note, write_layers
 from .order import Order, address, expected_bytes, files_of, quantized_names, versions
 from .writer import Writer
@@ -63,8 +64,11 @@ def make(
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)
     if recipe.method != "bnb":
         check_groups(skeleton, plan, recipe.group_size)
-    layer_files, rest = files_of(skeleton)
-    order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest)
+    head = head_of(skeleton, grid) if recipe.head == "int4" else None
+    if head:
+        check_head(format, symmetric, head.rows)
+    layer_files, rest = files_of(skeleton, head)
+    order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest, head)
     lap("skeleton")
     marks = {
         "recipe": dataclasses.asdict(recipe),
@@ -103,6 +107,7 @@ def make(
         return open_artifact(out)
     notes = [read_note(out, i) for i in range(len(layer_files))]
     tokens = notes[0]["tokens"]
+    notes = [{k: v for k, v in n.items() if k != "tokens"} for n in notes]
     write_index(order)
     write_config(skeleton, order)
     copy_small_files(base.path, out)
@@ -126,7 +131,8 @@ def make(
             },
             "calibration": None if tokens is None else {"name": calibration, "digest": marks["calibration"], **tokens},
             "quantized": sorted(quantized_names(skeleton, order)),
-            "layers": [{k: v for k, v in n.items() if k != "tokens"} for n in notes],
+            "layers": notes[: len(skeleton.layers)],
+            "head": notes[-1] | {"name": head.stored, "untied": head.tied} if head else None,
             "notes": list(skeleton.notes),
             "versions": versions(),
         },

@@ -14,11 +14,13 @@ from pathlib import Path
 from .. import __version__
 from ..quantize.family import Group
 from ..quantize.grid import Grid
+from ..quantize.head import Head
 from ..quantize.skeleton import Skeleton
 from ..recipes.hub import Base
 from ..recipes.recipe import Recipe, model_on
 
 REST_SHARD = 2**30  # bytes of untouched tensors in one file
+PACKED = 1.15  # with scales and zero points, of what the codes take
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,17 @@ class Order:
     plan: Mapping[int, tuple[Group, ...]]
     layer_files: tuple[str, ...]
     rest: Mapping[str, tuple[str, ...]]  # file -> tensor names
+    head: Head | None = None  # where it is quantized too: the last of the layer files is its own
 
 
-def files_of(skeleton: Skeleton) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Names of the layer files, and of the files for everything else with the tensors each holds."""
+def files_of(skeleton: Skeleton, head: Head | None = None) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Names of the layer files (one more for a `head` to be quantized), and of the files for everything else with the
+    tensors each holds."""
     count = len(skeleton.layers)
     inside = {p for i in range(count) for c in skeleton.layer_names(i).values() for p in skeleton.source.parts(c)}
+    if head:
+        count += 1
+        inside.add(f"{head.stored}.weight")  # where it is the embeddings' weight too, that one stays
     shards: list[list[str]] = [[]]
     size = 0
     for name, meta in skeleton.source.metas.items():
@@ -62,13 +69,18 @@ def quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
         for group in groups:
             for linear in group.linears:
                 yield names[f"{linear}.weight"].removesuffix(".weight")
+    if order.head:
+        yield order.head.stored
 
 
 def expected_bytes(skeleton: Skeleton, order: Order) -> int:
     """About how much the artifact will take: 4 bits and a scale for what is quantized, the rest as it is."""
-    source = skeleton.source
-    packed = sum(source.meta(f"{name}.weight").nbytes for name in quantized_names(skeleton, order))
-    return sum(m.nbytes for m in source.metas.values()) - packed + int(packed / 4 * 1.15) + 16 * 2**20
+    source, head = skeleton.source, order.head
+    names = [f"{name}.weight" for name in quantized_names(skeleton, order)]
+    packed = sum(source.meta(name).nbytes for name in names if name in source.metas or name in source.derived)
+    untied = 2 * head.rows * head.width if head and f"{head.stored}.weight" not in source.metas else 0
+    left = sum(m.nbytes for m in source.metas.values()) - packed
+    return left + int((packed + untied) / 4 * PACKED) + 16 * 2**20
 
 
 def address(recipe: Recipe, base: Base) -> str:

@@ -7,7 +7,7 @@ nibbles, lowest bits first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..quantize.grid import MIDDLE, Quantized
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column AWQ_ORDER[i] of its eight
 SEQUENTIAL = tuple(range(8))
+BLOCK = 2**13  # rows of a very tall weight packed at a time
 
 
 def pack_last(values: Tensor, order: tuple[int, ...] = SEQUENTIAL) -> Tensor:
@@ -119,17 +120,44 @@ def unpack_ct(tensors: Mapping[str, Tensor]) -> Quantized:
 
 @dataclass(frozen=True)
 class Layout:
-    """A packed layout: its tensors' suffixes (the first marks a packed linear) and its two functions."""
+    """A packed layout: its tensors' suffixes (the first marks a packed linear), its two functions, and the dimension
+    along which each tensor holds the linear's rows."""
 
     suffixes: tuple[str, ...]
     pack: Callable[[Quantized, torch.dtype], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor]], Quantized]
+    rows: Mapping[str, int]
 
 
 LAYOUTS = {
-    "awq": Layout(("qweight", "qzeros", "scales"), pack_awq, unpack_awq),
-    "gptq": Layout(("qweight", "qzeros", "scales", "g_idx"), pack_gptq, unpack_gptq),
+    "awq": Layout(("qweight", "qzeros", "scales"), pack_awq, unpack_awq, {"qweight": 1, "qzeros": 1, "scales": 1}),
+    "gptq": Layout(
+        ("qweight", "qzeros", "scales", "g_idx"), pack_gptq, unpack_gptq, {"qweight": 1, "qzeros": 1, "scales": 1}
+    ),
     "compressed-tensors": Layout(
-        ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"), pack_ct, unpack_ct
+        ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+        pack_ct,
+        unpack_ct,
+        {"weight_packed": 0, "weight_scale": 0, "weight_zero_point": 0},
     ),
 }
+
+
+def pack_blocks(
+    x: Quantized, layout: Layout, dtype: torch.dtype, *, device: torch.device, block: int = BLOCK
+) -> dict[str, Tensor]:
+    """What `layout.pack` gives for a weight of many rows, `block` of them (a multiple of 8) at a time on `device`, put
+    together on the host: so it takes little memory beside the weight."""
+    parts = []
+    for start in range(0, len(x.q), block):
+        q, scale, zero = (t[start : start + block].to(device) for t in (x.q, x.scale, x.zero))
+        part = layout.pack(replace(x, q=q, scale=scale, zero=zero), dtype)
+        parts.append({name: tensor.cpu() for name, tensor in part.items()})
+    whole = {
+        name: torch.cat([part[name] for part in parts], along)
+        for name, along in layout.rows.items()
+        if name in parts[0]
+    }
+    if "weight_shape" in parts[0]:
+        whole["weight_shape"] = torch.tensor(x.q.shape, dtype=torch.int64)
+    return {**parts[0], **whole}

@@ -19,6 +19,7 @@ def facts(artifact: Artifact, *, seconds: float) -> dict[str, Any]:
         "method": manifest["method"],
         "format": artifact.format,
         "linears": len(manifest["quantized"]),
+        "head": "int4" if manifest.get("head") else "16bit",
         "mean_error": sum(errors) / max(len(errors), 1),
         "fallbacks": fallbacks(manifest),
         "left_out": max((layer.get("left_out", 0) for layer in manifest["layers"]), default=0),
@@ -42,11 +43,12 @@ def rows(artifact: Artifact, told: Mapping[str, Any]) -> list[list[str]]:
     if by:
         found.append(["made by", f"{by['backend']} {by['version']} in {by['seconds']:.1f} s"])
     before, after = told["base_bytes"], told["bytes"]
+    head = ", the output head among them" if told["head"] == "int4" else ""
     error = f", mean output error {told['mean_error']:.2e} of the signal" if "mean_error" in told else ""
     found += [
         ["format", f"{artifact.format}, 4 bit, groups of {manifest['group_size']}"],
         ["weights", f"{human(before)} -> {human(after)} ({before / after:.2f}x smaller)"],
-        ["int4 linears", f"{told['linears']}{error}"],
+        ["int4 linears", f"{told['linears']}{head}{error}"],
         ["calibration", "none" if calibrated is None else calibration_line(calibrated)],
         ["time", f"{told['seconds']} s"],
     ]
@@ -61,11 +63,12 @@ def rows(artifact: Artifact, told: Mapping[str, Any]) -> list[list[str]]:
 
 def fallbacks(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Which linears were plainly rounded to nearest, and why."""
-    return {
+    found = {
         f"layer {layer['index']} {name}": why
         for layer in manifest["layers"]
         for name, why in layer.get("fallbacks", {}).items()
     }
+    return found | dict((manifest.get("head") or {}).get("fallbacks", {}))
 
 
 def calibration_line(info: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from .bnb import bnb
 from .family import Group
 from .fused import fused
 from .grid import Grid
+from .head import Head, Listener, after_layers, quantize_head
 from .inputs import media_mask, micro_batches
 from .layer import Layer, Tokens, quantize_layer, ready, sound
 from .lockstep import Call, Lockstep, Stop
@@ -57,6 +58,7 @@ def walk(
     quality: str,
     grid: Grid,
     plan: Mapping[int, tuple[Group, ...]],
+    head: Head | None = None,
     done: Collection[int] = (),
     finished: Callable[[int], Mapping[str, Tensor]] | None = None,
     micro_batch: int = MICRO_BATCH,
@@ -64,7 +66,8 @@ def walk(
     tell: Tell = silent,
     lap: Callable[[str], None] = no_lap,
 ) -> Iterator[Layer]:
-    """Quantize every decoder layer in turn, yielding each as soon as it is done.
+    """Quantize every decoder layer in turn, then the output `head` where there is one (as if it were one layer more),
+    yielding each as soon as it is done.
 
     `done` are the layers that are already on disk, and `finished(i)` gives the 16-bit view of such a layer i (parameter
     name inside the layer -> tensor): it is run as it is, so the layers after it come out the same as without the
@@ -76,9 +79,10 @@ def walk(
         yield from _walk_uncalibrated(skeleton, grid=grid, plan=plan, done=done, tell=tell)
         return
     count = len(skeleton.layers)
-    last = max((i for i in range(count) if i not in done), default=None)
+    last = max((i for i in range(count + (head is not None)) if i not in done), default=None)
     if last is None:
         return
+    listener = Listener(skeleton, head) if head and last == count else None
     counted = [0, 0, 0]
     both = STEPS[method, quality].pull  # every micro-batch twice: as the quantized model runs it, and as the 16-bit one
     with torch.no_grad(), tensor_cores():
@@ -95,9 +99,9 @@ def walk(
                 media = int(mask.sum())
                 for number, more in enumerate((len(ids), ids.numel() - media, media)):
                     counted[number] += more
-                for _ in range(1 + both):
+                for stream in range(1 + both):
                     pictures.append(mask)
-                    yield lambda inputs=inputs: base(**inputs, use_cache=False)
+                    yield partial(_run, base, inputs, None if stream else listener)
                 for tensor in inputs.values():
                     if tensor.is_floating_point():  # pixels: the vision tower has seen them, and the frames hold them
                         tensor.untyped_storage().resize_(0)
@@ -131,6 +135,8 @@ def walk(
                 lap("pack")
                 if stop.index < last:
                     now = dict(stop.layer.named_parameters()) if both else {}
+                    if stop.index == count - 1:
+                        load(skeleton, after_layers(skeleton))
                     stop.advance(partial(_as_its_stream, stop, now, original))
                     place(stop.layer, now)
                     lap("forward, quantized")
@@ -138,6 +144,25 @@ def walk(
                     stop.calls.clear()  # nobody reads what comes out of it
                 release_layer(skeleton, stop.index)
                 tell(Step("layer", stop.index + 1, count, note))
+        if head and listener:
+            release(skeleton, after_layers(skeleton))
+            gram, left_out = listener.mean()
+            solution = quantize_head(
+                skeleton, head, gram, grid, (method, quality), sum(counted[1:]), partial(_tell_rows, tell, head)
+            )
+            lap("head")
+            yield Layer(count, solution, Tokens(*counted), left_out)
+
+
+def _run(base: Any, inputs: Mapping[str, Tensor], listener: Listener | None) -> None:
+    """One forward pass of all but the head. What comes out is of use to nobody but the `listener`."""
+    output = base(**inputs, use_cache=False)
+    if listener:
+        listener.hear(inputs["input_ids"], output)
+
+
+def _tell_rows(tell: Tell, head: Head, rows: int) -> None:
+    tell(Step("head", rows, head.rows))
 
 
 @contextmanager

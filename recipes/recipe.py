@@ -15,6 +15,7 @@ import yaml
 METHODS = ("awq", "gptq", "bnb", "rtn")
 QUALITIES = ("fast", "default", "best")
 FORMATS = ("awq", "gptq", "compressed-tensors", "bnb")
+HEADS = ("16bit", "int4")
 HUBS = ("hf", "modelscope")
 SHARES = ("top1", "image_effect", "accuracy_drop")  # the limits that are shares of one
 KINDS: dict[Any, str] = {
@@ -62,6 +63,7 @@ class Recipe:
     bits: int = 4
     group_size: int = 128
     symmetric: bool | None = None  # None: the method's own (AWQ asymmetric, GPTQ symmetric)
+    head: str = "16bit"  # the output head, which weighs on every token's logits
     keep: tuple[str, ...] = ()  # module name prefixes left in 16 bit, beside the family's own
     calibration: str = "drawn"
     samples: int = 128
@@ -75,6 +77,7 @@ class Recipe:
             raise ValueError(f"quality is {self.quality!r}; method {self.method} has one quality only: leave it out")
         if self.format is not None:
             _choice("format", self.format, FORMATS)
+        _choice("head", self.head, HEADS)
         if self.bits != 4:
             raise ValueError(f"bits is {self.bits!r}; mmq writes 4-bit weights only")
         if self.group_size not in (32, 64, 128):
