@@ -23,10 +23,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HEADERS = (  # as that of 2.5, it opens the assistant's turn whether it is asked to or not
-    "{% for m in messages %}{% if loop.first %}<|begin_of_text|>{% endif %}<|start_header_id|>{{ m.role }}"
-    "<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "{% for m in messages %}{% if loop.first %}<|begin_of_text|>{% endif %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
-VERSIONS = ("2.5", "2.6", "4.5")
+VERSIONS = ("2.5", "2.6", "4.5")  # whose original code is at hand; that of 4.0 is 2.6's around a Llama
 SIZES = {  # width, height
     "small": (60, 40),
     "one": (448, 448),

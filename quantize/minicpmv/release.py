@@ -35,12 +35,11 @@ RELEASES = {
 
 def release_of(config: Mapping[str, Any]) -> Release:
     """The row for a config.json. ValueError for a version that is not known."""
-    version = config.get("version")
-    if version is None:  # only the first two were published without one
-        version = "2.0" if config.get("hidden_size") == 2304 else "2.5"
-    kind = "MiniCPM-o" if config.get("model_type") == "minicpmo" else "MiniCPM-V"
-    known = ["2.6"] if kind == "MiniCPM-o" else list(RELEASES)
-    version = str(float(version))
+    hears = config.get("model_type") == "minicpmo"
+    kind, known = ("MiniCPM-o", ["2.6"]) if hears else ("MiniCPM-V", list(RELEASES))
+    first = "2.6" if hears else "2.0" if config.get("hidden_size") == 2304 else "2.5"  # published without a version
+    version = str(config.get("version") or first)
+    version = version if "." in version else f"{version}.0"
     if version not in known:
         raise ValueError(f"{kind} {version} is not known; known are {', '.join(known)} (`version` in config.json)")
     return RELEASES[version]
