@@ -60,6 +60,7 @@ class Run:
     layers: int
     seconds: float = 0.0
     stages: dict[str, list[float]] = field(default_factory=dict)
+    stage_peaks: dict[str, int] = field(default_factory=dict)  # bytes of tensors on the GPU
     gpu_peak: int = 0
     gpu_reserved: int = 0
     estimate: str = ""
@@ -92,6 +93,9 @@ def stopwatch(run: Run, device: str) -> Callable[[str], None]:
     def lap(stage: str) -> None:
         if device != "cpu":
             torch.cuda.synchronize()
+            run.stage_peaks[stage] = max(run.stage_peaks.get(stage, 0), torch.cuda.max_memory_allocated())
+            run.gpu_reserved = max(run.gpu_reserved, torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
         run.stages.setdefault(stage, []).append(now - last[0])
         last[0] = now
@@ -125,7 +129,7 @@ def noise_samples(folder: Path, count: int, *, seed: int = 0) -> list[Sample]:
     import numpy as np
     from PIL import Image
 
-    from ..quantize.skeleton import open_processor
+    from ..quantize.classes import open_processor
 
     processor = open_processor(folder)
     rng = np.random.default_rng(seed)
@@ -176,7 +180,7 @@ def measure(
     run.seconds = time.perf_counter() - start
     run.host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device != "cpu":
-        run.gpu_peak, run.gpu_reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        run.gpu_peak = max(torch.cuda.max_memory_allocated(), *run.stage_peaks.values())
     run.written = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     return run
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .experts import Expert
 from .family import Group
 from .gram import TOKENS, Gram
-from .lockstep import Call, Stop
+from .lockstep import Call, Seen, Stop
 from .ranks import total
 
 
@@ -75,6 +75,7 @@ def _sum_grams(
     counts: dict[str, Tensor] = {}
     keys: dict[Group, str] = {}  # groups with the same inputs share a matrix: every expert's gate, given all tokens
     handles = []
+    unseen: set[str] = set()  # in the call under way: what comes after the last input wanted need not be computed
 
     def watch(key: str, inputs: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,6 +86,9 @@ def _sum_grams(
                 counts[key] += torch.stack([fine.sum(), (~fine).sum()])
                 x = x[fine]
             sums[key].add(x)
+            unseen.discard(key)
+            if not unseen:
+                raise Seen
 
         return hook
 
@@ -109,7 +113,8 @@ def _sum_grams(
     try:
         for call in stop.calls:
             before(call)
-            stop.run(call)
+            unseen.update(sums)
+            stop.look(call)
     finally:
         for handle in handles:
             handle.remove()

@@ -43,10 +43,11 @@ class Memory:
         return f"{self.micro_batch} tokens a forward pass{where}"
 
     def smaller(self) -> Memory | None:
-        """The next thing to try when memory ran out; None when all has been tried."""
-        if self.micro_batch > SMALLEST:
-            return replace(self, micro_batch=self.micro_batch // 2)
-        return None if self.park else replace(self, park=True)
+        """The next thing to try when memory ran out; None when all has been tried. The host is asked before the
+        smallest forward passes are: what waits there costs a copy each way, small passes leave the GPU half idle."""
+        if not self.park and self.micro_batch <= MICRO_BATCH // 2:
+            return replace(self, micro_batch=MICRO_BATCH, park=True)
+        return replace(self, micro_batch=self.micro_batch // 2) if self.micro_batch > SMALLEST else None
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
     peaks = [starting, held + every + waiting + 3 * micro * widest * work.item]
     left, codes = every, 0
     for rows, width in work.groups:
-        largest, together = (n * width // world() for n in (max(rows), sum(rows)))
+        # several ranks share rows only where a group waits for the one before it; else one of them has all (steps.py)
+        largest, together = (n * width // (world() if steps.pull else 1) for n in (max(rows), sum(rows)))
         if steps.scale:
             rows_width = sum(rows) * width // world()
             errors = 2 * 4 * max(awq.TOGETHER, rows_width)
