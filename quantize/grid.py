@@ -30,7 +30,8 @@ class Quantized:
     """One weight on its grid, not packed: `w = (q - zero) * scale`, group by group along the input.
 
     q: uint8 [out, in], values 0..15. scale: float32 [out, in / group_size], each exact in fp16 and in the
-    checkpoint's dtype. zero: uint8 [out, in / group_size]; 8 everywhere when symmetric.
+    checkpoint's dtype; when symmetric, negative in some groups (fit). zero: uint8 [out, in / group_size]; 8 everywhere
+    when symmetric.
     """
 
     q: Tensor
@@ -71,12 +72,15 @@ def fit(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point (float32, same shape as `low`) of the grid that spans [low, high].
 
     The range always holds 0, so that a pruned weight stays exactly 0. Asymmetric: Lin et al., AWQ (2023), sec. 2.
+    Symmetric: the eight steps on one side of zero are for the end that is further from it, so where that is the upper
+    one the scale is negative; the other side has seven. (So do llama.cpp's Q4_0 and AutoRound. Steps of 2/15 of the
+    further end would do as much for both sides and are a fifteenth longer.)
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     levels = low.new_tensor(LEVELS)  # by a plain number a GPU divides inexactly, and would find other scales than a CPU
     if grid.symmetric:
-        scale = exact_scale(torch.maximum(-low, high) * 2 / levels, grid.scale_dtype)
-        return scale, torch.full_like(scale, MIDDLE)
+        scale = exact_scale(torch.maximum(-low, high) / MIDDLE, grid.scale_dtype)
+        return torch.where(high > -low, -scale, scale), torch.full_like(scale, MIDDLE)
     scale = exact_scale((high - low) / levels, grid.scale_dtype)
     return scale, (-low / scale).round().clamp(0, LEVELS)
 

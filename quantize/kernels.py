@@ -122,7 +122,7 @@ def _fit(low, high, SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE):  # grid.fit
     low = tl.minimum(low, 0.0)
     high = tl.maximum(high, 0.0)
     if SYMMETRIC:
-        scale = tl.div_rn(tl.maximum(-low, high) * 2.0, LEVELS * 1.0)
+        scale = tl.maximum(-low, high) / MIDDLE  # a power of two: exact
     else:
         scale = tl.div_rn(high - low, LEVELS * 1.0)
     scale = tl.minimum(tl.maximum(scale, TINY), HUGE)
@@ -131,6 +131,7 @@ def _fit(low, high, SYMMETRIC, BF16, TINY, HUGE, LEVELS, MIDDLE):  # grid.fit
     scale = scale.to(tl.float16).to(tl.float32)
     if SYMMETRIC:
         zero = tl.zeros_like(scale) + MIDDLE
+        scale = tl.where(high > -low, -scale, scale)
     else:
         zero = tl.minimum(tl.maximum(libdevice.rint(tl.div_rn(-low, scale)), 0.0), LEVELS * 1.0)
     return scale, zero
