@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .descent import descended
 from .family import Group
 from .fused import fused
+from .gptq import damping
 from .grid import Grid, fake, groups
 from .method import Problem
 from .ranks import share, total
@@ -131,8 +133,8 @@ def _tied(s: Tensor, tie: int, block: int) -> Tensor:
     return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1).contiguous()
 
 
-def scale(problem: Problem, grid: Grid, *, finalists: int = FINALISTS) -> Scaled:
-    """Search and move the scales of one decoder layer.
+def scale(problem: Problem, grid: Grid, *, finalists: int = FINALISTS, descend: bool = False) -> Scaled:
+    """Search and move the scales of one decoder layer; with `descend`, go on downhill from what was found (descent.py).
 
     A norm that absorbs 1/s is rounded to the stored dtype first, and the scale that remains *after* that rounding is
     the one put on the weights, so the fold loses nothing. A group whose absorber cannot take the scale is left
@@ -147,6 +149,9 @@ def scale(problem: Problem, grid: Grid, *, finalists: int = FINALISTS) -> Scaled
         absorber = str(group.absorber)
         ws = [moved.weights[f"{n}.weight"] for n in group.linears]
         s = best_scale(ws, problem.grams[group], grid, tie=tie, tie_block=problem.head_dim, finalists=finalists)
+        if descend:
+            damp = damping(len(s), problem.fewer.get(group, problem.tokens))
+            s = descended(ws, problem.grams[group], s, grid, damp=damp, tie=tie, tie_block=problem.head_dim)
         if moved.weights[f"{absorber}.weight"].ndim == 1:
             s = _fold_into_norm(absorber, s, moved, stored=problem.stored, offset=group.offset)
         else:

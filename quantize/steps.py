@@ -1,8 +1,8 @@
 """The steps from a decoder layer's weights to integers, and which of them each method takes at each quality.
 
-Every method is a row of the same four steps: move scales between layers (awq.py), clip each group's range (clip.py),
-then round, to nearest (grid.py) or with error feedback (gptq.py). So all of them end in the same grids, and a format
-is free to hold any of them.
+Every method is a row of the same four steps: move scales between layers (awq.py, descent.py), clip each group's range
+(clip.py), then round, to nearest (grid.py) or with error feedback (gptq.py). So all of them end in the same grids, and a
+format is free to hold any of them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Steps:
     """What is done to a layer before and while it is rounded."""
 
     scale: bool = False
+    descend: bool = False  # from the best scale found on, by its gradient (descent.py)
     clip: bool = False
     feedback: bool = False
     pull: bool = False  # towards what the group puts out in the 16-bit model, on the inputs it really gets
@@ -44,10 +45,10 @@ STEPS: dict[tuple[str, str], Steps] = {
     ("rtn", "default"): Steps(),
     ("awq", "fast"): Steps(scale=True, clip=True),  # AWQ as published
     ("gptq", "fast"): Steps(feedback=True),  # GPTQ as published, groups static
-    ("awq", "default"): Steps(scale=True, clip=True, feedback=True),
-    ("gptq", "default"): Steps(scale=True, clip=True, feedback=True),
-    ("awq", "best"): Steps(scale=True, clip=True, feedback=True, pull=True),
-    ("gptq", "best"): Steps(scale=True, clip=True, feedback=True, pull=True),
+    ("awq", "default"): Steps(scale=True, descend=True, clip=True, feedback=True),
+    ("gptq", "default"): Steps(scale=True, descend=True, clip=True, feedback=True),
+    ("awq", "best"): Steps(scale=True, descend=True, clip=True, feedback=True, pull=True),
+    ("gptq", "best"): Steps(scale=True, descend=True, clip=True, feedback=True, pull=True),
 }
 
 
@@ -72,7 +73,7 @@ def solve(
     """
     moved = Scaled(dict(problem.weights))
     if steps.scale:  # rounding to nearest shows only roughly what errors cost once they are fed back: one look will do
-        moved = scale(problem, grid, finalists=1 if steps.feedback else FINALISTS)
+        moved = scale(problem, grid, finalists=1 if steps.feedback else FINALISTS, descend=steps.descend)
     lap("scale search")
     quantized: dict[str, Quantized] = {}
     lost: dict[str, Tensor] = {}
