@@ -1,8 +1,8 @@
 """The steps from a decoder layer's weights to integers, and which of them each method takes at each quality.
 
 Every method is a row of the same four steps: move scales between layers (awq.py, descent.py), clip each group's range
-(clip.py), then round, to nearest (grid.py) or with error feedback (gptq.py). So all of them end in the same grids, and a
-format is free to hold any of them.
+(clip.py), then round, to nearest (grid.py) or with error feedback (gptq.py). So all of them end in the same grids, and
+a format is free to hold any of them.
 """
 
 from __future__ import annotations
