@@ -25,7 +25,7 @@ from ..recipes.recipe import Recipe
 from .adopt import Packed, open_packed, pack_lossless
 from .artifact import MANIFEST, Artifact, check_disk, finish, open_artifact, prepare, write_json
 from .beside import copy_small_files
-from .config import CONFIGS, Packing
+from .config import CONFIGS, Packing, check_head
 from .order import REST_SHARD, versions
 from .packing import LAYOUTS
 from .skips import skip_lists
@@ -65,7 +65,7 @@ def settle(folder: Path, format: str | None) -> Move:
     sizes = {x.group or x.inputs for x in subject.packed}
     if len(sizes) > 1:
         raise ValueError(f"{folder} has groups of {', '.join(map(str, sorted(sizes)))}; a format's config names one")
-    if uneven := [x.name for x in subject.packed if x.outputs % 8]:
+    if target != packed.format and (uneven := [x.name for x in subject.packed if x.outputs % 8]):
         raise ValueError(f"{folder}: {uneven[0]} has outputs that are no multiple of 8; {target} packs whole words")
     if ordered := [n for n in subject.tensors if n.endswith(".weight_g_idx")]:
         raise ValueError(f"{folder}: {ordered[0]}: columns in activation order, which no other format holds")
@@ -75,6 +75,8 @@ def settle(folder: Path, format: str | None) -> Move:
             f"{folder} is asymmetric ({skewed[0]} has zero points other than 8), and no engine loads GPTQ so; "
             "it can be awq or compressed-tensors"
         )
+    if subject.head is not None and subject.head.packed:
+        check_head(target, not skewed, subject.head.outputs)
     stored = str(subject.config.get("dtype") or subject.config.get("torch_dtype") or subject.text.get("dtype"))
     dtype = torch.float16 if stored == "float16" else torch.bfloat16
     copied = target == packed.format and packed.stored_less == 1
@@ -187,24 +189,15 @@ def _tensors_of(move: Move, unit: str) -> list[str]:
 def _config(move: Move) -> dict[str, Any]:
     """config.json with the new quantization_config, and none in a nested config."""
     prefixes, names = skip_lists(move.subject)
-    packing = Packing(move.format, move.group_size, move.symmetric, prefixes, names, str(move.dtype).split(".")[-1])
+    dtype = str(move.dtype).removeprefix("torch.")
+    head = move.subject.head is not None and move.subject.head.packed
+    packing = Packing(move.format, move.group_size, move.symmetric, prefixes, names, dtype, head)
     config = dict(read_config(move.subject.folder))
     text = text_config(config)
     for key in ("text_config", "llm_config", "language_config"):
         if config.get(key) is text and "quantization_config" in text:
             config[key] = {k: v for k, v in text.items() if k != "quantization_config"}
-    declared = CONFIGS[move.format](packing)
-    if move.subject.head is not None and move.subject.head.packed:
-        declared = _with_head(declared)
-    return config | {"quantization_config": declared}
-
-
-def _with_head(declared: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint whose output head is packed too."""
-    if declared["quant_method"] == "compressed-tensors":
-        groups = {n: g | {"targets": ["Linear", "re:.*lm_head"]} for n, g in declared["config_groups"].items()}
-        return declared | {"config_groups": groups}
-    return declared | {"lm_head": True}
+    return config | {"quantization_config": CONFIGS[move.format](packing)}
 
 
 def _write_index(out: Path, files: list[str]) -> None:

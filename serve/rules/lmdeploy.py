@@ -176,6 +176,12 @@ def pytorch_format(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("bits", True, "AWQ of other than 4 bits", "quantize to 4 bits")
 
 
+def pytorch_head(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    if subject.head is not None and subject.head.packed:
+        why = f"{subject.head.name} is packed, and the PyTorch engine makes every head in 16 bit"
+        yield Finding("head", True, why, "quantize without --head int4")
+
+
 def pytorch_list(subject: Subject, setting: Setting) -> Iterator[Finding]:
     """Few classes tell a linear its name, so the list is mostly not read: every linear of the decoder is believed to be
     packed, and none of the picture encoder."""
@@ -197,5 +203,7 @@ PLACES = (
     Place(
         "lmdeploy", "turbomind", SEEN, (turbomind_class, turbomind_format, turbomind_fused, turbomind_vision, *SHARED)
     ),
-    Place("lmdeploy", "pytorch", SEEN, (pytorch_class, pytorch_format, pytorch_list, fused_alike, *SHARED)),
+    Place(
+        "lmdeploy", "pytorch", SEEN, (pytorch_class, pytorch_format, pytorch_list, pytorch_head, fused_alike, *SHARED)
+    ),
 )

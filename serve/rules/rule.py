@@ -14,6 +14,7 @@ from ...export.names import shards
 from ...export.subject import Linear, Subject
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_internlm2.py", "merges.txt")
+INPUTS_SPLIT = ("o_proj", "down_proj", "w2", "wo", "out_proj", "dense_4h_to_h", "c_proj")  # "row parallel"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -112,6 +113,17 @@ def matches(entry: str, name: str) -> bool:
 def release(version: str) -> tuple[int, ...]:
     """The first two numbers of a version."""
     return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+
+
+def per_rank(subject: Subject, linear: Linear, tp: int) -> tuple[float, float]:
+    """One rank's (inputs, outputs) of a linear; keys and values are repeated where there are fewer heads than ranks."""
+    leaf = linear.name.rpartition(".")[2]
+    if leaf in INPUTS_SPLIT:
+        return linear.inputs / tp, linear.outputs
+    pairs = int(subject.text.get("num_key_value_heads") or 0)
+    if leaf in ("k_proj", "v_proj") and 0 < pairs < tp:
+        return linear.inputs, linear.outputs / pairs
+    return linear.inputs, linear.outputs / tp
 
 
 def is_expert(name: str) -> bool:

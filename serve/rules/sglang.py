@@ -19,9 +19,10 @@ from .rule import (
     fused_alike,
     heads_divide,
     matches,
+    per_rank,
     whole,
 )
-from .vllm import MARLIN_GROUPS, per_rank, remote_code
+from .vllm import MARLIN_GROUPS, remote_code
 
 SEEN = "0.5.23"
 TILES = ((64, 128), (128, 64))  # (outputs, inputs) that Marlin's kernels take

@@ -62,10 +62,19 @@ def lists(subject: Subject, setting: Setting) -> Iterator[Finding]:
     yield from disagreement("transformers", believed, subject, where, sure=sure)
 
 
+def head(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """AWQ and bitsandbytes leave the head out, whatever the list says; compressed-tensors go by their targets."""
+    if subject.head is not None and subject.head.packed and subject.method in ("awq", "bitsandbytes"):
+        why = f"{subject.head.name} is packed, and transformers leaves every head in 16 bit"
+        yield Finding("head", True, why, "quantize without --head int4, or in compressed-tensors")
+
+
 def one_process(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if setting.tp > 1 and subject.method:
         why = "quantized linears are not split over GPUs"
         yield Finding("tensor parallel", True, why, "--tp 1; device_map places whole layers on several GPUs")
 
 
-PLACES = (Place("transformers", "any", SEEN, (remote, whole, files_there, packages, lists, one_process), device="cpu"),)
+PLACES = (
+    Place("transformers", "any", SEEN, (remote, whole, files_there, packages, lists, head, one_process), device="cpu"),
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ...export.names import VLLM
-from ...export.subject import Linear, Subject
+from ...export.subject import Subject
 from .rule import (
     Finding,
     Place,
@@ -19,15 +19,23 @@ from .rule import (
     fused_alike,
     fused_groups,
     heads_divide,
+    per_rank,
     release,
     whole,
 )
-from .vllm_lists import awq_believed, bnb_believed, compressed_believed, gptq_believed
+from .vllm_lists import (
+    awq_believed,
+    bnb_believed,
+    compressed_believed,
+    compressed_head,
+    entries_of,
+    gptq_believed,
+)
 
 SEEN = "0.32.0"
-INPUTS_SPLIT = ("o_proj", "down_proj", "w2", "wo", "out_proj", "dense_4h_to_h", "c_proj")  # "row parallel"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_TILE = 32
+ORDER_GONE = (0, 29)  # 0.28 still loads columns in activation order across groups, 0.30 does not
 METHODS = ("", "awq", "gptq", "compressed-tensors", "bitsandbytes")
 # model types whose configuration or processor is the checkpoint's own code: transformers 5.19 has none
 REMOTE_TYPES = frozenset(
@@ -71,15 +79,22 @@ def awq(subject: Subject, setting: Setting) -> Iterator[Finding]:
     bits = said.get("bits", said.get("w_bit"))
     if bits != 4:
         yield Finding("bits", True, f"AWQ of {bits} bits; vLLM loads 4", "quantize to 4 bits")
-    version = str(said.get("version", "gemm")).lower()
-    if version != "gemm":
-        yield Finding("layout", True, f"AWQ layout {version}; vLLM loads gemm", "quantize again with version gemm")
+    if not gemm_shaped(subject):
+        why = f"its tensors are in AWQ layout {said.get('version', 'other than gemm')}; vLLM reads gemm"
+        yield Finding("layout", True, why, "quantize again with version gemm")
     if said.get("zero_point", True) is False:
         why = "zero_point is false: vLLM then reads weights without the offset of 8, and answers garbage"
         yield Finding("zero point", True, why, "`mmq convert FOLDER --format gptq`, or --repair where zeros are stored")
     sure = subject.architecture in VLLM
     yield from disagreement("vLLM", awq_believed(subject), subject, "modules_to_not_convert", sure=sure)
-    yield from _head(subject, bool(said.get("lm_head")))
+    said_so = bool(said.get("lm_head")) and not any("lm_head".startswith(e) for e in entries_of(subject))
+    yield from _head(subject, said_so, "lm_head and modules_to_not_convert")
+
+
+def gemm_shaped(subject: Subject) -> bool:
+    """Whether AWQ's tensors are in the GEMM layout: eight outputs to a word, so that scales are eight times as wide."""
+    pairs = ((subject.tensors.get(f"{x.name}.{s}") for s in ("qweight", "scales")) for x in subject.packed)
+    return all(scales is not None and q is not None and scales.shape[1] == 8 * q.shape[1] for q, scales in pairs)
 
 
 def gptq(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -91,7 +106,7 @@ def gptq(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if (said.get("bits"), said.get("sym")) not in ((4, True), (8, True)):
         why = f"GPTQ of {said.get('bits')} bits, sym {said.get('sym')}; vLLM loads symmetric 4 or 8"
         yield Finding("symmetric", True, why, "quantize again symmetric, or asymmetric in AWQ")
-    if said.get("desc_act") and group != -1:
+    if said.get("desc_act") and group != -1 and release(setting.version or SEEN) >= ORDER_GONE:
         why = "desc_act: columns in activation order across groups, which vLLM no longer loads"
         yield Finding("activation order", True, why, "quantize again with static groups (desc_act false)")
     if group not in MARLIN_GROUPS:
@@ -108,7 +123,7 @@ def gptq(subject: Subject, setting: Setting) -> Iterator[Finding]:
     yield from disagreement(
         "vLLM", gptq_believed(subject), subject, "dynamic and modules_in_block_to_quantize", sure=sure
     )
-    yield from _head(subject, bool(said.get("lm_head")))
+    yield from _head(subject, bool(said.get("lm_head")), "lm_head")
 
 
 def compressed(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -121,7 +136,7 @@ def compressed(subject: Subject, setting: Setting) -> Iterator[Finding]:
         if kind != "pack-quantized" or weights.get("type") != "int" or group.get("input_activations"):
             why = f"{name} is {kind}; mmq judges int weights in pack-quantized"
             yield Finding("format", False, why, "start it once and ask")
-        if weights.get("actorder") in ("group", "dynamic"):
+        if weights.get("actorder") in ("group", "dynamic") and release(setting.version or SEEN) >= ORDER_GONE:
             why = f"{name}: actorder {weights['actorder']}, which vLLM no longer loads"
             yield Finding("activation order", True, why, "quantize again with actorder static or none")
         size = weights.get("group_size")
@@ -129,6 +144,7 @@ def compressed(subject: Subject, setting: Setting) -> Iterator[Finding]:
             yield Finding("group size", True, f"groups of {size}; vLLM's kernels take 32, 64 or 128", _GROUPS)
     sure = subject.architecture in VLLM
     yield from disagreement("vLLM", compressed_believed(subject), subject, "targets and ignore", sure=sure)
+    yield from _head(subject, compressed_head(subject), "targets and ignore")
 
 
 def bitsandbytes(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -186,23 +202,18 @@ def shapes(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("tile", True, why, "keep these linears in 16 bit (`mmq quantize --keep`), or serve on a GPU")
 
 
-def per_rank(subject: Subject, linear: Linear, tp: int) -> tuple[float, float]:
-    """One rank's (inputs, outputs) of a linear; keys and values are repeated where there are fewer heads than ranks."""
-    leaf = linear.name.rpartition(".")[2]
-    if leaf in INPUTS_SPLIT:
-        return linear.inputs / tp, linear.outputs
-    pairs = int(subject.text.get("num_key_value_heads") or 0)
-    if leaf in ("k_proj", "v_proj") and 0 < pairs < tp:
-        return linear.inputs, linear.outputs / pairs
-    return linear.inputs, linear.outputs / tp
-
-
-def _head(subject: Subject, declared: bool) -> Iterator[Finding]:
-    """An output head is packed for vLLM where `lm_head` says so, and nowhere else."""
-    if subject.head is not None and subject.head.packed != declared:
-        is_, said = ("packed", "not set") if subject.head.packed else ("in 16 bit", "true")
-        why = f"{subject.head.name} is {is_}, and lm_head is {said} in quantization_config"
+def _head(subject: Subject, believed: bool, where: str) -> Iterator[Finding]:
+    """The output head: packed where the config says so, and then a weight of its own."""
+    if subject.head is None:
+        return
+    name, packed = subject.head.name, subject.head.packed
+    if packed != believed:
+        is_, taken = ("packed", "16 bit") if packed else ("in 16 bit", "packed")
+        why = f"{name} is {is_}, and by {where} vLLM takes it for {taken}"
         yield Finding("head", True, why, "`mmq convert FOLDER --repair`")
+    if packed and (subject.config.get("tie_word_embeddings") or subject.text.get("tie_word_embeddings")):
+        why = f"{name} is packed, and tie_word_embeddings makes it the embeddings' weight"
+        yield Finding("head", True, why, "set tie_word_embeddings to false in config.json")
 
 
 def vision_divides(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -228,6 +239,7 @@ RULES = (
     compressed,
     bitsandbytes,
     heads_divide,
+    per_rank,
     vision_divides,
     shapes,
 )

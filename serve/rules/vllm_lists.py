@@ -16,13 +16,17 @@ from .rule import ROUTERS, expert_module, matches
 
 def awq_believed(subject: Subject) -> Callable[[str], bool]:
     """Whether vLLM takes the linear of this name for packed."""
-    names = _names(subject)
-    entries = names.entries(subject.quantization.get("modules_to_not_convert") or _derived(subject))
+    names, entries = _names(subject), entries_of(subject)
 
     def believed(name: str) -> bool:
         return not _plain(names, name) and not any(e in _module(names, name) for e in entries)
 
     return believed
+
+
+def entries_of(subject: Subject) -> list[str]:
+    """AWQ's skip list as vLLM holds it."""
+    return _names(subject).entries(subject.quantization.get("modules_to_not_convert") or _derived(subject))
 
 
 def _derived(subject: Subject) -> list[str]:
@@ -68,6 +72,17 @@ def compressed_believed(subject: Subject) -> Callable[[str], bool]:
         return any(t.lower() in "linear" or any(matches(t, n) for n in spelled) for t in targets)
 
     return believed
+
+
+def compressed_head(subject: Subject) -> bool:
+    """Whether a target takes the output head: by name alone, since its class is no Linear."""
+    if subject.head is None:
+        return False
+    name = _names(subject).linear(subject.head.name)
+    groups = (subject.quantization.get("config_groups") or {}).values()
+    targets = [t for g in groups for t in g.get("targets") or ()]
+    ignored = any(matches(e, name) for e in subject.quantization.get("ignore") or ())
+    return not ignored and any(matches(t, name) for t in targets)
 
 
 def bnb_believed(subject: Subject) -> Callable[[str], bool]:
