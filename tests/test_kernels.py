@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +12,9 @@ from mmq.quantize import awq, clip, gptq
 from mmq.quantize.fused import fused
 from mmq.quantize.gram import Gram, diagonal_blocks
 from mmq.quantize.grid import Grid, dequantize, fit, groups, quantize
+from mmq.quantize.inputs import encode
+from mmq.quantize.skeleton import build, load_outside
+from mmq.recipes.calibration import drawn
 
 if not torch.cuda.is_available() or fused(torch.empty(1, device="cuda")) is None:
     pytest.skip("no GPU with Triton here; the plain torch paths are tested elsewhere", allow_module_level=True)
@@ -123,3 +129,25 @@ def test_the_fast_factor(monkeypatch: pytest.MonkeyPatch) -> None:
         losses.append(float(((d @ gram.double()) * d).sum()))
     assert abs(losses[1] / losses[0] - 1) < 0.01
     torch.testing.assert_close(costs, pivots, rtol=0.02, atol=0)
+
+
+def test_pictures_in_one_call_are_seen_as_one_by_one(pebble: Path) -> None:
+    """Three pictures through the vision tower, packed: what the tower puts out is within 16-bit rounding."""
+    skeleton = build(pebble, device="cuda")
+    load_outside(skeleton)
+    tower: Any = skeleton.module.model.visual
+    samples = [s for s in drawn(12) if s.images][:3]
+    inputs = [{k: v.cuda() for k, v in encode(skeleton, s).items()} for s in samples]
+    grid = torch.cat([x["image_grid_thw"] for x in inputs])
+    pixels = torch.cat([x["pixel_values"] for x in inputs]).to(skeleton.dtype)
+
+    def seen() -> torch.Tensor:
+        found = tower(pixels, grid_thw=grid)
+        return getattr(found, "pooler_output", found).float()
+
+    assert tower.config._attn_implementation == "flash_packed"
+    packed = seen()
+    tower.config._attn_implementation = "sdpa"
+    apart = seen()
+    assert (packed - apart).abs().max() < 0.03 * apart.abs().max()
+    assert (packed - apart).square().mean() < 1e-4 * apart.square().mean()
