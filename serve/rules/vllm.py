@@ -239,7 +239,6 @@ RULES = (
     compressed,
     bitsandbytes,
     heads_divide,
-    per_rank,
     vision_divides,
     shapes,
 )
