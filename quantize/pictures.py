@@ -43,7 +43,9 @@ def pack_pictures(module: nn.Module, device: torch.device, dtype: torch.dtype) -
             return in_pieces(owner, query, key, value, attention_mask, scaling=scaling, **options)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         longest = (int(max_length_q or query.shape[2]), int(max_length_k or key.shape[2]))
-        return varlen_attn(q, k, v, cu_seq_lens_q.int(), cu_seq_lens_k.int(), *longest, scale=scaling)[None], None
+        out = varlen_attn(q, k, v, cu_seq_lens_q.int(), cu_seq_lens_k.int(), *longest, scale=scaling)
+        assert isinstance(out, Tensor)
+        return out[None], None
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
