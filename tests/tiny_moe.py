@@ -111,6 +111,7 @@ def _config(kind: str, words: Any, changes: dict[str, Any]) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     if kind == "qwen3_vl_moe":
         text |= {"num_experts": EXPERTS, "rope_parameters": {**rope, "mrope_section": [8, 12, 12]}}
+        text |= {"norm_topk_prob": True}  # vLLM asks for it
         vision |= {"patch_size": 16, "intermediate_size": 256, "num_position_embeddings": 256}
         vision |= {"deepstack_visual_indexes": [0]}
         return t.Qwen3VLMoeConfig(
