@@ -86,13 +86,16 @@ def model_class(config: Any) -> Any:
 
 
 def open_processor(folder: Path) -> Any:
-    """The model's own processor, or its tokenizer where it reads text alone. ValueError when there is none."""
-    from transformers import AutoProcessor
+    """The model's own processor, or its tokenizer where there are no settings for pictures. ValueError when it does not
+    load."""
+    from transformers import AutoProcessor, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    settings = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
+    auto = AutoProcessor if any((folder / name).is_file() for name in settings) else AutoTokenizer
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return AutoProcessor.from_pretrained(folder, local_files_only=True)
+            return auto.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # transformers raises whatever its parts raise
-        raise ValueError(f"{folder}: its processor does not load: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{folder}: its processor does not load: {' '.join(str(e).split())[:300]}") from None

@@ -51,27 +51,34 @@ def _encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) ->
 def conversation(processor: Any, messages: Sequence[Mapping[str, Any]], *, opened: bool, parts: bool) -> str:
     """The prompt for `messages`, with the assistant's turn opened where asked, by the model's own chat template.
 
-    Text models' templates take words, not `parts`. A template that knows no system message gets it in front of the
-    first question; without a template, roles and words stand line by line. ValueError where the template refuses.
+    A text model's template, or that of a tokenizer, takes words and not `parts`: there the processor's placeholder
+    stands for a picture. A template that knows no system message gets it in front of the first question; without a
+    template, roles and words stand line by line. ValueError where the template refuses.
     """
     from jinja2 import TemplateError
 
-    said = [m if parts else {**m, "content": _words(m["content"])} for m in messages]
-    if not processor.chat_template:
+    owner, place = processor, ""
+    if not processor.chat_template and hasattr(processor, "tokenizer"):
+        owner, place, parts = processor.tokenizer, getattr(processor, "image_token", ""), False
+    said = [m if parts else {**m, "content": _words(m["content"], place)} for m in messages]
+    if not owner.chat_template:
         lines = [f"{m['role'].capitalize()}: {m['content']}" for m in said]
         return "\n".join([*lines, "Assistant:"] if opened else lines)
     try:
-        return processor.apply_chat_template(said, tokenize=False, add_generation_prompt=opened)
+        return owner.apply_chat_template(said, tokenize=False, add_generation_prompt=opened)
     except TemplateError as e:
-        if said[0]["role"] != "system" or len(said) < 2:
+        if messages[0]["role"] != "system" or len(messages) < 2:
             raise ValueError(f"the model's chat template refuses a sample: {str(e).partition(chr(10))[0]}") from None
-        asked, system = said[1]["content"], _words(said[0]["content"])
-        both = f"{system}\n\n{asked}" if isinstance(asked, str) else [{"type": "text", "text": f"{system}\n\n"}, *asked]
-        return conversation(processor, [{**said[1], "content": both}, *said[2:]], opened=opened, parts=parts)
+        system, asked = ([p] if isinstance(p, str) else p for p in (m["content"] for m in messages[:2]))
+        both = [p if not isinstance(p, str) else {"type": "text", "text": p} for p in (*system, "\n\n", *asked)]
+        merged = [{**messages[1], "content": both}, *messages[2:]]
+        return conversation(processor, merged, opened=opened, parts=parts)
 
 
-def _words(content: str | Sequence[Mapping[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+def _words(content: str | Sequence[Mapping[str, Any]], place: str) -> str:
+    return (
+        content if isinstance(content, str) else "".join(p["text"] if p["type"] == "text" else place for p in content)
+    )
 
 
 def micro_batches(skeleton: Skeleton, samples: Sequence[Sample], *, tokens: int) -> Iterator[dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from .detect import detect
 from .experts import unfused
 from .family import Family
 from .names import checkpoint_names
+from .pictures import pack_pictures
 from .source import Source, open_source
 
 READERS = ThreadPoolExecutor(4)
@@ -106,6 +107,7 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
     source, renamings = unfused(module, source)
     names, source = checkpoint_names(module, source, (*opened.rules, *renamings))
     family, notes = detect(module)
+    pack_pictures(module, place, dtype)
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None:
@@ -117,13 +119,15 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
 
 def template_notes(folder: Path, skeleton: Skeleton) -> list[str]:
     """What a user should know of how samples are put to the model. ValueError where pictures cannot be put to it."""
+    processor, words = skeleton.processor, skeleton.words
     notes = [] if skeleton.sees else ["no part of the model reads pictures: calibrated on the samples' words alone"]
-    if skeleton.sees and not hasattr(skeleton.processor, "tokenizer"):
+    if skeleton.sees and processor is words:
         raise ValueError(f"{folder}: no processor for pictures (preprocessor_config.json is missing)")
-    if not getattr(skeleton.processor, "chat_template", None):
-        if skeleton.sees:
+    if not getattr(processor, "chat_template", None):
+        if skeleton.sees and not (getattr(words, "chat_template", None) and hasattr(processor, "image_token")):
             raise ValueError(f"{folder}: no chat template (chat_template.jinja is missing)")
-        notes.append("no chat template: samples are put as 'User: ...' and 'Assistant: ...'")
+        if not getattr(words, "chat_template", None):
+            notes.append("no chat template: samples are put as 'User: ...' and 'Assistant: ...'")
     return notes
 
 
@@ -159,11 +163,12 @@ def spellings(skeleton: Skeleton, module: str) -> tuple[str, ...]:
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Put `value` where parameter (or buffer) `name` of `module` is; None puts a parameter back on the meta device."""
+    """Put `value` where parameter `name` of `module` is; None puts it back on the meta device. A buffer (what corrects
+    a router, say) takes its value in its own dtype, and stays: it is small."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     buffer = owner._buffers.get(leaf)
-    if buffer is not None:  # what corrects a router, say: in its own dtype, and small enough to stay
+    if buffer is not None:
         owner._buffers[leaf] = buffer if value is None else value.to(buffer.dtype)
         return
     old = owner._parameters[leaf]
@@ -244,14 +249,20 @@ def embeddings(skeleton: Skeleton) -> list[str]:
     head = skeleton.module.get_output_embeddings()
     after = {id(p) for p in head.parameters()} if head is not None else set()
     own = {id(p) for p in skeleton.module.get_input_embeddings().parameters()}
-    named = dict(skeleton.module.named_parameters())
-    return [n for n in outside(skeleton) if id(named[n]) in own or id(named[n]) not in after]
+    named = dict(skeleton.module.named_parameters(remove_duplicate=False))
+    return [n for n in outside(skeleton) if id(named.get(n)) in own or id(named.get(n)) not in after]
 
 
 def vision(skeleton: Skeleton) -> list[str]:
-    """The parameters that are needed only before the first decoder layer and only for pictures."""
-    text = skeleton.family.layers.rpartition(".")[0] + "."
+    """The parameters that are needed only before the first decoder layer and only for pictures (or sound)."""
+    text = skeleton.family.layers.rpartition(".")[0]
     head = skeleton.module.get_output_embeddings()
     after = {id(p) for p in head.parameters()} if head is not None else set()
-    named = dict(skeleton.module.named_parameters())
-    return [n for n in outside(skeleton) if not n.startswith(text) and id(named[n]) not in after]
+    named = dict(skeleton.module.named_parameters(remove_duplicate=False))
+    towers = [  # parts with linears of their own that stand beside the layers
+        f"{text}.{name}."
+        for name, child in skeleton.module.get_submodule(text).named_children()
+        if child is not skeleton.layers and any(isinstance(m, nn.Linear) and m is not child for m in child.modules())
+    ]
+    beside = [n for n in outside(skeleton) if not n.startswith(f"{text}.") or n.startswith(tuple(towers))]
+    return [n for n in beside if id(named.get(n)) not in after]

@@ -1,0 +1,124 @@
+"""Every family from a folder to whole artifacts: names, layers, groups, streaming, and what a fold leaves as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+from mmq.export.artifact import open_artifact
+from mmq.export.make import make
+from mmq.export.view import packed_linears, view
+from mmq.quantize.inputs import encode
+from mmq.quantize.lockstep import Lockstep
+from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside, release_layer
+from mmq.quantize.source import open_source
+from mmq.recipes.calibration import drawn
+from mmq.recipes.hub import fetch
+from mmq.recipes.recipe import Recipe
+
+NEEDS = {"smolvlm": "num2words"}  # of its processor, in transformers
+
+
+@pytest.fixture(scope="module", params=zoo.KINDS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    if request.param in NEEDS:
+        pytest.importorskip(NEEDS[request.param])
+    return request.param, zoo.write(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def states(skeleton: Skeleton, count: int) -> list[torch.Tensor]:
+    """Last hidden states of the first drawn samples, the model streamed layer by layer."""
+    base = skeleton.module.base_model
+    with torch.no_grad():
+        inputs = [encode(skeleton, s) for s in drawn(count)]
+        load_outside(skeleton)
+        calls = [lambda i=i: base(**i, use_cache=False).last_hidden_state for i in inputs]
+        with Lockstep(skeleton.layers, calls) as steps:
+            for stop in steps:
+                load_layer(skeleton, stop.index)
+                stop.advance()
+                release_layer(skeleton, stop.index)
+    return steps.results
+
+
+def test_streamed_is_the_model_itself(family: tuple[str, Path]) -> None:
+    """Layer by layer from the files, against transformers with the whole model in memory."""
+    from mmq.quantize.classes import model_class
+
+    kind, folder = family
+    if not zoo.KINDS[kind].loads:
+        pytest.skip("transformers does not load these names")
+    skeleton = build(folder)
+    mine = states(skeleton, 4)
+    whole = model_class(skeleton.module.config).from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        inputs = [encode(skeleton, s) for s in drawn(4)]
+        theirs = [whole.base_model(**i, use_cache=False).last_hidden_state for i in inputs]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bnb"])
+def test_quantized_whole(family: tuple[str, Path], tmp_path: Path, method: str) -> None:
+    kind, folder = family
+    recipe = Recipe(name="tiny", model=str(folder), method=method, samples=4)
+    made = make(recipe, fetch(str(folder)), tmp_path / "out", samples=drawn(4), calibration="drawn")
+    assert open_artifact(made.path, verify=True).digest == made.digest
+    packed = packed_linears(open_source(made.path).metas, made.format)
+    assert packed == set(made.manifest["quantized"])
+    assert len(packed) == zoo.KINDS[kind].packed
+    before, after = open_source(folder), view(made.path)
+    assert {n: m.shape for n, m in before.metas.items()} == {n: m.shape for n, m in after.metas.items()}
+    config = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    for entry in config.get("modules_to_not_convert", []):
+        assert not any(entry in name for name in packed)
+    base, quantized = states(build(folder), 2), states(build(made.path, source=after), 2)
+    error = sum(float((a - b).square().sum() / a.square().sum()) for a, b in zip(base, quantized, strict=True)) / 2
+    assert 0 < error < 0.2, error
+
+
+def test_folding_alone_changes_nothing(family: tuple[str, Path]) -> None:
+    """Each group's scale moved by hand: the layer puts out what it did."""
+    _, folder = family
+    skeleton = build(folder)
+    base = skeleton.module.base_model
+    torch.manual_seed(0)
+    with torch.no_grad():
+        load_outside(skeleton)
+        inputs = encode(skeleton, drawn(1)[0])
+        with Lockstep(skeleton.layers, [lambda: base(**inputs, use_cache=False)]) as steps:
+            for stop in steps:
+                load_layer(skeleton, stop.index)
+                before = stop.run(stop.calls[0])
+                for group in skeleton.family.groups[stop.index]:
+                    fold(stop.layer, dataclasses.asdict(group), skeleton)
+                after = stop.run(stop.calls[0])
+                before, after = (x[0] if isinstance(x, tuple) else x for x in (before, after))
+                assert torch.allclose(before, after, atol=2e-4 * float(before.abs().max()))
+                stop.advance()
+
+
+def fold(layer: torch.nn.Module, group: dict, skeleton: Skeleton) -> None:
+    if group["absorber"] is None:
+        return
+    from mmq.quantize.layer import head_dim
+
+    absorber = layer.get_submodule(group["absorber"])
+    weight = absorber.get_parameter("weight")
+    s = torch.rand(weight.shape[0]) * 1.5 + 0.5
+    if weight.ndim == 1:
+        weight.copy_((weight + group["offset"]) / s - group["offset"])
+    else:
+        weight.div_(s[:, None])
+    if getattr(absorber, "bias", None) is not None:
+        absorber.get_parameter("bias").div_(s)
+    first = layer.get_submodule(group["linears"][0]).get_parameter("weight")
+    if len(s) < first.shape[1]:
+        width = head_dim(skeleton.module.config)
+        s = s.view(-1, width).repeat_interleave(first.shape[1] // len(s), 0).flatten()
+    for name in group["linears"]:
+        layer.get_submodule(name).get_parameter("weight").mul_(s)
