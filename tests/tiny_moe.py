@@ -98,7 +98,8 @@ def _config(kind: str, words: Any, changes: dict[str, Any]) -> Any:
     if kind == "deepseek_v2":
         return t.DeepseekV2Config(**{**text, **latent, "topk_method": "group_limited_greedy", **changes})
     if kind == "deepseek_v3":
-        return t.DeepseekV3Config(**{**text, **latent, **changes})
+        told = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # vLLM asks for them
+        return t.DeepseekV3Config(**{**text, **latent, **told, **changes})
     vision: dict[str, Any] = {
         "depth": 2,
         "num_heads": 2,
@@ -123,7 +124,7 @@ def _config(kind: str, words: Any, changes: dict[str, Any]) -> Any:
             vision_start_token_id=number("<|vision_start|>"),
             vision_end_token_id=number("<|vision_end|>"),
         )
-    text |= {**grouped, "rope_parameters": {**rope, "mrope_section": [8, 12, 12], "partial_rotary_factor": 1.0}}
+    text |= {"use_qk_norm": False, **grouped, "rope_parameters": {**rope, "mrope_section": [8, 12, 12], "partial_rotary_factor": 1.0}}
     vision |= {"patch_size": 14, "image_size": 112, "intermediate_size": HIDDEN}
     return t.Glm4vMoeConfig(
         text_config={**text, **changes},
