@@ -23,13 +23,14 @@ def facts(artifact: Artifact, *, seconds: float) -> dict[str, Any]:
         "mean_error": sum(errors) / max(len(errors), 1),
         "fallbacks": fallbacks(manifest),
         "left_out": max((layer.get("left_out", 0) for layer in manifest["layers"]), default=0),
+        "experts": experts(manifest),
         "base_bytes": manifest["base"]["weight_bytes"],
         "bytes": sum(f["size"] for n, f in manifest["files"].items() if n.endswith(".safetensors")),
         "seconds": round(seconds, 1),
         "digest": artifact.digest,
     }
     if "backend" in manifest:
-        own = ("mean_error", "fallbacks", "left_out")
+        own = ("mean_error", "fallbacks", "left_out", "experts")
         return {**{k: v for k, v in found.items() if k not in own}, "backend": manifest["backend"]}
     return found
 
@@ -54,6 +55,8 @@ def rows(artifact: Artifact, told: Mapping[str, Any]) -> list[list[str]]:
     ]
     if told.get("left_out"):
         found.append(["left out", f"{told['left_out']} tokens whose activations are not finite"])
+    if told.get("experts"):
+        found.append(["experts", experts_line(told["experts"])])
     if told.get("fallbacks"):
         name, why = next(iter(told["fallbacks"].items()))
         found.append(["rounded to nearest", f"{len(told['fallbacks'])} linears, all in mmq.json; {name}: {why}"])
@@ -69,6 +72,40 @@ def fallbacks(manifest: Mapping[str, Any]) -> dict[str, str]:
         for name, why in layer.get("fallbacks", {}).items()
     }
     return found | dict((manifest.get("head") or {}).get("fallbacks", {}))
+
+
+def experts(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the experts of a model's mixtures saw of the calibration; None where there are none, or no calibration."""
+    mixtures = [mixture for layer in manifest["layers"] for mixture in layer.get("experts", ())]
+    if not mixtures:
+        return None
+    seen = {kind: [n for mixture in mixtures for n in mixture[kind]] for kind in ("text", "media")}
+    both = [text + media for text, media in zip(seen["text"], seen["media"], strict=True)]
+    return {
+        "mixtures": len(mixtures),
+        "experts": len(both),
+        "tokens": {kind: [min(n), sorted(n)[len(n) // 2], max(n)] for kind, n in (("all", both), *seen.items())},
+        "floor": mixtures[0]["floor"],
+        "all_tokens": sum(len(mixture["all_tokens"]) for mixture in mixtures),
+        "unseen": sum(len(mixture["unseen"]) for mixture in mixtures),
+    }
+
+
+def experts_line(info: Mapping[str, Any]) -> str:
+    """The same for a reader: the least, the middle and the most tokens that an expert saw."""
+    told = f"{info['experts']} in {info['mixtures']} layers saw {_spread(info['tokens']['all'])} tokens each"
+    if info["tokens"]["media"][-1]:
+        told += f" (text {_spread(info['tokens']['text'])}, images {_spread(info['tokens']['media'])})"
+    if info["all_tokens"]:
+        told += f"; {info['all_tokens']} saw fewer than {info['floor']}"
+        told += f" ({info['unseen']} of them none)" if info["unseen"] else ""
+        told += " and were given all tokens of their layer: mmq.json lists them"
+    return told
+
+
+def _spread(numbers: list[int]) -> str:
+    least, middle, most = numbers
+    return f"{least}..{middle}..{most}"
 
 
 def calibration_line(info: Mapping[str, Any]) -> str:
