@@ -36,6 +36,7 @@ SIZES = {  # width, height
     "tall": (210, 1130),
     "nine": (1344, 1344),
     "grey": (333, 517),
+    "edge": (700, 280),  # 50 patches wide: every fifth lies on the edge between two of 70 places
 }
 CASES: dict[str, tuple[str, ...]] = {name: (name,) for name in SIZES} | {"pair": ("wide", "small"), "text": ()}
 VIDEO = ("two", 5, ((0, 4), (9,), (13, 21)))  # the frames' size, their number, their groups by time

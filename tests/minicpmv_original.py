@@ -109,7 +109,7 @@ def main(version: str, original: Path) -> None:
             kept[case] = logits[-cases.SEEN :]
             kept[f"{case}.all"] = logits @ cases.numbers("echo", (logits.shape[1], 2)).astype(np.float32)
     save_file(kept, out / f"{version}.safetensors")
-    (out / f"{version}.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (out / f"{version}.json").write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

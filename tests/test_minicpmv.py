@@ -14,6 +14,7 @@ from typing import Any
 import minicpmv_cases as cases
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from mmq.export.make import make
 from mmq.export.view import packed_linears, view
 from mmq.quantize import skeleton as skeletons
 from mmq.quantize.inputs import answer_mask, media_mask, micro_batches
-from mmq.quantize.minicpmv.model import MiniCPMV, build
+from mmq.quantize.minicpmv.model import MiniCPMV, build, build_model
 from mmq.quantize.minicpmv.processor import Processor, build_processor
 from mmq.quantize.minicpmv.slices import Slicing, best_grid, patches, slices
 from mmq.quantize.source import open_source
@@ -223,6 +224,30 @@ def test_eyes_and_words_of_minicpm_o(tiny: Callable[[str], Path], tmp_path: Path
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
     source = view(quantized(base, tmp_path / "out"))
     assert all(torch.equal(source.get(n), value) for n, value in extra.items())
+
+
+PUBLISHED = {  # config.json's sizes, and of the published index: its names' sha256, and how many numbers there are
+    "2.5": (
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
+         "num_key_value_heads": 8, "vocab_size": 128256, "query_num": 96},
+        "6cdfadbe3d741de329830a63f11389fb61d1f8394f79091e408b349f3a132930", 34148369344 // 4,
+    ),
+    "4.5": (
+        {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 36,
+         "num_key_value_heads": 8, "vocab_size": 151748, "query_num": 64, "head_dim": 128, "version": 4.5},
+        "8ccff7b8ee0b0ef6e04b87da21e447b95f995989d2b307fbaa7a6eb77735bfc8", 17391790560 // 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", PUBLISHED)
+def test_names_and_sizes_of_the_published_checkpoints(release: str) -> None:
+    sizes, names, numbers = PUBLISHED[release]
+    with init_empty_weights(include_buffers=False):
+        model = build_model({**sizes, "model_type": "minicpmv", "drop_vision_last_layer": False}, image_token_id=0)
+    found = {n: p.numel() for n, p in model.named_parameters()}
+    assert sum(found.values()) == numbers
+    assert hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest() == names
 
 
 def test_slices_cover_the_picture() -> None:
