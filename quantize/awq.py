@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .descent import descended
+from .descent import Task, costs_of, descended
 from .family import Group
 from .fused import fused
 from .gptq import damping
@@ -142,16 +142,22 @@ def scale(problem: Problem, grid: Grid, *, finalists: int = FINALISTS, descend: 
     """
     moved = Scaled(dict(problem.weights))
     chosen = {name for group in problem.groups for name in group.linears}
+    found: dict[Group, Tensor] = {}
+    ties: dict[Group, int] = {}
+    tasks: dict[Group, Task] = {}
     for group in problem.groups:
-        tie = absorbable(group, moved.weights, chosen)
+        tie = ties[group] = absorbable(group, moved.weights, chosen)
         if tie == 0 or group not in problem.grams:
             continue
-        absorber = str(group.absorber)
-        ws = [moved.weights[f"{n}.weight"] for n in group.linears]
-        s = best_scale(ws, problem.grams[group], grid, tie=tie, tie_block=problem.head_dim, finalists=finalists)
+        ws, gram, head = [moved.weights[f"{n}.weight"] for n in group.linears], problem.grams[group], problem.head_dim
+        found[group] = s = best_scale(ws, gram, grid, tie=tie, tie_block=head, finalists=finalists)
         if descend:
-            damp = damping(len(s), problem.fewer.get(group, problem.tokens))
-            s = descended(ws, problem.grams[group], s, grid, damp=damp, tie=tie, tie_block=problem.head_dim)
+            costs = costs_of(gram, s, damp=damping(len(s), problem.fewer.get(group, problem.tokens)))
+            if costs is not None:
+                tasks[group] = Task(tuple(ws), costs, s, tie, head)
+    found |= zip(tasks, descended(list(tasks.values()), grid), strict=True)
+    for group, s in found.items():
+        absorber, tie = str(group.absorber), ties[group]
         if moved.weights[f"{absorber}.weight"].ndim == 1:
             s = _fold_into_norm(absorber, s, moved, stored=problem.stored, offset=group.offset)
         else:

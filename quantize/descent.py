@@ -16,6 +16,7 @@ only saves steps. Its slope is written down, no graph is kept. Knows nothing of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,32 +32,55 @@ ROWS = 512  # output channels, about, that a step looks at, others each time; al
 PIECE = 2**24  # weights looked at together, float32
 
 
-def descended(
-    weights: Sequence[Tensor], gram: Tensor, start: Tensor, grid: Grid, *, damp: float, tie: int = 1, tie_block: int = 1
-) -> Tensor:
-    """From the scale `start` [in] down to one with a lower F over `weights`, each [out, in], given their input's Gram
-    matrix H [in, in]: float32 [in]. `start` itself where none was found, where H is 0, or where it has no factor with
-    the share `damp` of its mean diagonal added, or more. Heads that read one value head (`tie`, `tie_block`: as in
-    awq.best_scale) are moved as one, and must start as one.
+@dataclass(frozen=True)
+class Task:
+    """One scale to bring down. `weights`: those that share the input, each [out, in] of any float dtype; `costs` (h)
+    and `start` (s): float32 [in]. Heads that read one value head (`tie`, `tie_block`: as in awq.best_scale) are moved
+    as one, and must start as one."""
 
-    H is damped and factored as `start` divides it: nearly what the rounding will see.
+    weights: tuple[Tensor, ...]
+    costs: Tensor
+    start: Tensor
+    tie: int = 1
+    tie_block: int = 1
+
+
+def descended(tasks: Sequence[Task], grid: Grid) -> list[Tensor]:
+    """For each task a scale of which F is lower, float32 [in], or its start where none was found.
+
+    Tasks of the same shapes, such as a mixture's experts, go down side by side.
     """
-    order = column_order(gram, start)
-    costs = torch.empty_like(start)
+    alike: dict[object, list[int]] = {}
+    for number, task in enumerate(tasks):
+        alike.setdefault((tuple(w.shape for w in task.weights), task.tie, task.tie_block), []).append(number)
+    ends = [task.start for task in tasks]
+    for numbers in alike.values():
+        width = len(tasks[numbers[0]].start)
+        together = max(1, PIECE // (width * min(ROWS, sum(len(w) for w in tasks[numbers[0]].weights))))
+        for first in range(0, len(numbers), together):
+            some = numbers[first : first + together]
+            for number, found in zip(some, _descend([tasks[n] for n in some], grid), strict=True):
+                ends[number] = _lower(tasks[number], found, grid)
+    return ends
+
+
+def costs_of(gram: Tensor, scale: Tensor, *, damp: float) -> Tensor | None:
+    """h [in]: what an error of each column costs after all others have made up for it, for inputs of Gram matrix H
+    [in, in]. Damped by the share `damp` of the mean diagonal, or more, and ordered as it is once columns are multiplied
+    by `scale` [in]: nearly what the rounding will see. None where H is 0 or has no factor: then nothing is known."""
+    if not bool(gram.diagonal().any()):
+        return None
+    order = column_order(gram, scale)
+    costs = torch.empty_like(scale)
     try:
-        costs[order] = feedback(gram, order, start, damp=damp)[1]
+        costs[order] = feedback(gram, order, scale, damp=damp)[1]
     except ValueError:
-        return start
-    costs *= start.square()
-    found = _descend(weights, costs, start, grid, tie=tie, tie_block=tie_block)
-    found = found / (found.max() * found.min()).sqrt()
-    lower = expected_loss(weights, costs, found, grid) < expected_loss(weights, costs, start, grid)  # not if it is NaN
-    lower &= gram.diagonal().amax() > 0
-    return sent(torch.where(lower, found, start), 0)  # the same to the last bit on every rank
+        return None
+    return costs * scale.square()
 
 
 def expected_loss(weights: Sequence[Tensor], costs: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """F over `weights`, each [out, in] of any float dtype; costs (h) and scale (s): [in]. A scalar."""
+    """F over all rows of `weights`, each [out, in] of any float dtype; costs (h) and scale (s): [in]. A scalar."""
     squares = scale.new_zeros(len(scale) // grid.group_size)
     for weight in weights:
         for rows in weight.split(max(1, PIECE // len(scale))):
@@ -66,25 +90,25 @@ def expected_loss(weights: Sequence[Tensor], costs: Tensor, scale: Tensor, grid:
 
 
 def slope(weight: Tensor, costs: Tensor, logs: Tensor, grid: Grid) -> Tensor:
-    """The gradient of log F with respect to log s, [in], over float32 `weight` [rows, in]; costs (h) and logs (log s):
-    [in]. Sums are taken in a fixed order, on a GPU too."""
-    size = grid.group_size
-    x = groups(weight * logs.exp(), size)  # [rows, groups, g]
+    """The gradient of log F with respect to log s, [..., in], over float32 `weight` [..., rows, in]; costs (h) and logs
+    (log s): [..., in]. Sums are taken in a fixed order, on a GPU too."""
+    split = (-1, grid.group_size)
+    x = (weight * logs.exp().unsqueeze(-2)).unflatten(-1, split)  # [..., rows, groups, g]
     (high, top), (low, bottom) = x.max(-1), x.min(-1)
-    span = _range(low, high, grid)  # [rows, groups]
-    shares = (costs * (-2 * logs).exp()).view(-1, size)  # [groups, g]
-    squares, share = span.square().sum(0), shares.sum(-1)  # [groups]
+    span = _range(low, high, grid)  # [..., rows, groups]
+    shares = (costs * (-2 * logs).exp()).unflatten(-1, split)  # [..., groups, g]
+    squares, share = span.square().sum(-2), shares.sum(-1)  # [..., groups]
     # d span / d log s_j is |x_j| where x_j is an end of the range, else 0
     if grid.symmetric:
         ends = [(torch.where(high > -low, top, bottom), span)]
     else:
         ends = [(top, high.clamp(min=0)), (bottom, low.clamp(max=0).neg())]
-    columns = torch.arange(size, device=x.device)
+    columns = torch.arange(grid.group_size, device=x.device)
     widening = torch.zeros_like(shares)
     for end, reach in ends:
-        widening += torch.where(end[..., None] == columns, (span * reach)[..., None], 0.0).sum(0)
-    change = 2 * (widening * share[:, None] - squares[:, None] * shares)
-    return change.flatten() / (squares * share).sum()
+        widening += torch.where(end.unsqueeze(-1) == columns, (span * reach).unsqueeze(-1), 0.0).sum(-3)
+    change = 2 * (widening * share.unsqueeze(-1) - squares.unsqueeze(-1) * shares)
+    return change.flatten(-2) / (squares * share).sum(-1, keepdim=True)
 
 
 def _range(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
@@ -93,20 +117,28 @@ def _range(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
     return torch.maximum(-low, high) if grid.symmetric else high - low
 
 
-def _descend(
-    weights: Sequence[Tensor], costs: Tensor, start: Tensor, grid: Grid, *, tie: int, tie_block: int
-) -> Tensor:
-    logs = start.log()
+def _descend(tasks: Sequence[Task], grid: Grid) -> Tensor:
+    """Where the steps end for tasks of the same shapes: [tasks, in]."""
+    like = tasks[0]
+    costs, logs = torch.stack([t.costs for t in tasks]), torch.stack([t.start for t in tasks]).log()
     mean, squares = torch.zeros_like(logs), torch.zeros_like(logs)
     slow, slower = MOMENTA
-    apart = -(-sum(len(w) for w in weights) // ROWS)
+    apart = -(-sum(len(w) for w in like.weights) // ROWS)
     for step in range(STEPS):
-        rows = torch.cat([w[step % apart :: apart] for w in weights]).float()
-        down = slope(rows, costs, logs, grid)
-        if tie > 1:
-            down = down.view(-1, tie, tie_block).sum(1, keepdim=True).expand(-1, tie, tie_block).flatten()
+        rows = torch.cat([w[step % apart :: apart] for t in tasks for w in t.weights]).float()
+        down = slope(rows.unflatten(0, (len(tasks), -1)), costs, logs, grid)
+        if like.tie > 1:
+            heads = down.unflatten(-1, (-1, like.tie, like.tie_block))
+            down = heads.sum(-2, keepdim=True).expand_as(heads).flatten(1)
         mean = torch.lerp(down, mean, slow)
         squares = torch.lerp(down.square(), squares, slower)
         length = LENGTH * (1 - step / STEPS) / (1 - slow ** (step + 1))
         logs = logs - length * mean / ((squares / (1 - slower ** (step + 1))).sqrt() + 1e-8)
     return logs.exp()
+
+
+def _lower(task: Task, found: Tensor, grid: Grid) -> Tensor:
+    """`found` where F is lower there than at the start, else the start; the same to the last bit on every rank."""
+    found = found / (found.max() * found.min()).sqrt()
+    before, after = (expected_loss(task.weights, task.costs, s, grid) for s in (task.start, found))
+    return sent(torch.where(after < before, found, task.start), 0)  # the start too where F is no number

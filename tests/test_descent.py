@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mmq.quantize import descent
 from mmq.quantize.awq import best_scale
-from mmq.quantize.descent import descended, expected_loss, slope
-from mmq.quantize.gptq import column_order, feedback
+from mmq.quantize.descent import Task, costs_of, descended, expected_loss, slope
 from mmq.quantize.grid import Grid
 from mmq.quantize.steps import STEPS, solve
 
@@ -28,6 +27,12 @@ def problem(rows: int = 96, width: int = 128, seed: int = 0) -> tuple[Tensor, Te
     weight = torch.randn(rows, width, generator=random) * torch.exp(0.3 * torch.randn(width, generator=random))
     x = torch.randn(4 * width, width, generator=random) * torch.exp(0.7 * torch.randn(width, generator=random))
     return weight, (x.T @ x + 0.3 * x.T.roll(1, 0) @ x.roll(1, 1)) / len(x)
+
+
+def down(weights: list[Tensor], gram: Tensor, start: Tensor, grid: Grid, *, damp: float = 0.01) -> Tensor:
+    costs = costs_of(gram, start, damp=damp)
+    assert costs is not None
+    return descended([Task(tuple(weights), costs, start)], grid)[0]
 
 
 def by_hand(weight: Tensor, costs: Tensor, s: Tensor, grid: Grid) -> float:
@@ -86,7 +91,7 @@ def test_there_is_one_valley(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(descent, "STEPS", 600)
     identity = torch.diag(costs)  # its pivots are its diagonal, whatever the order
     starts = [torch.ones(128), torch.exp(torch.randn(128, generator=random))]
-    ends = [height(descended([weight], identity, s, grid, damp=1e-6).log()) for s in starts]
+    ends = [height(down([weight], identity, s, grid, damp=1e-6).log()) for s in starts]
     assert ends[0] == pytest.approx(ends[1], abs=2e-3)
     assert ends[0] < min(height(s.log()) for s in starts) - 0.1
 
@@ -97,15 +102,31 @@ def test_each_step_looks_at_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for rows in (1024, 128):
         monkeypatch.setattr(descent, "ROWS", rows)
-        s = descended([weight[:700], weight[700:]], gram, torch.ones(128), Grid(32), damp=0.01)
+        s = down([weight[:700], weight[700:]], gram, torch.ones(128), Grid(32))
         ends.append(float(expected_loss([weight], gram.diagonal(), s, Grid(32))))
     assert ends[1] == pytest.approx(ends[0], rel=0.01)
     assert ends[0] < 0.9 * float(expected_loss([weight], gram.diagonal(), torch.ones(128), Grid(32)))
 
 
+def test_side_by_side_is_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of one shape or of two, in pieces or all together."""
+    tasks = []
+    for seed in range(5):
+        weight, gram = problem(rows=96 if seed != 2 else 64, seed=seed)
+        start = torch.linspace(0.5, 2, 128)
+        costs = costs_of(gram, start, damp=0.01)
+        assert costs is not None
+        tasks.append(Task((weight[:32], weight[32:]), costs, start))
+    alone = [descended([t], Grid(32))[0] for t in tasks]
+    for piece in (2**24, 2 * 96 * 128):
+        monkeypatch.setattr(descent, "PIECE", piece)
+        torch.testing.assert_close(descended(tasks, Grid(32)), alone, rtol=1e-3, atol=0)
+    assert float((alone[0] / alone[1] - 1).abs().max()) > 0.1
+
+
 def test_heads_that_share_a_scale_still_do() -> None:
     weight, gram = problem()
-    s = descended([weight], gram, torch.ones(128), Grid(32), damp=0.01, tie=2, tie_block=16).view(4, 2, 16)
+    s = descended([Task((weight,), gram.diagonal().clone(), torch.ones(128), 2, 16)], Grid(32))[0].view(4, 2, 16)
     assert torch.equal(s[:, 0], s[:, 1])
     assert float(s.std()) > 0.01
 
@@ -122,9 +143,9 @@ def test_it_goes_down_from_awqs_best_on_a_trained_layer(layer: Halted, grid: Gri
     for group, gram in layer.grams.items():
         weights = [layer.weights[f"{n}.weight"] for n in group.linears]
         start = best_scale(weights, gram, grid)
-        found = descended(weights, gram, start, grid, damp=0.1)
-        order = column_order(gram, start)
-        costs = feedback(gram, order, start, damp=0.1)[1][order.argsort()] * start.square()
+        costs = costs_of(gram, start, damp=0.1)
+        assert costs is not None
+        found = descended([Task(tuple(weights), costs, start)], grid)[0]
         before, after = (expected_loss(weights, costs, s, grid) for s in (start, found))
         falls.append(1 - float(after / before))
         assert float((found / start).log().abs().max()) < 3
@@ -142,18 +163,31 @@ def test_rounding_a_trained_layer_costs_less(layer: Halted, asked: tuple[str, st
     assert lost[0] < 0.97 * lost[1]
 
 
+def test_costs_are_the_squares_of_the_factors_diagonal() -> None:
+    """Of H in the order and damped as it is rounded with, told in the weight's own columns."""
+    _, gram = problem()
+    s = torch.linspace(0.5, 2, 128)
+    h = (gram / (s[:, None] * s)).double()
+    order = h.diagonal().argsort(stable=True)
+    h += 0.05 * h.diagonal().mean() * torch.eye(128)
+    want = torch.linalg.cholesky(h[order][:, order]).diagonal().square()[order.argsort()] * s.square()
+    found = costs_of(gram, s, damp=0.05)
+    assert found is not None
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=0)
+
+
+def test_an_h_that_says_nothing_has_no_costs() -> None:
+    _, gram = problem()
+    broken = gram - 5 * gram.diagonal().mean() * torch.eye(128)
+    for h in (gram * 0, broken, gram * torch.nan):
+        assert costs_of(h, torch.ones(128), damp=0.01) is None
+
+
 @GRIDS
-def test_what_says_nothing_moves_nothing(grid: Grid) -> None:
-    """No inputs, no weights, an H without a factor, an H that is no number: the start, untouched."""
+def test_weights_of_zero_move_nothing(grid: Grid) -> None:
     weight, gram = problem()
     start = torch.linspace(0.5, 2, 128)
-    for w, h in (
-        (weight, gram * 0),
-        (weight * 0, gram),
-        (weight, gram - 5 * gram.diagonal().mean() * torch.eye(128)),
-        (weight, gram * torch.nan),
-    ):
-        assert torch.equal(descended([w], h, start, grid, damp=0.01), start)
+    assert torch.equal(down([weight * 0], gram, start, grid), start)
 
 
 @GRIDS
@@ -171,7 +205,7 @@ def test_dead_and_loud_channels(grid: Grid, loud: float) -> None:
     weight[:, 100] = 0
     weight[3] = 0
     start = best_scale([weight], gram, grid)
-    found = descended([weight], gram, start, grid, damp=0.01)
+    found = down([weight], gram, start, grid)
     assert found.isfinite().all()
     assert (found > 0).all()
     assert float((found / start).log().abs().max()) < 2 * descent.STEPS * descent.LENGTH
