@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmq.quantize import awq, clip, gptq
+from mmq.quantize.descent import Task, costs_of, descended, expected_loss
 from mmq.quantize.fused import fused
 from mmq.quantize.gram import Gram, diagonal_blocks
 from mmq.quantize.grid import Grid, dequantize, fit, groups, quantize
@@ -90,6 +91,22 @@ def test_error_feedback(grid: Grid, plain: pytest.MonkeyPatch) -> None:
     _off(plain)
     b = gptq.round_columns(*given, symmetric=grid.symmetric)
     assert int((a.q != b.q).sum()) <= a.q.numel() // 1000  # sums in another order: a code on the edge may fall over
+
+
+@pytest.mark.parametrize("grid", GRIDS[::2], ids=str)
+def test_the_descent(grid: Grid) -> None:
+    """Twice the same bits, side by side or alone, and as far down as on a CPU."""
+    weight, gram = _layer()
+    start = torch.ones(512, device="cuda")
+    costs = costs_of(gram, start, damp=0.01)
+    assert costs is not None
+    task = Task((weight, weight[:70] * 2), costs, start)
+    a, again = (descended([task], grid)[0] for _ in range(2))
+    assert torch.equal(a, again)
+    on_cpu = descended([Task(tuple(w.cpu() for w in task.weights), costs.cpu(), start.cpu())], grid)[0].cuda()
+    here, there, before = (expected_loss(task.weights, costs, s, grid) for s in (a, on_cpu, start))
+    assert here < 0.9 * before
+    torch.testing.assert_close(here, there, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
