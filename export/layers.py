@@ -53,6 +53,7 @@ def write_layers(
                 finished=lambda index: _finished(skeleton, order, index),
                 micro_batch=memory.micro_batch,
                 park=memory.park,
+                held=memory.held,
                 tell=tell,
                 lap=lap,
             ):

@@ -19,7 +19,7 @@ from .grid import Grid, Quantized
 from .lockstep import Stop
 from .method import Problem, Solution, restored
 from .pull import drift_of
-from .routing import HOLD, Routed, apart, counting, of_experts, owner, portions
+from .routing import HELD, HOLD, Routed, apart, counting, of_experts, owner, portions
 from .skeleton import Skeleton, set_parameter
 from .steps import STEPS, solve
 
@@ -56,18 +56,20 @@ def quantize_layer(
     lap: Callable[[str], None],
     *,
     media: Sequence[Tensor] = (),
+    held: int = HELD,
 ) -> tuple[Solution, int, tuple[Routed, ...]]:
     """Quantize `groups` of the layer at `stop` by (method, quality) `steps`, and leave the result in the layer as an
     engine will hold it. `tokens` are all ranks'; `media[call.number]`, bool [tokens], says which of a call's tokens
-    stand for pictures. Also returned: how many tokens were left out, their activations not finite, and what the
-    experts saw. ValueError for a checkpoint whose weights or activations say nothing."""
+    stand for pictures; experts' Gram matrices take at most `held` bytes at a time. Also returned: how many tokens were
+    left out, their activations not finite, and what the experts saw. ValueError for a checkpoint whose weights or
+    activations say nothing."""
     common, inside = apart(stop.layer, groups)
     solution, left_out = Solution({}), 0
     if common:
         solution, left_out = _quantize_common(skeleton, stop, common, grid, steps, tokens, lap)
     if not inside:
         return solution, left_out, ()
-    more, lost, mixtures = _quantize_experts(skeleton, stop, inside, grid, steps, tokens, lap, media)
+    more, lost, mixtures = _quantize_experts(skeleton, stop, inside, grid, steps, tokens, lap, media, held)
     return joined(solution, more), max(left_out, lost), mixtures
 
 
@@ -112,13 +114,14 @@ def _quantize_experts(
     tokens: int,
     lap: Callable[[str], None],
     media: Sequence[Tensor],
+    held: int,
 ) -> tuple[Solution, int, tuple[Routed, ...]]:
     """The experts, after the rest of the layer is quantized, so many at a time as their Gram matrices leave room for.
     Which experts a token goes to differs between the quantized and the 16-bit model, so there is nothing to pull to."""
     plain = replace(STEPS[steps], pull=False)
     mine = replace(stop, calls=stop.calls[::2]) if STEPS[steps].pull else stop
     solution, left_out, mixtures = Solution({}), 0, ()
-    for portion in portions(stop.layer, groups):
+    for portion in portions(stop.layer, groups, held):
         with counting(stop.layer, media) as (before, seen):
             grams, lost = collect_grams(mine, portion, hold=HOLD, before=before)
             mixtures = seen()  # the same each time

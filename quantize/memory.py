@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..recipes.samples import Sample
-from . import awq, gram
+from . import awq, gram, routing
 from .family import Group
 from .inputs import encode, media_mask
 from .ranks import world
@@ -37,6 +37,7 @@ class Memory:
 
     micro_batch: int = MICRO_BATCH
     park: bool = False
+    held: int = field(default=routing.HELD, compare=False)  # bytes of experts' Gram matrices at a time
 
     def __str__(self) -> str:
         where = ", activations on the host" if self.park else ""
@@ -54,7 +55,8 @@ class Memory:
 class Workload:
     """The sizes that decide: of one rank's tokens (in all and for pictures, and of its longest sample), of the model's
     hidden states, of what runs before the first layer (bytes), of the largest layer (bytes), and of each of its groups:
-    the rows of its linears and their inputs' width."""
+    the rows of its linears and their inputs' width; `experts` are those of a mixture's experts, each of which gets the
+    part `routed` of the tokens."""
 
     tokens: int
     media: int
@@ -65,6 +67,14 @@ class Workload:
     layers: int
     groups: tuple[tuple[tuple[int, ...], int], ...]
     item: int  # bytes of a number in the compute dtype
+    experts: tuple[tuple[tuple[int, ...], int], ...] = ()
+    routed: float = 1.0
+
+    @property
+    def active(self) -> int:
+        """The numbers of the layer that a token meets."""
+        inside = sum(sum(rows) * width for rows, width in self.experts)
+        return int(self.layer // self.item - inside * (1 - self.routed))
 
 
 def workload(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], samples: Sequence[Sample]) -> Workload:
@@ -80,23 +90,32 @@ def workload(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], samples:
 
     index = max(plan, key=inside)
     prefix = skeleton.layer_prefix(index)
-    shapes = [[metas[f"{prefix}{n}.weight"].shape for n in group.linears] for group in plan[index]]
+    common, inside_experts = routing.apart(skeleton.layers[index], plan[index])
+
+    def sizes(groups: Sequence[Group]) -> tuple[tuple[tuple[int, ...], int], ...]:
+        shapes = [[metas[f"{prefix}{n}.weight"].shape for n in group.linears] for group in groups]
+        return tuple((tuple(s[0] for s in group), group[0][1]) for group in shapes)
+
     seen, media = [], 0
     for sample in samples[:: max(1, len(samples) // PROBED)]:
         ids = encode(skeleton, sample)["input_ids"]
         seen.append(ids.numel())
         media += int(media_mask(skeleton, ids).sum())
     share = len(samples) / world() / max(len(seen), 1)
+    text = skeleton.module.config.get_text_config()
+    experts = len({routing.owner(group) for group in inside_experts})
     return Workload(
         tokens=int(sum(seen) * share),
         media=int(media * share),
         longest=max(seen, default=0),
-        hidden=skeleton.module.config.get_text_config().hidden_size,
+        hidden=text.hidden_size,
         before=sum(numbers(n) for n in embeddings(skeleton)) * item,
         layer=inside(index) * item,
         layers=len(plan),
-        groups=tuple((tuple(s[0] for s in group), group[0][1]) for group in shapes),
+        groups=sizes(common),
         item=item,
+        experts=sizes(inside_experts),
+        routed=min(1.0, getattr(text, "num_experts_per_tok", experts) / experts) if experts else 1.0,
     )
 
 
@@ -110,38 +129,50 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
     micro = max(min(memory.micro_batch, work.tokens), work.longest)
     pictures = work.media * work.hidden * work.item  # the vision tower's output, which the model's frames keep
     starting = work.before + (0 if memory.park else 2 * states) + pictures
-    if method == "bnb" or not work.groups:
+    if method == "bnb" or not (work.groups or work.experts):
         return work.layer * 4
     steps = STEPS[method, quality]
     held = work.layer + pictures + (micro * work.hidden * work.item if memory.park else 2 * states)
     if steps.pull:  # the 16-bit model's stream beside the other, and the layer as it was
         starting += (0 if memory.park else 2 * states) + pictures
         held += work.layer + (0 if memory.park else 2 * states) + pictures
-    widest = max(width for _, width in work.groups)
-    h = {width: 4 * width**2 for _, width in work.groups}
+    every_group = (*work.groups, *work.experts)
+    widest = max(width for _, width in every_group)
+    h = {width: 4 * width**2 for _, width in every_group}
     every = sum(h[width] for _, width in work.groups)
     waiting = (2 * gram.TOKENS + micro) * widest * work.item + 2 * gram.ROWS * widest * 4
     peaks = [starting, held + every + waiting + 3 * micro * widest * work.item]
     left, codes = every, 0
-    for rows, width in work.groups:
+    mixture = sum(routing.gram_bytes(width, work.item) for _, width in work.experts)
+    if mixture:  # the experts come last, so many matrices at a time as `held` holds
+        peaks.append(held + codes_of(work.groups) + min(mixture, memory.held) + 4 * micro * widest * work.item)
+    for number, (rows, width) in enumerate(every_group):
+        if number == len(work.groups):
+            left = min(mixture, memory.held)
         # several ranks share rows only where a group waits for the one before it; else one of them has all (steps.py)
         largest, together = (n * width // (world() if steps.pull else 1) for n in (max(rows), sum(rows)))
         if steps.scale:
             rows_width = sum(rows) * width // world()
             errors = 2 * 4 * max(awq.TOGETHER, rows_width)
-            peaks.append(held + every + rows_width * work.item + errors)
+            there = every if number < len(work.groups) else left + codes
+            peaks.append(held + there + rows_width * work.item + errors)
         peaks.append(held + left + codes + 8 * together + 4 * largest)
         if steps.feedback:
             peaks.append(held + left + codes + int((1 + WORKSPACE) * h[width]) + 4 * together)
             peaks.append(held + left + codes + h[width] + 10 * together)
-        if steps.pull:
+        if steps.pull and number < len(work.groups):
             micro_inputs = 16 * micro * width  # both streams' inputs, and how far apart they are
             peaks.append(held + 2 * h[width] + codes + waiting + micro_inputs)
             peaks.append(held + 2 * h[width] + codes + 16 * together + 12 * PIECE)
         peaks.append(held + left + codes + 3 * together + 24 * PIECE)
         codes += sum(rows) * width
-        left -= h[width]
+        left = max(0, left - h[width])
     return max(peaks)
+
+
+def codes_of(groups: Sequence[tuple[tuple[int, ...], int]]) -> int:
+    """Bytes of the codes of these groups, one a weight."""
+    return sum(sum(rows) * width for rows, width in groups)
 
 
 def host_bytes(work: Workload, memory: Memory) -> int:
@@ -156,13 +187,15 @@ def flops(work: Workload, method: str, quality: str) -> float:
     if method == "bnb":
         return 0.0
     steps = STEPS[method, quality]
-    done = (2 + 3 * steps.pull) * 2 * work.tokens * work.layer / work.item
-    for rows, width in work.groups:
-        done += work.tokens * width**2
+    done = (2 + 3 * steps.pull + bool(work.experts)) * 2 * work.tokens * work.active
+    for number, (rows, width) in enumerate((*work.groups, *work.experts)):
+        done += work.tokens * width**2 * (1 if number < len(work.groups) else work.routed)
         tried = min(awq.FIRST_ROWS, sum(rows)) * 2 * awq.STEPS + sum(rows) * awq.FINALISTS
         done += (tried * steps.scale + sum(rows) * (2 + steps.feedback)) * 2 * width**2 / world()
         done += steps.feedback * width**3 / 3
-        done += steps.pull * (3 * work.tokens * width**2 + 4 * sum(rows) * width**2 / world())
+        done += (steps.pull and number < len(work.groups)) * (
+            3 * work.tokens * width**2 + 4 * sum(rows) * width**2 / world()
+        )
     return done
 
 
@@ -181,7 +214,7 @@ def speed(device: torch.device) -> float:
 
 def within(work: Workload, method: str, quality: str, limit: int) -> Memory:
     """The largest setting whose need is at most `limit` bytes. ValueError when none is."""
-    memory = Memory()
+    memory = Memory(held=min(routing.HELD, limit // 8))
     while (needed := gpu_bytes(work, method, quality, memory)) > limit:
         smaller = memory.smaller()
         if smaller is None:

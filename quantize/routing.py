@@ -121,7 +121,7 @@ def of_experts(groups: Sequence[Group], mixtures: Sequence[Routed], which: str) 
     return tuple(g for g in groups if owner(g) in chosen)
 
 
-def portions(layer: nn.Module, groups: Sequence[Group], limit: int = HELD) -> list[tuple[Group, ...]]:
+def portions(layer: nn.Module, groups: Sequence[Group], limit: int) -> list[tuple[Group, ...]]:
     """The experts' groups in portions whose Gram matrices, with the inputs that wait for them, take at most `limit`
     bytes; the groups of one expert stay together, and one expert at least is in each."""
     sizes: dict[tuple[str, int], int] = {}

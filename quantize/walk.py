@@ -30,6 +30,7 @@ from .memory import MICRO_BATCH
 from .method import Problem
 from .pull import place
 from .ranks import own, total
+from .routing import HELD
 from .skeleton import (
     READERS,
     Skeleton,
@@ -63,6 +64,7 @@ def walk(
     finished: Callable[[int], Mapping[str, Tensor]] | None = None,
     micro_batch: int = MICRO_BATCH,
     park: bool = False,
+    held: int = HELD,
     tell: Tell = silent,
     lap: Callable[[str], None] = no_lap,
 ) -> Iterator[Layer]:
@@ -72,8 +74,9 @@ def walk(
     `done` are the layers that are already on disk, and `finished(i)` gives the 16-bit view of such a layer i (parameter
     name inside the layer -> tensor): it is run as it is, so the layers after it come out the same as without the
     interruption; the walk ends with the last layer that is not `done`. A forward pass takes about `micro_batch` tokens;
-    with `park` what is between layers waits on the host. Under several ranks (ranks.py) each takes its share of the
-    samples and of the rows. `lap(stage)` is called at the end of each stage, for whoever measures.
+    with `park` what is between layers waits on the host; experts' Gram matrices take at most `held` bytes at a time.
+    Under several ranks (ranks.py) each takes its share of the samples and of the rows. `lap(stage)` is called at the
+    end of each stage, for whoever measures.
     """
     if method == "bnb":
         yield from _walk_uncalibrated(skeleton, grid=grid, plan=plan, done=done, tell=tell)
@@ -126,7 +129,15 @@ def walk(
                         set_parameter(stop.layer, name, ready(skeleton, value))
                 else:
                     solution, left_out, mixtures = quantize_layer(
-                        skeleton, stop, plan[stop.index], grid, (method, quality), sum(counted[1:]), lap, media=pictures
+                        skeleton,
+                        stop,
+                        plan[stop.index],
+                        grid,
+                        (method, quality),
+                        sum(counted[1:]),
+                        lap,
+                        media=pictures,
+                        held=held,
                     )
                 layer = Layer(stop.index, solution, Tokens(*counted), left_out, mixtures)
                 note = _note(layer)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_moe import CHOSEN, EXPERTS, FUSED, HIDDEN, INNER, SPARSE, moe
 
+from mmq.export import make as making
 from mmq.export.artifact import Artifact, open_artifact
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
@@ -22,6 +23,7 @@ from mmq.quantize.experts import Experts, expert_groups, unfused
 from mmq.quantize.gather import collect_grams
 from mmq.quantize.inputs import encode
 from mmq.quantize.lockstep import Call, Lockstep, Stop
+from mmq.quantize.memory import Memory
 from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside, release_layer
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn, text
@@ -322,7 +324,7 @@ def test_portions_change_no_byte(checkpoints: dict[str, Path], tmp_path: Path, m
     groups = expert_groups(layer)
     limit = 2 * sum(routing.gram_bytes(width, 4) for width in (HIDDEN, INNER))
     assert [len(p) for p in routing.portions(layer, groups, limit)] == [4] * (EXPERTS // 2)
-    monkeypatch.setattr(routing, "HELD", limit)
+    monkeypatch.setattr(making, "Memory", lambda: Memory(held=limit))
     assert quantize("qwen3_moe", base, tmp_path / "portions").digest == at_once.digest
 
 
