@@ -41,7 +41,11 @@ class Row:
     code: str
 
 
-ROWS: tuple[Row, ...] = (Row(("minicpmv", "minicpmo"), "minicpmv.model"),)
+ROWS: tuple[Row, ...] = (
+    Row(("minicpmv", "minicpmo"), "minicpmv.model"),
+    Row(("internvl_chat",), "internvl_chat"),
+    Row(("internlm2", "internlm3"), "internlm2"),
+)
 
 # The common shape: pre-norm attention and a gated MLP, as in Llama and all that came of it.
 LLAMA = (

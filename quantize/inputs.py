@@ -52,14 +52,16 @@ def conversation(processor: Any, messages: Sequence[Mapping[str, Any]], *, opene
     """The prompt for `messages`, with the assistant's turn opened where asked, by the model's own chat template.
 
     A text model's template, or that of a tokenizer, takes words and not `parts`: there the processor's placeholder
-    stands for a picture. A template that knows no system message gets it in front of the first question; without a
-    template, roles and words stand line by line. ValueError where the template refuses.
+    (or what its `picture` says, where a row's code made it) stands for a picture. A template that knows no system
+    message gets it in front of the first question; without a template, roles and words stand line by line. ValueError
+    where the template refuses.
     """
     from jinja2 import TemplateError
 
     owner, place = processor, ""
     if not processor.chat_template and hasattr(processor, "tokenizer"):
-        owner, place, parts = processor.tokenizer, getattr(processor, "image_token", ""), False
+        place = getattr(processor, "picture", None) or getattr(processor, "image_token", "")
+        owner, parts = processor.tokenizer, False
     said = [m if parts else {**m, "content": _words(m["content"], place)} for m in messages]
     if not owner.chat_template:
         lines = [f"{m['role'].capitalize()}: {m['content']}" for m in said]

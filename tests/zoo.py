@@ -1,11 +1,12 @@
 """Tiny random checkpoints of every family, of the real classes and under the names that released checkpoints have.
 
-`write(kind, folder)` makes one: two decoder layers 256 wide, pebble's words, a processor built from code. Random
+`write(kind, folder)` makes one: two decoder layers 128 wide, pebble's words, a processor built from code. Random
 weights serve names, shapes and plumbing; nothing about quality. tiny.py holds the Qwen classes.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ TURN = """{%- for m in messages -%}
 {% endfor -%}
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-EYE: dict[str, Any] = {
+SIZE = {  # of the text model
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
+EYE: dict[str, Any] = {  # of the vision tower
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -45,7 +54,6 @@ class Kind:
     special: tuple[tuple[str, str], ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
     packed: int = 14  # linears that become int4
-    loads: bool = True  # transformers loads the checkpoint too
 
 
 def tokenizer(special: tuple[tuple[str, str], ...] = ()) -> Any:
@@ -62,17 +70,12 @@ def tokenizer(special: tuple[tuple[str, str], ...] = ()) -> Any:
 
 
 def text(words: Any, kind: str, **more: Any) -> dict[str, Any]:
-    """A text model's config: four heads of 64, two of them for keys and values."""
+    """A text model's config, of SIZE."""
     number = words.convert_tokens_to_ids
     return {
         "model_type": kind,
         "vocab_size": len(words),
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
+        **SIZE,
         "max_position_embeddings": 4096,
         "initializer_range": 0.06,
         "bos_token_id": number("<|endoftext|>"),
@@ -277,19 +280,12 @@ MINICPM_TOKENS = (
 INDICATORS = tuple((t, t) for t in ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"))
 
 
-KINDS: dict[str, Kind] = {
-    "llama": words_only("llama"),
-    "qwen2": words_only("qwen2", tie_word_embeddings=True),
-    "qwen3": words_only("qwen3"),
-    "mistral": words_only("mistral", sliding_window=64),
-    "phi3": words_only("phi3", packed=8),
-    "gemma2": words_only("gemma2", tie_word_embeddings=True, query_pre_attn_scalar=64, sliding_window=64),
-    "gemma3_text": words_only("gemma3_text", tie_word_embeddings=True, query_pre_attn_scalar=64, sliding_window=64),
-    "internvl": Kind(
+def internvl_kind(llm: str) -> Kind:
+    return Kind(
         lambda w: whole(
             "internvl",
             w,
-            "qwen2",
+            llm,
             {**EYE, "model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14]},
             "<IMG_CONTEXT>",
             image_seq_length=4,
@@ -302,7 +298,19 @@ KINDS: dict[str, Kind] = {
             ("video_token", "<video>"),
         ),
         LLAVA[1:],
-    ),
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "llama": words_only("llama"),
+    "qwen2": words_only("qwen2", tie_word_embeddings=True),
+    "qwen3": words_only("qwen3"),
+    "mistral": words_only("mistral", sliding_window=64),
+    "phi3": words_only("phi3", packed=8),
+    "gemma2": words_only("gemma2", tie_word_embeddings=True, query_pre_attn_scalar=64, sliding_window=64),
+    "gemma3_text": words_only("gemma3_text", tie_word_embeddings=True, query_pre_attn_scalar=64, sliding_window=64),
+    "internvl": internvl_kind("qwen2"),
+    "internvl_llama": internvl_kind("llama"),
     "llava": Kind(lambda w: whole("llava", w, "llama", CLIP, "<image>"), llava, IMAGE, LLAVA),
     "llava_next": Kind(
         lambda w: whole("llava_next", w, "mistral", CLIP, "<image>", image_grid_pinpoints=PINPOINTS),
@@ -399,7 +407,7 @@ KINDS: dict[str, Kind] = {
                 "hidden_size": 128,
                 "intermediate_size": 256,
                 "num_heads": 2,
-                "out_hidden_size": 256,
+                "out_hidden_size": SIZE["hidden_size"],
                 "image_size": 112,
                 "patch_size": 14,
             },
@@ -460,7 +468,7 @@ KINDS: dict[str, Kind] = {
             "qwen2",
             {**EYE, "vocab_size": 128, "hidden_stride": 2},
             "<IMG_ATOM>",
-            hidden_size=256,
+            hidden_size=SIZE["hidden_size"],
             vocab_size=len(w),
             visual_indicator_token_ids=[w.convert_tokens_to_ids(t) for _, t in INDICATORS],
         ),
@@ -512,12 +520,121 @@ KINDS: dict[str, Kind] = {
 }
 
 
+LAYER_NAMES = (  # InternLM2's, with its one matrix for queries, keys and values
+    (r"\.embed_tokens\.", ".tok_embeddings."),
+    (r"\.self_attn\.o_proj\.", ".attention.wo."),
+    (r"\.mlp\.gate_proj\.", ".feed_forward.w1."),
+    (r"\.mlp\.down_proj\.", ".feed_forward.w2."),
+    (r"\.mlp\.up_proj\.", ".feed_forward.w3."),
+    (r"\.input_layernorm\.", ".attention_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"^lm_head\.", "output."),
+    (r"^language_model\.lm_head\.", "language_model.output."),
+)
+VISION_NAMES = (
+    (r"embeddings\.cls_token", "embeddings.class_embedding"),
+    (r"embeddings\.position_embeddings", "embeddings.position_embedding"),
+    (r"embeddings\.patch_embeddings\.projection", "embeddings.patch_embedding"),
+    (r"encoder\.layer\.", "encoder.layers."),
+    (r"lambda_(\d)", r"ls\1"),
+    (r"attention\.projection_layer", "attn.proj"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+)
+
+
+def internlm2(out: Path) -> Path:
+    """A Llama of ours as InternLM2 would have stored it."""
+    write("llama", out)
+    joined(out, kv_heads=SIZE["num_key_value_heads"])
+    settle(out, model_type="internlm2", architectures=["InternLM2ForCausalLM"], bias=False)
+    return out
+
+
+def internvl_chat(out: Path, llm: str) -> Path:
+    """Our InternVL as OpenGVLab would have stored it, with a text model of type `llm`."""
+    words = write("internvl" if llm == "qwen2" else "internvl_llama", out)
+    config = json.loads((out / "config.json").read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(out / "model.safetensors").items():
+        for number, part in enumerate(("layer_norm", "linear_1", None, "linear_2")):
+            name = name.replace(f"multi_modal_projector.{part}.", f"mlp1.{number}.")
+        if name.startswith("vision_tower."):
+            name = name.replace("vision_tower.", "vision_model.")
+            for pattern, new in VISION_NAMES:
+                name = re.sub(pattern, new, name)
+        tensors[name] = tensor
+    for name in [n for n in tensors if ".attention.q_proj." in n and n.startswith("vision_model.")]:
+        parts = [tensors.pop(name.replace("q_proj", f"{p}_proj")) for p in "qkv"]
+        tensors[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    if llm == "internlm2":
+        joined(out, kv_heads=SIZE["num_key_value_heads"])
+    text_config, eye = config["text_config"], config["vision_config"]
+    text_config["model_type"] = llm
+    eye |= {"model_type": "intern_vit_6b", "image_size": 56, "patch_size": 14, "qkv_bias": False}
+    eye["qk_normalization"] = False
+    settle(
+        out,
+        only=True,
+        model_type="internvl_chat",
+        architectures=["InternVLChatModel"],
+        llm_config=text_config,
+        vision_config=eye,
+        downsample_ratio=0.5,
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        force_image_size=56,
+        max_dynamic_patch=4,
+        min_dynamic_patch=1,
+        ps_version="v2",
+        select_layer=-1,
+        template="internvl2_5",
+        torch_dtype="bfloat16",
+    )
+    (out / "processor_config.json").unlink()
+    assert words
+    return out
+
+
+def joined(out: Path, *, kv_heads: int) -> None:
+    """q, k and v in one matrix, a block for each value head, under InternLM2's names."""
+    tensors = load_file(out / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("self_attn.q_proj.weight")]:
+        q, k, v = (tensors.pop(name.replace("q_proj", f"{p}_proj")) for p in "qkv")
+        blocks = [t.unflatten(0, (kv_heads, -1)) for t in (q, k, v)]
+        tensors[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(blocks, 1).flatten(0, 1)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    rename(out / "model.safetensors", LAYER_NAMES)
+
+
+def settle(out: Path, *, only: bool = False, **changes: Any) -> None:
+    """Change config.json; `only`: these keys and no other."""
+    path = out / "config.json"
+    path.write_text(json.dumps({**({} if only else json.loads(path.read_text())), **changes}))
+
+
+# What transformers has no class for: how it is written, the kind with the same weights, how many linears become int4.
+OTHERS: dict[str, tuple[Callable[[Path], Path], str, int]] = {
+    "internlm2": (internlm2, "llama", 10),
+    "internvl_chat": (lambda out: internvl_chat(out, "qwen2"), "internvl", 14),
+    "internvl_chat_internlm2": (lambda out: internvl_chat(out, "internlm2"), "internvl_llama", 10),
+}
+
+
+def packed(kind: str) -> int:
+    """How many linears of it become int4."""
+    return OTHERS[kind][2] if kind in OTHERS else KINDS[kind].packed
+
+
 def write(kind: str, out: Path) -> Path:
     """A checkpoint of this kind in the folder `out`."""
     import transformers as t
 
     if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         return vlm(kind, out)
+    if kind in OTHERS:
+        return OTHERS[kind][0](out)
     made = KINDS[kind]
     words = tokenizer(made.special)
     data = made.config(words)
