@@ -26,12 +26,12 @@ os.environ |= {
 }
 
 
-def run(folder: str, prompts: list[dict]) -> dict:
+def run(folder: str, prompts: list[dict], **options: int) -> dict:
     from PIL import Image
     from vllm import LLM, SamplingParams
 
     # float16: eight times less noise of arithmetic than bfloat16, so that what is left is the weights
-    llm = LLM(folder, max_model_len=1024, enforce_eager=True, max_num_seqs=1, seed=0, dtype="float16")
+    llm = LLM(folder, max_model_len=1024, enforce_eager=True, max_num_seqs=1, seed=0, dtype="float16", **options)
     params = SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=0)
     requests = []
     for p in prompts:
