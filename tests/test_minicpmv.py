@@ -296,6 +296,13 @@ def test_a_missing_file_is_named(tiny: Callable[[str], Path], tmp_path: Path) ->
         build_processor(folder, config)
 
 
+def test_another_tokenizer_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    words = [t for t in cases.tokenizer()["added_tokens"] if t["content"] != "<slice>"]
+    folder, config = changed(tiny("2.6"), tmp_path / "changed", "tokenizer.json", added_tokens=words)
+    with pytest.raises(ValueError, match=r"its tokenizer\.json lacks <slice>"):
+        build_processor(folder, config)
+
+
 def test_places_and_pictures_must_agree(opened: Opened) -> None:
     model, processor = opened
     prompt = processor.apply_chat_template(cases.messages("pair"))

@@ -46,7 +46,8 @@ class Processor:
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
-        return tuple(self.tokenizer.convert_tokens_to_ids(list(self.release.ends)))
+        words = self.tokenizer.get_vocab()
+        return tuple(words[end] for end in self.release.ends if end in words)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **options: Any
@@ -168,10 +169,8 @@ def build_processor(folder: Path, config: Mapping[str, Any]) -> Processor:
     if not settings.get("slice_mode", True):
         raise ValueError(f"{path}: slice_mode is false; only sliced pictures can be prepared: set it to true")
     queries = settings.get("image_feature_size", 64)
-    if queries != config.get("query_num", 64):
-        raise ValueError(
-            f"{path}: image_feature_size is {queries}, but config.json has query_num {config['query_num']}"
-        )
+    if queries != (wanted := config.get("query_num", 64)):
+        raise ValueError(f"{path}: image_feature_size is {queries}, but config.json has query_num {wanted}")
     slicing = Slicing(
         side=settings.get("scale_resolution", 448),
         patch=settings.get("patch_size", 14),
@@ -180,4 +179,6 @@ def build_processor(folder: Path, config: Mapping[str, Any]) -> Processor:
         std=tuple(settings.get("norm_std", Slicing.std)),
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if lacking := {"<unk>", "<image>", "</image>", "<slice>", "</slice>"} - tokenizer.get_vocab().keys():
+        raise ValueError(f"{folder}: its tokenizer.json lacks {', '.join(sorted(lacking))}; it is not MiniCPM-V's")
     return Processor(tokenizer, release_of(config), slicing, queries, settings.get("use_image_id", False))

@@ -23,11 +23,13 @@ def waves(places: Sequence[int], width: int) -> Tensor:
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
 
 
-def on_grid(grid: Grid, width: int) -> Tensor:
-    """[rows * columns, width]: the first half says the column, the second the row."""
+def on_grid(grid: Grid, like: Tensor) -> Tensor:
+    """[rows * columns, width], with the width, dtype and device of `like`: the first half says the column, the second
+    the row."""
     rows, columns = grid
-    x = waves(range(columns), width // 2)[None].expand(rows, -1, -1)
-    y = waves(range(rows), width // 2)[:, None].expand(-1, columns, -1)
+    half = like.shape[-1] // 2
+    x = waves(range(columns), half).to(like)[None].expand(rows, -1, -1)
+    y = waves(range(rows), half).to(like)[:, None].expand(-1, columns, -1)
     return torch.cat([x, y], dim=-1).flatten(0, 1)
 
 
@@ -51,12 +53,11 @@ class Resampler(nn.Module):
         a slice that has none.
         """
         values = self.ln_kv(self.kv_proj(x))
-        width = values.shape[-1]
-        keys = values + pad_sequence([on_grid(g, width) for g in grids], batch_first=True).to(values)
+        keys = values + pad_sequence([on_grid(g, values) for g in grids], batch_first=True)
         padding = ~real(grids).to(x.device)
         if frames is not None:
             times = [t for group in frames for t in group]
-            moments = waves([max(t, 0) for t in times], width) * torch.tensor([t >= 0 for t in times])[:, None]
+            moments = waves([max(t, 0) for t in times], keys.shape[-1]) * torch.tensor([t >= 0 for t in times])[:, None]
             keys = keys + moments[:, None].to(keys)
             keys, values = (_together(part, frames) for part in (keys, values))
             padding = _together(padding, frames, fill=1)

@@ -65,8 +65,8 @@ class Tower(nn.Module):
         placed = [(1, rows * columns) if self.one_row else (rows, columns) for rows, columns in grids]
         x = self.embeddings(patches, placed)
         x = pad_sequence(list(x.split([rows * columns for rows, columns in grids])), batch_first=True)
-        seen = real(grids).to(x.device)
-        mask = None if bool(seen.all()) else seen[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        seen = real(grids)
+        mask = None if bool(seen.all()) else seen[:, None, None, :].to(x.device)  # the same for every head and query
         for layer in self.encoder.layers:
             x = layer(x, attention_mask=mask)
         return self.post_layernorm(x)
