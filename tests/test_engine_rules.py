@@ -26,6 +26,7 @@ from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
 from tiny import vlm
 from torch import Tensor
 
+from mmq.export.convert import convert
 from mmq.export.packing import unpack_awq
 from mmq.export.subject import read_subject
 from mmq.export.view import view
@@ -391,7 +392,12 @@ def hold(names: list[str], said: Mapping[str, Any]) -> None:
 def test_vllm_does_as_the_rules_say(broken: Callable[[str], Path], tmp_path: Path) -> None:
     names = [name for name, row in BREAKS.items() if row.quick]
     names += [sound for sound in ("awq", "gptq", "ct") if sound not in names]
-    hold(names, vllm_says({name: broken(name) for name in names}, tmp_path))
+    converted = convert(broken("awq"), tmp_path / "converted", format="compressed-tensors").path
+    said = vllm_says({"converted": converted} | {name: broken(name) for name in names}, tmp_path)
+    hold(names, said)
+    assert "error" not in said["converted"], said["converted"]
+    assert apart(said["converted"], said["awq"]) <= FAR
+    assert said["converted"]["packed"] == said["awq"]["packed"] > 0
 
 
 @needs_vllm
@@ -426,13 +432,13 @@ def test_transformers_reads_what_mmq_reads(artifact: Callable[..., Path]) -> Non
     from transformers import AutoModelForImageTextToText
 
     folder = artifact("awq", "compressed-tensors")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float16)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
     mine = view(folder)
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))  # decompresses them all
-    theirs = model.get_submodule("model.language_model.layers.1.mlp.down_proj").weight
-    assert torch.equal(theirs, mine.get(f"{name}.weight").half())
+    theirs: Any = model.get_submodule("model.language_model.layers.1.mlp.down_proj").weight
+    assert torch.equal(theirs, mine.get(f"{name}.weight").bfloat16())
 
 
 # several processes

@@ -1,0 +1,241 @@
+"""Conversions: there and back the same integers, scales and zero points, and the same files; what is refused; lists
+mended; folders that other packages packed, made by them where their environments are (MMQ_TEST_BACKENDS=1)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_backends import FOREIGN, Foreign, foreign  # noqa: F401  (foreign is a fixture)
+from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
+from test_owners import asked
+
+from mmq.bench.backends import settle
+from mmq.bench.environments import environment
+from mmq.bench.peer import run_script
+from mmq.export.adopt import open_packed
+from mmq.export.artifact import open_artifact
+from mmq.export.convert import convert
+from mmq.export.view import packed_linears, view
+from mmq.quantize.source import open_source
+from mmq.recipes.calibration import drawn
+from mmq.serve.rules.verdicts import PLACES, verdicts
+
+MOVES = (  # made as, then converted to, in this order
+    (("awq", None), ("compressed-tensors", "awq")),
+    (("awq", "compressed-tensors"), ("awq", "compressed-tensors")),
+    (("gptq", None), ("compressed-tensors", "awq", "gptq")),
+    (("gptq", "compressed-tensors"), ("gptq", "awq", "compressed-tensors")),
+)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for shard in sorted(folder.glob("*.safetensors")) for n, t in load_file(shard).items()}
+
+
+def same(one: Path, two: Path) -> None:
+    """The same tensors to the bit, whatever file they lie in."""
+    mine, theirs = tensors_of(one), tensors_of(two)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize(("made", "ways"), MOVES)
+def test_there_and_back_is_the_same_to_the_bit(
+    artifact: Callable[..., Path], tmp_path: Path, made: tuple[str, str | None], ways: tuple[str, ...]
+) -> None:
+    source = artifact(*made)
+    before, grids = source, []
+    for number, format in enumerate(ways):
+        out = tmp_path / str(number)
+        made_now = convert(before, out, format=format)
+        assert open_artifact(out, verify=True).digest == made_now.digest
+        assert made_now.format == format
+        assert made_now.manifest["converted_from"]["digest"] == open_artifact(before).digest
+        grids.append(made_now.manifest["grid"])
+        here, there = view(source), view(out)
+        assert here.metas.keys() == there.metas.keys()
+        assert all(torch.equal(here.get(n), there.get(n)) for n in here.metas)
+        before = out
+    assert len(set(grids)) == 1
+    same(source, before)
+
+
+def test_what_an_artifact_keeps(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    source = open_artifact(artifact("awq"))
+    made = convert(source.path, tmp_path / "out", format="compressed-tensors")
+    for key in ("name", "method", "recipe", "base", "calibration", "quantized", "layers"):
+        assert made.manifest[key] == source.manifest[key], key
+    small = {n for n in source.manifest["files"] if not n.endswith((".safetensors", ".index.json"))}
+    assert small == {n for n in made.manifest["files"] if not n.endswith((".safetensors", ".index.json"))}
+    back = convert(made.path, tmp_path / "back", format="awq")
+    assert back.manifest["converted_from"]["before"]["format"] == "awq"
+    config = json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))
+    old = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    assert {k: v for k, v in config.items() if k != "quantization_config"} == {
+        k: v for k, v in old.items() if k != "quantization_config"
+    }
+
+
+def test_a_report_of_a_check_stays_behind(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """It is of the artifact that was checked."""
+    source = tmp_path / "source"
+    shutil.copytree(artifact("awq"), source)
+    (source / "check.json").write_text("{}")
+    convert(source, tmp_path / "out", format="compressed-tensors")
+    assert not (tmp_path / "out" / "check.json").exists()
+
+
+def test_one_gigabyte_at_a_time(artifact: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards as large as others write them are taken apart: here at 64 KiB."""
+    source = tmp_path / "one"
+    shutil.copytree(artifact("awq"), source, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "mmq.json"))
+    save_file(tensors_of(artifact("awq")), source / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr("mmq.export.convert.REST_SHARD", 65536)
+    made = convert(source, tmp_path / "many", format="compressed-tensors")
+    assert sum(n.endswith(".safetensors") for n in made.manifest["files"]) > 20
+    whole = convert(artifact("awq"), tmp_path / "few", format="compressed-tensors")
+    assert made.manifest["grid"] == whole.manifest["grid"]
+    same(made.path, whole.path)
+
+
+def test_what_cannot_be_without_loss_is_refused(artifact: Callable[..., Path], pebble: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="no engine loads GPTQ so; it can be awq or compressed-tensors"):
+        convert(artifact("awq"), out, format="gptq")
+    with pytest.raises(ValueError, match="code book is no grid of integers"):
+        convert(artifact("bnb"), out, format="awq")
+    with pytest.raises(ValueError, match="is not quantized"):
+        convert(pebble, out, format="awq")
+    with pytest.raises(ValueError, match="name another with -o"):
+        convert(artifact("awq"), artifact("awq"), format="awq")
+    assert not out.exists()
+
+
+def test_a_cut_off_source_is_found(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(artifact("awq"), source)
+    shard = max(source.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(OSError, match="changed since it was made"):
+        convert(source, tmp_path / "out", format="compressed-tensors")
+
+
+def answers(folder: Path) -> dict[str, bool]:
+    """By place, whether the skip list is read as it is packed."""
+    found = verdicts(folder, PLACES)
+    return {
+        v.place.name: not any(f.fatal and f.rule in ("skip list", "head", "layout") for f in v.findings) for v in found
+    }
+
+
+@pytest.mark.parametrize("made", [("awq", None), ("awq", "compressed-tensors")])
+def test_lists_are_mended(artifact: Callable[..., Path], tmp_path: Path, made: tuple[str, str | None]) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(artifact(*made), source, ignore=shutil.ignore_patterns("mmq.json"))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for key in ("modules_to_not_convert", "ignore"):
+        if key in config["quantization_config"]:
+            config["quantization_config"][key] = ["lm_head"]
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert not answers(source)["vllm:cuda"]
+    mended = convert(source, tmp_path / "out")
+    assert all(answers(mended.path).values())
+    same(source, mended.path)
+    assert mended.manifest["converted_from"]["digest"] is None
+
+
+def test_a_layer_kept_in_16_bit_is_listed_for_every_engine(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """SGLang compares the fused name, vLLM the names of what is fused."""
+    source = artifact("awq", keep=("model.language_model.layers.1.self_attn",))
+    if open_artifact(source).manifest["quantized"] == open_artifact(artifact("awq")).manifest["quantized"]:
+        pytest.fail("nothing was kept")
+    mended = convert(source, tmp_path / "out")
+    found = answers(mended.path)
+    assert found.pop("lmdeploy:pytorch") is False  # it takes the whole decoder for packed, whatever is listed
+    assert all(found.values()), found
+
+
+# what other packages packed
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_folder_is_converted_as_it_lies(
+    foreign: Callable[..., Foreign],  # noqa: F811
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    made = foreign(kind)
+    packed = open_packed(made.folder)
+    goal = "awq" if packed.format == "compressed-tensors" else "compressed-tensors"
+    there = convert(made.folder, tmp_path / "there", format=goal)
+    back = convert(there.path, tmp_path / "back", format=packed.format)
+    assert there.manifest["grid"] == back.manifest["grid"]
+    for linear in packed.linears:
+        mine, again = packed.get(linear), open_packed(back.path).get(linear)
+        assert torch.equal(mine.q, again.q)
+        assert torch.equal(mine.scale, again.scale)
+        assert torch.equal(mine.zero, again.zero)
+    rest = {n for n in packed.source.metas if packed.owner(n) is None}
+    after = open_source(back.path)
+    assert all(torch.equal(packed.source.get(n), after.get(n)) for n in rest)
+    assert packed_linears(after.metas, packed.format) == packed.linears
+
+
+def test_the_command(mmq: Run, artifact: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    code, out, err = mmq("convert", str(artifact("gptq")), "--format", "awq", "-o", "out", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["from"], facts["format"], facts["symmetric"], facts["linears"]) == ("gptq", "awq", True, 35)
+    assert open_artifact(tmp_path / "out").digest == facts["digest"]
+    code, _, err = mmq("convert", str(artifact("gptq")), "--format", "awq", "-o", "out")
+    assert code == 2
+    assert "--overwrite" in one_line(err)
+    assert mmq("convert", "out", "--repair")[0] == 0
+    assert (tmp_path / "out-repaired" / "mmq.json").is_file()
+    _, _, err = mmq("convert", "out")
+    assert "give either --format awq, gptq or compressed-tensors, or --repair" in one_line(err)
+
+
+@asked
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("backend", "method", "symmetric"),
+    [
+        ("autoawq", "awq", False),
+        ("gptqmodel", "gptq", True),
+        ("gptqmodel", "awq", False),
+        ("llmcompressor", "awq", False),
+        ("llmcompressor", "gptq", True),
+        ("auto-round", "autoround", True),
+    ],
+)
+def test_what_a_package_made_here(pebble: Path, tmp_path: Path, backend: str, method: str, symmetric: bool) -> None:
+    """Its own folder, before mmq brings it home: opened, judged, mended, converted there and back."""
+    job = settle(backend, method=method, symmetric=symmetric, format=None)
+    place = tmp_path / "place"
+    place.mkdir()
+    run_script(job, pebble, place, samples=drawn(8), group_size=128, python=environment(backend))
+    folder = place / "made"
+    packed = open_packed(folder)
+    assert len(packed.linears) == 35
+    before = answers(folder)
+    logging.getLogger(__name__).info("%s %s, as it was made: %s", backend, method, before)
+    mended = convert(folder, tmp_path / "mended")
+    after = answers(mended.path)
+    assert after.pop("sglang:cuda") or packed.format == "gptq"  # SGLang takes all of a GPTQ model for packed
+    assert all(after.values()), after
+    goal = "awq" if packed.format == "compressed-tensors" else "compressed-tensors"
+    there = convert(mended.path, tmp_path / "there", format=goal)
+    back = convert(there.path, tmp_path / "back", format=packed.format)
+    assert mended.manifest["grid"] == there.manifest["grid"] == back.manifest["grid"]
