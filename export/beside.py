@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..quantize.skeleton import Skeleton, read_config
+from ..quantize.skeleton import Skeleton, idle_linears, read_config, spellings
 from ..recipes.folder import headers
 from .artifact import write_json
 from .config import CONFIGS, Packing
@@ -43,7 +43,8 @@ def write_config(skeleton: Skeleton, order: Order) -> None:
     skipped = []
     for name, module in skeleton.module.named_modules():
         if _is_matrix(name, module, skeleton) and spelled.get(name) not in quantized:
-            skipped += [name, spelled.get(name, name)]
+            skipped += dict.fromkeys((name, spelled.get(name, name), *spellings(skeleton, name)))
+    skipped += idle_linears(skeleton)
     dtype = str(skeleton.stored).removeprefix("torch.")
     packing = Packing(
         order.format, order.grid.group_size, order.grid.symmetric, skip, tuple(skipped), dtype, head is not None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .family import Row, row_of
+from .remote import ASKED, open_remote, own_code
 
 
 @dataclass(frozen=True)
@@ -29,33 +30,45 @@ class Opened:
     notes: tuple[str, ...] = ()
 
 
-def check_class(config: dict[str, Any]) -> None:
-    """ValueError where a model of this config.json cannot be opened, naming what is missing. Opens nothing."""
+def check_class(config: dict[str, Any], *, trust: bool = False) -> None:
+    """ValueError where a model of this config.json cannot be opened, naming what is missing. Opens nothing.
+
+    `trust`: the checkpoint's own Python may run."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = str(config.get("model_type"))
-    if row_of(kind) is None and kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model type {kind!r} is not known: transformers {transformers.__version__} has no class for it, and "
-            "quantize/family.py no row"
-        )
+    if row_of(config) is not None or kind in CONFIG_MAPPING:
+        return
+    unknown = (
+        f"model type {kind!r} is not known: transformers {transformers.__version__} has no class for it, and "
+        "quantize/family.py no row"
+    )
+    files = own_code(config)
+    if not files:
+        raise ValueError(unknown)
+    if not trust:
+        raise ValueError(f"{unknown}; {ASKED.format(files=', '.join(files))}")
 
 
-def open_model(folder: Path, config: dict[str, Any], *, dtype: torch.dtype) -> Opened:
+def open_model(folder: Path, config: dict[str, Any], *, dtype: torch.dtype, trust: bool = False) -> Opened:
     """The model of the checkpoint in `folder`, whose config.json says `config`. ValueError as in `check_class`."""
     import transformers
     from accelerate import init_empty_weights
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    check_class(config)
+    check_class(config, trust=trust)
     transformers.utils.logging.set_verbosity_error()
-    row = row_of(str(config.get("model_type")))
+    row = row_of(config)
     if row is not None:
         code = _code(row)
         with init_empty_weights(include_buffers=False):
             module, processor = code.build(folder, config, dtype=dtype)
         rules = tuple(code.rules(module)) if hasattr(code, "rules") else ()
-        return Opened(module, processor, rules)
+        return Opened(module, processor, rules, (row.note,) if row.note else ())
+    if config.get("model_type") not in CONFIG_MAPPING:
+        module, processor, notes = open_remote(folder, config, dtype=dtype)
+        return Opened(module, processor, notes=notes)
     hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(hf_config, "quantization_config"):
         delattr(hf_config, "quantization_config")

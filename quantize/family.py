@@ -6,7 +6,9 @@ row names code of ours for checkpoints that transformers has no class for. Knows
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,19 @@ class Row:
 
     model_types: tuple[str, ...]
     code: str
+    key: str = ""  # only configs that have this key
+    note: str = ""  # for the user
 
 
+WORDS_ALONE = (
+    "transformers has no class for its vision: calibrated on the samples' words alone, the vision tower copied as it is"
+)
 ROWS: tuple[Row, ...] = (
     Row(("minicpmv", "minicpmo"), "minicpmv.model"),
     Row(("internvl_chat",), "internvl_chat"),
     Row(("internlm2", "internlm3"), "internlm2"),
+    Row(("phi3_v", "ovis", "multi_modality"), "text_only", note=WORDS_ALONE),
+    Row(("llava", "llava_llama", "llava_mistral", "llava_qwen"), "text_only", key="mm_vision_tower", note=WORDS_ALONE),
 )
 
 # The common shape: pre-norm attention and a gated MLP, as in Llama and all that came of it.
@@ -56,6 +65,7 @@ LLAMA = (
 )
 
 
-def row_of(model_type: str) -> Row | None:
-    """The row for config.json's `model_type`, if it needs one."""
-    return next((row for row in ROWS if model_type in row.model_types), None)
+def row_of(config: Mapping[str, Any]) -> Row | None:
+    """The row for a config.json, if it needs one."""
+    kind = config.get("model_type")
+    return next((r for r in ROWS if kind in r.model_types and (not r.key or r.key in config)), None)

@@ -79,14 +79,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON (line {e.lineno}: {e.msg})") from None
 
 
-def build(folder: Path, *, source: Source | None = None, device: str = "cpu") -> Skeleton:
-    """The skeleton of the checkpoint in `folder`, no weights loaded. `source` overrides where tensors come from.
+def build(folder: Path, *, source: Source | None = None, device: str = "cpu", trust: bool = False) -> Skeleton:
+    """The skeleton of the checkpoint in `folder`, no weights loaded. `source` overrides where tensors come from; with
+    `trust` the checkpoint's own Python runs where transformers has no class for it.
 
     On a CPU compute runs in float32, elsewhere in the checkpoint's dtype. ValueError names what is missing where the
     model cannot be opened, its layers not be found, or its tensors do not fit.
     """
     config = read_config(folder)
-    check_class(config)
+    check_class(config, trust=trust)
     source = source or open_source(folder)
     import transformers
 
@@ -98,7 +99,7 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float32 if place.type == "cpu" else stored
-    opened = open_model(folder, config, dtype=dtype)
+    opened = open_model(folder, config, dtype=dtype, trust=trust)
     module = opened.module
     module.eval().requires_grad_(False)
     generation = folder / "generation_config.json"
@@ -113,6 +114,7 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu") ->
             if buffer is not None:
                 owner._buffers[name] = buffer.to(place)
     skeleton = Skeleton(module, opened.processor, source, family, names, place, dtype, stored)
+    check_layers(skeleton)
     told = (*opened.notes, *notes, *template_notes(folder, skeleton))
     return replace(skeleton, family=replace(family, skip=skips(skeleton)), notes=told)
 
@@ -141,6 +143,7 @@ def skips(skeleton: Skeleton) -> tuple[str, ...]:
     inside = f"{skeleton.family.layers}."
     rest = {n for n in mine - packed if not n.startswith(inside)}
     spelled = dict.fromkeys(n for name in sorted(rest) for n in spellings(skeleton, name))
+    spelled |= dict.fromkeys(sorted(idle_linears(skeleton)))
     taken = packed | {n for name in packed for n in spellings(skeleton, name)}
     found: dict[str, None] = {}
     for name in spelled:
@@ -153,6 +156,31 @@ def skips(skeleton: Skeleton) -> tuple[str, ...]:
             if short.strip(".") and not any(short in f"{t}." for t in taken):
                 found[short] = None
     return tuple(found)
+
+
+def unread(skeleton: Skeleton) -> list[str]:
+    """The stored tensors that no part of the model is read from: they are copied as they are."""
+    used = {part for name in skeleton.names.values() for part in skeleton.source.parts(name)}
+    return [name for name in skeleton.source.metas if name not in used]
+
+
+def idle_linears(skeleton: Skeleton) -> list[str]:
+    """Modules of the checkpoint, by the look of their tensors linears, that no part of the model is read from."""
+    metas = skeleton.source.metas
+    return [n.removesuffix(".weight") for n in unread(skeleton) if n.endswith(".weight") and len(metas[n].shape) == 2]
+
+
+def check_layers(skeleton: Skeleton) -> None:
+    """ValueError where a decoder layer's tensors hold more than the layer knows: it would not be the same model."""
+    idle = [n for n in unread(skeleton) if n.endswith((".weight", ".bias"))]
+    for index in range(len(skeleton.layers)):
+        stored, dot, _ = next(iter(skeleton.layer_names(index).values())).partition(f".{index}.")
+        own = [n for n in idle if dot and n.startswith(stored + dot)]
+        if own:
+            raise ValueError(
+                f"{skeleton.source.folder}: {own[0]} is in decoder layer {index}, where "
+                f"{type(skeleton.module).__name__} has no place for it: another model than its config.json says"
+            )
 
 
 def spellings(skeleton: Skeleton, module: str) -> tuple[str, ...]:

@@ -597,6 +597,33 @@ def internvl_chat(out: Path, llm: str) -> Path:
     return out
 
 
+def phi3_v(out: Path) -> Path:
+    """A Phi-3 of ours beside a vision tower that nothing reads, as Phi-3-vision stores both."""
+    write("phi3", out)
+    path = out / "model.safetensors"
+    eye = {
+        "img_projection.0.weight": torch.randn(128, 128).bfloat16(),
+        "img_projection.0.bias": torch.randn(128).bfloat16(),
+        "img_processor.vision_model.encoder.layers.0.mlp.fc1.weight": torch.randn(256, 128).bfloat16(),
+    }
+    eye = {f"model.vision_embed_tokens.{name}": tensor for name, tensor in eye.items()}
+    save_file(load_file(path) | eye, path, metadata={"format": "pt"})
+    settle(out, model_type="phi3_v", architectures=["Phi3VForCausalLM"], img_processor={"image_dim_out": 128})
+    return out
+
+
+def ovis(out: Path) -> Path:
+    """A Qwen2 of ours within what AIDC-AI's Ovis 1.6 and 2 store."""
+    write("qwen2", out)
+    path = out / "model.safetensors"
+    rename(path, ((r"^", "llm."),))
+    eye = {"visual_tokenizer.head.0.weight": torch.randn(128, 128).bfloat16(), "vte.weight": torch.zeros(128, 128)}
+    save_file(load_file(path) | eye, path, metadata={"format": "pt"})
+    text_config = json.loads((out / "config.json").read_text())
+    settle(out, only=True, model_type="ovis", architectures=["Ovis"], llm_config=text_config, hidden_size=128)
+    return out
+
+
 def joined(out: Path, *, kv_heads: int) -> None:
     """q, k and v in one matrix, a block for each value head, under InternLM2's names."""
     tensors = load_file(out / "model.safetensors")
@@ -617,6 +644,8 @@ def settle(out: Path, *, only: bool = False, **changes: Any) -> None:
 # What transformers has no class for: how it is written, the kind with the same weights, how many linears become int4.
 OTHERS: dict[str, tuple[Callable[[Path], Path], str, int]] = {
     "internlm2": (internlm2, "llama", 10),
+    "phi3_v": (phi3_v, "phi3", 8),
+    "ovis": (ovis, "qwen2", 14),
     "internvl_chat": (lambda out: internvl_chat(out, "qwen2"), "internvl", 14),
     "internvl_chat_internlm2": (lambda out: internvl_chat(out, "internlm2"), "internvl_llama", 10),
 }
