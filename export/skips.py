@@ -29,7 +29,7 @@ def skip_lists(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
     prefixes = [p for p in prefixes if not any(p in name for name in packed)]
     if subject.head is None or not subject.head.packed:
         prefixes.append("lm_head")
-    names = dict.fromkeys(s.linear(name) for name in (*left, *_fused(left)) for s in spellings)
+    names = dict.fromkeys(s.linear(name) for name in (*left, *fused_names(left)) for s in spellings)
     heads = [] if subject.head is None or subject.head.packed else [subject.head.name]
     return tuple(prefixes), tuple(dict.fromkeys([*heads, *names]))
 
@@ -44,8 +44,8 @@ def _part(name: str, packed: Iterable[str]) -> str | None:
     return None
 
 
-def _fused(left: Iterable[str]) -> Iterator[str]:
-    """The fused names of what is wholly left: SGLang looks for these alone."""
+def fused_names(left: Iterable[str]) -> Iterator[str]:
+    """The fused names of what is wholly left in 16 bit: SGLang looks for these alone."""
     here = set(left)
     for name in left:
         if len(shards(name)) > 1 and all(n in here for n in shards(name)):
