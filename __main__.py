@@ -57,6 +57,12 @@ recipe_options = (  # each has the name of the recipe's key that it replaces
     click.option("--head", type=click.Choice(["16bit", "int4"]), help="The output head.  [default: 16bit]"),
     click.option("--calibration", metavar="NAME|FILE|FOLDER", help="drawn, text, a JSONL file or a folder."),
     click.option("--samples", type=int, help="Calibration samples to use."),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        default=None,
+        help="Let the checkpoint's own Python run; from a hub with --revision and a commit's full hash.",
+    ),
 )
 
 
@@ -160,6 +166,7 @@ def quantize(
     help="Tell which of vllm, sglang, lmdeploy, transformers (or all) would load it, from its headers alone.",
 )
 @click.option("--tp", type=int, default=1, show_default=True, help="With --engines: GPUs that share each layer.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python run.")
 @device_option
 @json_option
 def check(
@@ -170,6 +177,7 @@ def check(
     engine: str | None,
     engines: str | None,
     tp: int,
+    trust_remote_code: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -195,7 +203,7 @@ def check(
     with progress(quiet=as_json) as tell:
         checkpoint = base or base_of(opened, tell=tell).path
         place = "cpu" if engine else pick_device(device)
-        options: dict[str, Any] = {"dataset": dataset, "count": samples, "engine": engine}
+        options: dict[str, Any] = {"dataset": dataset, "count": samples, "engine": engine, "trust": trust_remote_code}
         result, path = examine(opened, checkpoint, device=place, tell=tell, **options)
     if as_json:
         click.echo(json.dumps(facts(result)))

@@ -62,17 +62,20 @@ def check(
     score: Score | None = None,
     device: str = "cpu",
     max_new_tokens: int = 64,
+    trust: bool = False,
     tell: Tell = silent,
 ) -> Checked:
     """Compare `artifact` with the checkpoint in `base` on `samples`, each ending in a reference answer.
 
-    `score` tells a right answer (then task accuracy is measured and held to its limit too). ValueError when there is
-    nothing to compare or the two disagree on what a sample's tokens are; OSError as the files give it.
+    `score` tells a right answer (then task accuracy is measured and held to its limit too); with `trust` the
+    checkpoint's own Python may run. ValueError when there is nothing to compare or the two disagree on what a sample's
+    tokens are; OSError as the files give it.
     """
     samples = [s for s in samples if s.answer]
     if not samples:
         raise ValueError("no sample to check on: each must end in an assistant's answer")
-    before, after = build(base, device=device), build(artifact.path, source=view(artifact.path), device=device)
+    before = build(base, device=device, trust=trust)
+    after = build(artifact.path, source=view(artifact.path), device=device, trust=trust)
     samples = suited(before, samples)
     coverage = _coverage(artifact, before)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..export.artifact import Artifact
 from ..recipes.progress import Tell, silent
@@ -20,18 +21,20 @@ def examine(
     count: int = CHECKED,
     engine: str | None = None,
     device: str = "cpu",
+    trust: bool = False,
     tell: Tell = silent,
 ) -> tuple[Checked, Path]:
     """Hold `artifact` against the checkpoint in `base`, as it lies on disk or as `engine` serves it; the result and the
     path of its report. Errors as `check`'s and `check_served`'s."""
     limits = limits_of(artifact)
+    more: dict[str, Any] = {"limits": limits, "trust": trust, "tell": tell}
     embedded = artifact.manifest["base"]["hub"] == "embedded"
     samples = held_out_samples(dataset, count, embedded=embedded)
     if engine:
-        result = check_served(artifact, base, samples=samples, limits=limits, engine=engine, tell=tell)
+        result = check_served(artifact, base, samples=samples, engine=engine, **more)
     else:
         score = None
         if embedded and dataset is None:
             from ..recipes.pebble.tasks import exact as score
-        result = check(artifact, base, samples=samples, limits=limits, score=score, device=device, tell=tell)
+        result = check(artifact, base, samples=samples, score=score, device=device, **more)
     return result, write(artifact, result, engine=engine)

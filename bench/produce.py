@@ -13,7 +13,7 @@ from ..export.config import check_head
 from ..export.config import settle as settle_own
 from ..recipes.hub import fetch
 from ..recipes.progress import Tell, silent
-from ..recipes.recipe import Recipe, model_on, recipe_for, with_options
+from ..recipes.recipe import Recipe, check_pinned, model_on, recipe_for, with_options
 from ..recipes.sets import calibration_samples, check_calibration
 from .backends import Asked
 from .backends import settle as settle_backend
@@ -69,6 +69,7 @@ def produce(
     from .peer import quantize_with
 
     recipe = job.recipe
+    check_pinned(recipe, local=Path(recipe.model).is_dir())  # before anything is downloaded
     base = fetch(model_on(recipe, hub), hub=hub, revision=recipe.revision, tell=tell)
     options: dict[str, Any] = {
         "samples": calibration_samples(recipe, embedded=base.hub == "embedded"),

@@ -36,6 +36,7 @@ def check_served(
     limits: Limits,
     engine: str = "vllm",
     device: str = "cpu",
+    trust: bool = False,
     tell: Tell = silent,
 ) -> Checked:
     """Serve `artifact` under `engine` and compare its logprobs of the reference answers with both walks.
@@ -49,7 +50,10 @@ def check_served(
     plan(engine, artifact.path, machine=this_machine())  # what cannot be served is told before the long walk
     # no name holds the two models: their memory is the engine's from here on
     walked = walk_both(
-        build(base, device=device), build(artifact.path, source=view(artifact.path), device=device), samples, tell=tell
+        build(base, device=device, trust=trust),
+        build(artifact.path, source=view(artifact.path), device=device, trust=trust),
+        samples,
+        tell=tell,
     )
     launch = plan(engine, artifact.path, machine=this_machine(), port=free_port())
     seen: list[list[float]] = []

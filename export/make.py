@@ -24,7 +24,7 @@ from ..quantize.skeleton import Skeleton, build, read_config
 from ..quantize.walk import CALIBRATED, no_lap
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import Recipe, check_pinned
 from ..recipes.samples import Sample, digest
 from .artifact import Artifact, check_disk, finish, hash_file, open_artifact, prepare
 from .beside import copy_small_files, write_config, write_index
@@ -58,7 +58,8 @@ def make(
         raise ValueError(f"{base.name} is quantized already; mmq starts from a 16-bit checkpoint")
     if recipe.method in CALIBRATED and len(samples) < world():
         raise ValueError(f"{len(samples)} samples for {world()} processes: each needs at least one")
-    skeleton = build(base.path, device=device)
+    check_pinned(recipe, local=base.hub in ("local", "embedded"))
+    skeleton = build(base.path, device=device, trust=recipe.trust_remote_code)
     samples = suited(skeleton, samples)
     plan = linears(skeleton, recipe.keep)
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)

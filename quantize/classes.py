@@ -41,8 +41,8 @@ def check_class(config: dict[str, Any], *, trust: bool = False) -> None:
     if row_of(config) is not None or kind in CONFIG_MAPPING:
         return
     unknown = (
-        f"model type {kind!r} is not known: transformers {transformers.__version__} has no class for it, and "
-        "quantize/family.py no row"
+        f"model type {kind!r} is not known: transformers {transformers.__version__} has no class for it; to "
+        "open it by code of your own, add a row to ROWS in quantize/family.py"
     )
     files = own_code(config)
     if not files:

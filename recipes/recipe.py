@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,7 @@ class Recipe:
     calibration: str = "drawn"
     samples: int = 128
     limits: Limits = field(default_factory=Limits)
+    trust_remote_code: bool = False  # run the checkpoint's own Python where no class is known
 
     def __post_init__(self) -> None:
         _typed(self)
@@ -160,6 +162,15 @@ def show(recipe: Recipe) -> str:
 def with_options(recipe: Recipe, **asked: Any) -> Recipe:
     """The recipe with each option that was given: what is None (or an empty list) stays as the recipe has it."""
     return dataclasses.replace(recipe, **{k: v for k, v in asked.items() if v is not None and v != ()})
+
+
+def check_pinned(recipe: Recipe, *, local: bool) -> None:
+    """ValueError where a hub's Python is to run without being pinned to a commit: it might be another tomorrow."""
+    if recipe.trust_remote_code and not local and not re.fullmatch("[0-9a-f]{40}", recipe.revision or ""):
+        raise ValueError(
+            f"revision is {recipe.revision!r}; --trust-remote-code runs Python from the hub, so give --revision "
+            "and the full hash of the commit that you have read"
+        )
 
 
 def model_on(recipe: Recipe, hub: str) -> str:
