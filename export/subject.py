@@ -17,7 +17,7 @@ from ..recipes.folder import headers, shard_names
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # two-dimensional weights that no engine treats as a linear: lookups, and the head, which has rules of its own
-LOOKUPS = re.compile(r"(embed_tokens|tok_embeddings|wte|wpe|word_embeddings|embeddings?|pos_embed|position_embedding)$")
+LOOKUPS = re.compile(r"(embed_tokens|wte|wpe|embeddings?|embeddings?_table|pos_embed)$")
 HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out)$")
 NF4 = "quant_state.bitsandbytes__nf4"
 

@@ -15,9 +15,9 @@ from .rule import (
     fused_groups,
     heads_divide,
     is_expert,
+    remote_code,
     whole,
 )
-from .vllm import remote_code
 
 SEEN = "0.18.0"
 TURBOMIND = frozenset(

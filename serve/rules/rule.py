@@ -1,6 +1,6 @@
 """Whether an engine loads a checkpoint, told before it is started: rules, what they find, and the verdict.
 
-A rule is a function from a subject and a setting to findings. The engines' tables are in rules_vllm.py and its
+A rule is a function from a subject and a setting to findings. The engines' tables are in vllm.py and its
 neighbours; here are the nouns, the rules that several engines share, and the judge. Imports no engine.
 """
 
@@ -16,6 +16,22 @@ from ...export.subject import Linear, Subject
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_internlm2.py", "merges.txt")
 INPUTS_SPLIT = ("o_proj", "down_proj", "w2", "wo", "out_proj", "dense_4h_to_h", "c_proj")  # "row parallel"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# model types whose configuration or processor is the checkpoint's own code: transformers 5.19 has none
+REMOTE_TYPES = frozenset(
+    {
+        "minicpmv",
+        "minicpmo",
+        "internvl_chat",
+        "phi3_v",
+        "phi4mm",
+        "internlm2",
+        "internlm3",
+        "ovis",
+        "deepseek_vl_v2",
+        "kimi_vl",
+        "molmo",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -174,13 +190,21 @@ def files_there(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if not any(name in subject.files for name in TOKENIZERS):
         yield _missing("the tokenizer (tokenizer.json or tokenizer.model)", fatal=True)
     if subject.vision and not any(name in subject.files for name in PROCESSORS):
-        yield _missing("the picture processor (preprocessor_config.json or processor_config.json)", fatal=True)
+        own = str(subject.config.get("model_type")) in REMOTE_TYPES  # whose code may need none
+        yield _missing("the picture processor (preprocessor_config.json or processor_config.json)", fatal=not own)
     absent = sorted(subject.remote_files - subject.files)
     if absent:
         yield _missing(f"{', '.join(absent)}, which config.json's auto_map names", fatal=True)
     if not _has_template(subject):
         why = "no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
         yield Finding("files", False, why, "copy the base's file; without it only /v1/completions answers")
+
+
+def remote_code(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Whose own Python has to run."""
+    if str(subject.config.get("model_type")) in REMOTE_TYPES:
+        why = f"model type {subject.config['model_type']} brings its own Python for its config or processor"
+        yield Finding("remote code", False, why, "read it, then serve with --trust-remote-code")
 
 
 def _missing(what: str, *, fatal: bool) -> Finding:

@@ -20,9 +20,10 @@ from .rule import (
     heads_divide,
     matches,
     per_rank,
+    remote_code,
     whole,
 )
-from .vllm import MARLIN_GROUPS, remote_code
+from .vllm import MARLIN_GROUPS
 
 SEEN = "0.5.23"
 TILES = ((64, 128), (128, 64))  # (outputs, inputs) that Marlin's kernels take

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 from ...export.names import SAME, TRANSFORMERS
 from ...export.subject import Subject
-from .rule import Finding, Place, Setting, disagreement, files_there, matches, whole
-from .vllm import REMOTE_TYPES
+from .rule import REMOTE_TYPES, Finding, Place, Setting, disagreement, files_there, matches, whole
 
 SEEN = "5.19.0"
 NEEDS = {

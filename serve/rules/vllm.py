@@ -21,6 +21,7 @@ from .rule import (
     heads_divide,
     per_rank,
     release,
+    remote_code,
     whole,
 )
 from .vllm_lists import (
@@ -37,22 +38,6 @@ MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_TILE = 32
 ORDER_GONE = (0, 29)  # 0.28 still loads columns in activation order across groups, 0.30 does not
 METHODS = ("", "awq", "gptq", "compressed-tensors", "bitsandbytes")
-# model types whose configuration or processor is the checkpoint's own code: transformers 5.19 has none
-REMOTE_TYPES = frozenset(
-    {
-        "minicpmv",
-        "minicpmo",
-        "internvl_chat",
-        "phi3_v",
-        "phi4mm",
-        "internlm2",
-        "internlm3",
-        "ovis",
-        "deepseek_vl_v2",
-        "kimi_vl",
-        "molmo",
-    }
-)
 
 
 def known(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -63,12 +48,6 @@ def known(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if subject.method not in METHODS:
         why = f"mmq knows vLLM's rules for {', '.join(METHODS[1:])}, not for {subject.method}"
         yield Finding("format", False, why, "start it once and ask")
-
-
-def remote_code(subject: Subject, setting: Setting) -> Iterator[Finding]:
-    if str(subject.config.get("model_type")) in REMOTE_TYPES:
-        why = f"model type {subject.config['model_type']} brings its own Python for its config or processor"
-        yield Finding("remote code", False, why, "read it, then serve with --trust-remote-code")
 
 
 def awq(subject: Subject, setting: Setting) -> Iterator[Finding]:
