@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +58,14 @@ def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
 def packages_beside(program: Path) -> dict[str, str]:
     """Name -> version of the Python packages in the environment that `program` belongs to; empty if unknown.
 
-    Reads metadata on disk, so it also works for an environment that is not this process's own.
+    Reads the names of folders on disk, so it also works for an environment that is not this process's own.
     """
     root = program.absolute().parent.parent
-    folders = [str(p) for kind in ("site-packages", "dist-packages") for p in root.glob(f"lib/python3*/{kind}")]
-    found = {}
-    for item in Distribution.discover(path=folders) if folders else ():
-        name = item.metadata["Name"] if item.metadata else None
-        if name:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), item.version)
+    found: dict[str, str] = {}
+    for kind in ("site-packages", "dist-packages"):
+        for path in root.glob(f"lib/python3*/{kind}/*.dist-info"):  # named NAME-VERSION, with no dash in NAME
+            name, _, version = path.name.removesuffix(".dist-info").partition("-")
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
     return found
 
 
