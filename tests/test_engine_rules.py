@@ -67,6 +67,11 @@ def adds(key: str, entry: str) -> Callable[[Config], object]:
     return lambda q: q[key].append(entry)
 
 
+def old_names(q: Config) -> None:
+    """As packages write them that run beside transformers 4: the names on disk, exactly."""
+    q["ignore"] = ["lm_head", *(e for e in q["ignore"] if e.startswith("visual.") and not e.endswith("."))]
+
+
 def ordered(q: Config) -> None:
     q["config_groups"]["group_0"]["weights"]["actorder"] = "group"
 
@@ -112,6 +117,7 @@ BREAKS: Mapping[str, Break] = {
     "gptq, down_proj alone": Break(GPTQ, "skip list", sets(modules_in_block_to_quantize=[["mlp.down_proj"]])),
     "ct": Break(CT, None, quick=True),
     "ct, visual by expression": Break(CT, None, sets(ignore=["re:.*visual.*", "lm_head"])),
+    "ct, names on disk": Break(CT, None, old_names),
     "ct, visual by transformers' name": Break(CT, "skip list", sets(ignore=["re:model.visual.*"]), quick=True),
     "ct, nothing ignored": Break(CT, "skip list", sets(ignore=["lm_head"])),
     "ct, a packed linear ignored": Break(CT, "skip list", adds("ignore", "re:.*layers.1.mlp.down_proj")),
@@ -421,9 +427,14 @@ def random_weights(folder: Path) -> set[str]:
 def test_transformers_does_as_the_rules_say(broken: Callable[[str], Path], artifact: Callable[..., Path]) -> None:
     """It refuses nothing: what it finds no tensors for it makes up, and the rules must say so."""
     packages = {"compressed-tensors": "0.17.0"}
-    for name in ("ct", "ct, visual by expression", "ct, nothing ignored", "ct, a packed linear ignored"):
-        expected = "skip list" in fatal(verdict(broken(name), "transformers:any", packages=packages))
+    seen = {}
+    for name in ("ct", "ct, visual by expression", "ct, names on disk", "ct, a packed linear ignored"):
+        expected = seen[name] = "skip list" in fatal(verdict(broken(name), "transformers:any", packages=packages))
         assert bool(random_weights(broken(name))) == expected, name
+    assert list(seen.values()) == [False, False, True, True]
+    nf4 = verdict(artifact("bnb"), "transformers:any", packages={"bitsandbytes": "0.50.2", "accelerate": "1.15.0"})
+    assert not nf4.findings
+    assert not random_weights(artifact("bnb"))
     assert not verdict(artifact("awq", "compressed-tensors"), "transformers:any", packages=packages).findings
 
 
