@@ -236,6 +236,8 @@ def _failures(measures: Mapping[str, float], limits: Limits, layers: Sequence[fl
         ("perplexity_ratio", "<=", limits.perplexity_ratio),
         ("repeating", "<=", limits.repeating),
     ]
+    if limits.soft_kl is not None:
+        bounds.append(("soft_kl", "<=", limits.soft_kl))
     if "image_effect" in measures:
         bounds.append(("image_effect", ">=", limits.image_effect))
     if "accuracy_int4" in measures:

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SOFT = 4.0  # the temperature at which distributions are compared once more
+
 
 @dataclass(frozen=True)
 class Tokens:
     """Two models on the same tokens. All float32 or bool, [tokens]; KL in nats, `nll` of the token that follows.
 
+    `soft` is the KL at temperature SOFT, times SOFT squared: in the limit half the variance of the logits' difference.
+    The mean KL of a model that is sure of its answers is made by a handful of tokens; this one's every token feeds.
     `behind`: how many more tokens stand after these in their sequence.
     """
 
     kl: Tensor
+    soft: Tensor
     agree: Tensor
     nll_before: Tensor
     nll_after: Tensor
@@ -30,11 +35,13 @@ def compare_logits(before: Tensor, after: Tensor, following: Tensor, *, behind: 
     following: int64 [tokens], the token that in fact comes next.
     """
     p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu()
+    soft = divergence(before.float() / SOFT, after.float() / SOFT) * SOFT**2
     agree = before.argmax(-1) == after.argmax(-1)
     at = following[:, None]
     finite = bool(torch.isfinite(after).all())
-    return Tokens(kl.cpu(), agree.cpu(), -p.gather(1, at)[:, 0].cpu(), -q.gather(1, at)[:, 0].cpu(), finite, behind)
+    was, now = (-x.gather(1, at)[:, 0].cpu() for x in (p, q))
+    return Tokens(kl, soft, agree.cpu(), was, now, finite, behind)
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
@@ -44,13 +51,14 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
 
 
 def summary(parts: Sequence[Tokens]) -> dict[str, float]:
-    """mean_kl, p99_kl, top1, perplexity_fp16, perplexity_int4 and their ratio, over all the tokens of `parts`."""
+    """mean_kl, p99_kl, soft_kl, top1, perplexity_fp16, perplexity_int4 and their ratio, over the tokens of `parts`."""
     kl = torch.cat([p.kl for p in parts])
     before, after = (torch.cat([getattr(p, n) for p in parts]).mean().exp() for n in ("nll_before", "nll_after"))
     return {
         "tokens": kl.numel(),
         "mean_kl": float(kl.mean()),
         "p99_kl": float(kl.quantile(0.99)),
+        "soft_kl": float(torch.cat([p.soft for p in parts]).mean()),
         "top1": float(torch.cat([p.agree for p in parts]).float().mean()),
         "perplexity_fp16": float(before),
         "perplexity_int4": float(after),

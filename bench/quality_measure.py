@@ -3,7 +3,7 @@
 Pebble answers with almost no entropy (6e-4 nats), so the mean KL on its answers is made by a handful of tokens: 20 of
 9,910 made 91 to 97% of it, for good methods and worse ones. Beside it stand its median and measures that every
 position feeds: the KL of both models' distributions at temperature SOFT, times SOFT squared (in
-the limit the variance of the logits' difference), and the relative error of the decoder's last hidden states.
+the limit half the variance of the logits' difference), and the relative error of the decoder's last hidden states.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..quantize.skeleton import Skeleton, load_layer, load_outside
 from ..recipes.samples import Sample
 from .measure import compare_logits
 
-SOFT = 4.0
 KINDS = ("answer", "text", "image")  # an answer's positions, the other text, a picture's tokens
 
 
@@ -72,10 +71,10 @@ def compare(
     for sample, inputs, kind, a, b in zip(asked.samples, asked.inputs, asked.kinds, before, after, strict=True):
         following = inputs["input_ids"][0, 1:]
         x, y = a @ head.T, b @ other.T
-        hard, soft = compare_logits(x, y, following), compare_logits(x / SOFT, y / SOFT, following)
+        tokens = compare_logits(x, y, following)
         p = x.log_softmax(-1)
         error = (b - a).square().sum(-1) / a.square().sum(-1)
-        parts = (hard.kl, soft.kl * SOFT**2, error, hard.agree.float(), -(p.exp() * p).sum(-1))
+        parts = (tokens.kl, tokens.soft, error, tokens.agree.float(), -(p.exp() * p).sum(-1))
         for name, part in zip(found, parts, strict=True):
             found[name].append(part)
         answer = kind == KINDS.index("answer")

@@ -14,10 +14,13 @@ from .report import markdown_table, now, versions
 SHOWN = (
     ("mean_kl", "mean KL to FP16 (nats a token)", "<="),
     ("p99_kl", "p99 KL", "<="),
+    ("soft_kl", "mean KL at temperature 4, times 16", "<="),
     ("top1", "top-1 agreement", ">="),
     ("perplexity_ratio", "perplexity, int4 / FP16", "<="),
     ("image.mean_kl", "mean KL, image samples", ""),
     ("text.mean_kl", "mean KL, text samples", ""),
+    ("image.soft_kl", "at temperature 4, image samples", ""),
+    ("text.soft_kl", "at temperature 4, text samples", ""),
     ("image_effect", "effect of the picture, int4 / FP16", ">="),
     ("prefix", "identical greedy prefix (share of the answer)", ""),
     ("same_answer", "same greedy answer", ""),
@@ -35,7 +38,8 @@ def rows(result: Checked, limits: Limits) -> list[list[str]]:
     found = []
     for key, title, sign in SHOWN:
         if key in result.measures:
-            limit = f"{sign} {getattr(limits, key):g}" if sign else ""
+            bound = getattr(limits, key) if sign else None
+            limit = "" if bound is None else f"{sign} {bound:g}"
             found.append([title, f"{result.measures[key]:.4g}", limit])
     return found
 
@@ -47,8 +51,9 @@ def facts(result: Checked) -> dict[str, Any]:
 
 def in_short(result: Checked, where: Path) -> str:
     """One line; the report in the folder `where` has the rest."""
-    kl, same = (result.measures[name] for name in ("mean_kl", "top1"))
-    return f"mean KL to FP16 {kl:.3g}, top-1 agreement {same:.4g}; more in {where}/check.md"
+    kl, soft, same = (result.measures[name] for name in ("mean_kl", "soft_kl", "top1"))
+    told = f"mean KL to FP16 {kl:.3g}, at temperature 4 {soft:.3g}, top-1 agreement {same:.4g}"
+    return f"{told}; more in {where}/check.md"
 
 
 def limits_of(artifact: Artifact) -> Limits:

@@ -27,6 +27,7 @@ from ..recipes.folder import headers
 from ..recipes.progress import Step, Tell
 from ..recipes.samples import Sample
 from .artifact import SCRATCH, to_json
+from .marks import keep_pace, pace
 from .order import Order
 from .packing import LAYOUTS, pack_blocks
 from .view import restored_tensors
@@ -71,6 +72,7 @@ def write_layers(
             smaller = memory.smaller()
             if smaller is None or world() > 1:
                 raise
+        keep_pace(order.out, pace(smaller))
         memory = smaller  # outside the handler, whose traceback holds every tensor of the failed attempt
         writer.hashes()
         release(skeleton, skeleton.names)

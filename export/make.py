@@ -7,7 +7,6 @@ An interrupted run leaves finished files behind and is taken up at the next laye
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,11 +24,12 @@ from ..quantize.walk import CALIBRATED, no_lap
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe, check_pinned
-from ..recipes.samples import Sample, digest
-from .artifact import Artifact, check_disk, finish, hash_file, open_artifact, prepare
+from ..recipes.samples import Sample
+from .artifact import Artifact, check_disk, finish, open_artifact, prepare
 from .beside import copy_small_files, write_config, write_index
 from .config import check_head, settle
 from .layers import done_layers, is_whole, read_note, write_layers
+from .marks import Pace, keep_pace, marks, pace, paces
 from .order import Order, address, expected_bytes, files_of, quantized_names, versions
 from .writer import Writer
 
@@ -71,22 +71,20 @@ def make(
     layer_files, rest = files_of(skeleton, head)
     order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest, head)
     lap("skeleton")
-    marks = {
-        "recipe": dataclasses.asdict(recipe),
-        "base": {"config": hash_file(base.path / "config.json"), "revision": base.revision, "tensors": _mark(skeleton)},
-        "calibration": digest(samples) if recipe.method in CALIBRATED else None,
-        "device": skeleton.device.type,
-        "versions": {name: v for name, v in versions().items() if name != "python"},
-    }
-    marks = json.loads(json.dumps(marks))  # as it will read back
+    mine = marks(recipe, base, skeleton, samples)
     needed = expected_bytes(skeleton, order)
     memory = Memory()
+    begun = agreed(() if overwrite else paces(out))
     if recipe.method in CALIBRATED:
-        memory = _settle_memory(skeleton, order, samples, needed, max_vram, tell)
+        memory = _settle_memory(skeleton, order, samples, needed, max_vram, begun, tell)
     if rank() == 0:
         there = sum(p.stat().st_size for p in out.glob("*.safetensors"))  # made already, or about to be replaced
         check_disk(out, needed - there)
-        prepare(out, marks, overwrite=overwrite)
+        taken_up = prepare(out, mine, overwrite=overwrite)
+        if taken_up and begun and begun[-1] != pace(memory):
+            tell(Step("resume", 1, 1, f"begun with {begun[-1]}; now {pace(memory)}: the same only within rounding"))
+        if recipe.method in CALIBRATED:
+            keep_pace(out, pace(memory))
     agreed(None)  # nobody looks into the folder before it is prepared
     lap("marks")
     with Writer() as writer:
@@ -130,11 +128,12 @@ def make(
                 "revision": base.revision,
                 "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
             },
-            "calibration": None if tokens is None else {"name": calibration, "digest": marks["calibration"], **tokens},
+            "calibration": None if tokens is None else {"name": calibration, "digest": mine["calibration"], **tokens},
             "quantized": sorted(quantized_names(skeleton, order)),
             "layers": notes[: len(skeleton.layers)],
             "head": notes[-1] | {"name": head.stored, "untied": head.tied} if head else None,
             "notes": list(skeleton.notes),
+            "paces": [dataclasses.asdict(p) for p in paces(out)],  # more than one: the bytes are so within rounding
             "versions": versions(),
         },
     )
@@ -144,19 +143,21 @@ def make(
 
 
 def _settle_memory(
-    skeleton: Skeleton, order: Order, samples: Sequence[Sample], disk: int, max_vram: int | None, tell: Tell
-) -> Memory:
-    """What the walk may take, told before it starts. ValueError when the model does not go into what there is."""
+    skeleton: Skeleton, order: Order, samples: Sequence[Sample], disk: int, max_vram: int | None,
+    begun: Sequence[Pace], tell: Tell,
+) -> Memory:  # fmt: skip
+    """What the walk may take, told before it starts: what it took when it was `begun`, where that fits. ValueError when
+    the model does not go into what there is."""
     method, quality = order.recipe.method, order.recipe.quality
     work = budget.workload(skeleton, order.plan, samples)
     device = skeleton.device
     seconds = work.layers * budget.flops(work, method, quality) / (budget.EFFICIENCY * budget.speed(device))
     told = [f"layers about {seconds:.0f} s"]
-    memory = Memory()
+    memory = begun[-1].memory if begun else Memory()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         limit = min(max_vram or free, free)
-        memory = budget.within(work, method, quality, limit)
+        memory = budget.within(work, method, quality, limit, first=memory)
         told.append(f"GPU {budget.gpu_bytes(work, method, quality, memory) / 2**30:.1f} of {limit / 2**30:.1f} GiB")
         if max_vram:
             torch.cuda.set_per_process_memory_fraction(max(limit - budget.CONTEXT, 1) / total, device)
@@ -165,9 +166,3 @@ def _settle_memory(
         told.append(str(memory))
     tell(Step("estimate", 1, 1, ", ".join(told)))
     return memory
-
-
-def _mark(skeleton: Skeleton) -> dict[str, str]:
-    """A cheap mark of the base's tensors by file, so that a run is not taken up against other weights."""
-    stats = {p.name: p.stat() for p in sorted(skeleton.source.folder.glob("*.safetensors"))}
-    return {name: f"{s.st_size} bytes, changed {s.st_mtime_ns / 1e9:.6f}" for name, s in stats.items()}

@@ -53,6 +53,8 @@ def rows(artifact: Artifact, told: Mapping[str, Any]) -> list[list[str]]:
         ["calibration", "none" if calibrated is None else calibration_line(calibrated)],
         ["time", f"{told['seconds']} s"],
     ]
+    if len(manifest.get("paces", ())) > 1:
+        found.append(["taken up", "with another micro-batch or number of processes: the same only within rounding"])
     if told.get("left_out"):
         found.append(["left out", f"{told['left_out']} tokens whose activations are not finite"])
     if told.get("experts"):

@@ -212,9 +212,10 @@ def speed(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def within(work: Workload, method: str, quality: str, limit: int) -> Memory:
-    """The largest setting whose need is at most `limit` bytes. ValueError when none is."""
-    memory = Memory(held=min(routing.HELD, limit // 8))
+def within(work: Workload, method: str, quality: str, limit: int, *, first: Memory | None = None) -> Memory:
+    """The largest setting whose need is at most `limit` bytes, of `first` (None: the largest there is) and those that
+    come after it. ValueError when none is."""
+    memory = replace(first or Memory(), held=min(routing.HELD, limit // 8))
     while (needed := gpu_bytes(work, method, quality, memory)) > limit:
         smaller = memory.smaller()
         if smaller is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmq.bench.check import Checked, check
-from mmq.bench.measure import common_prefix, compare_logits, repeats, summary
+from mmq.bench.measure import SOFT, common_prefix, compare_logits, repeats, summary
+from mmq.bench.verdict import rows
 from mmq.export.artifact import MANIFEST, finish, open_artifact
 from mmq.export.packing import AWQ_ORDER, pack_last, unpack_last
 from mmq.recipes.pebble import model_folder
@@ -180,8 +182,39 @@ def test_measures_by_hand() -> None:
     assert found.kl[0] == pytest.approx(0.25 * 0.6931472, abs=1e-6)  # 0.5 ln 2 - 0.25 ln 2
     assert found.kl[1] == 0
     assert found.agree.tolist() == [False, True]
+    soft = [
+        [x ** (1 / SOFT) / sum(y ** (1 / SOFT) for y in row) for x in row] for row in (p[0].tolist(), q[0].tolist())
+    ]
+    by_hand = sum(a * math.log(a / b) for a, b in zip(*soft, strict=True)) * SOFT**2
+    assert found.soft.tolist() == pytest.approx([by_hand, 0], abs=1e-5)
     ratio = summary([found])["perplexity_ratio"]
     assert ratio == pytest.approx(2**0.5)
+
+
+def test_one_token_does_not_make_the_softened_measure() -> None:
+    """Of a hundred sure tokens one is moved far: the mean KL is that token's; the softened one hears all the others."""
+    sure = torch.zeros(100, 50)
+    sure[:, 0] = 20.0
+    noise = torch.randn(sure.shape, generator=torch.Generator().manual_seed(0))
+    moved = sure + noise
+    moved[0, 1] = 22.0
+    found = compare_logits(sure, moved, torch.zeros(100, dtype=torch.long))
+    assert float(found.kl[0] / found.kl.sum()) > 0.99
+    assert float(found.soft[0] / found.soft.sum()) < 0.5
+
+
+def test_the_softened_measure_is_told_and_held_to_a_limit_where_there_is_one(artifact: Artifact) -> None:
+    good, rounded = checked(artifact("awq")), checked(artifact("rtn"))
+    assert 0 < 5 * good.measures["soft_kl"] < rounded.measures["soft_kl"]
+    assert {"image.soft_kl", "text.soft_kl"} <= good.measures.keys()
+    assert any(line.startswith("soft_kl is ") for line in rounded.failures)
+    shown = {limits.soft_kl: rows(good, limits) for limits in (Limits(), Limits(soft_kl=0.25))}
+    told = {bound: next(r for r in found if "temperature 4, times" in r[0])[2] for bound, found in shown.items()}
+    assert told == {None: "", 0.25: "<= 0.25"}
+    held_out = list(samples("test", 4))
+    opened = open_artifact(artifact("rtn"))
+    loose = check(opened, model_folder(), samples=held_out, limits=Limits(mean_kl=9, p99_kl=9), max_new_tokens=8)
+    assert not any("soft_kl" in line for line in loose.failures)
 
 
 def test_nan_is_noticed() -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mmq.bench import quality
 from mmq.bench.backends import BACKENDS
+from mmq.bench.measure import SOFT
 from mmq.bench.quality import study
-from mmq.bench.quality_measure import KINDS, SOFT, Asked, ask, compare, states
+from mmq.bench.quality_measure import KINDS, Asked, ask, compare, states
 from mmq.bench.quality_report import draw, keep, ratio, rivals, tables, write
 from mmq.bench.quality_settings import SETTINGS, UNEVEN
 from mmq.bench.quality_variants import THEIRS, VARIANTS, Variant, by_mmq, by_peer

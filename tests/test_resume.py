@@ -16,6 +16,9 @@ import pytest
 from mmq.export import make as making
 from mmq.export.artifact import MANIFEST, UNFINISHED, Artifact, open_artifact, prepare
 from mmq.export.make import make
+from mmq.export.marks import PACES, keep_pace, paces
+from mmq.export.summary import facts, rows
+from mmq.quantize.memory import Memory, Workload, gpu_bytes, within
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import Base, fetch
 from mmq.recipes.progress import Step, Tell, silent
@@ -240,3 +243,47 @@ def test_the_same_twice(tmp_path: Path, method: str, quality: str) -> None:
     one, two = (quantize(tmp_path / str(i), method=method, quality=quality) for i in range(2))
     assert one.digest == two.digest
     assert one.manifest["layers"] == two.manifest["layers"]
+
+
+def test_a_run_is_taken_up_at_its_own_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Artifact) -> None:
+    """Begun with small micro-batches (on a smaller GPU, say), it goes on with them, and so to the same bytes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "Memory", lambda: Memory(64))
+        small = quantize(tmp_path / "small")
+        out = stopped_after(2, tmp_path / "out")
+    heard: list[Step] = []
+    again = quantize(out, tell=heard.append)
+    assert again.digest == small.digest
+    assert again.manifest["paces"] == [{"micro_batch": 64, "park": False, "ranks": 1}]
+    assert not [s for s in heard if s.name == "resume"]
+    assert whole.manifest["paces"] == [{"micro_batch": 4096, "park": False, "ranks": 1}]
+
+
+def test_another_pace_is_told(tmp_path: Path) -> None:
+    """As many processes as before may not be there: the run goes on, says so, and the manifest keeps both."""
+    out = stopped_after(2, tmp_path / "out")
+    before = paces(out)[-1]
+    (out / PACES).unlink()
+    keep_pace(out, dataclasses.replace(before, ranks=2))
+    heard: list[Step] = []
+    made = quantize(out, tell=heard.append)
+    (told,) = [s.note for s in heard if s.name == "resume"]
+    assert "2 processes; now 4096 tokens a forward pass, 1 process: the same only within rounding" in told
+    assert [p["ranks"] for p in made.manifest["paces"]] == [2, 1]
+    assert ["taken up", "with another micro-batch or number of processes: the same only within rounding"] in rows(
+        made, facts(made, seconds=1)
+    )
+
+
+def test_what_no_longer_fits_is_made_smaller() -> None:
+    work = Workload(4096, 1024, 512, 3584, 2**30, 2**28, 28, (((3584,), 3584),), 2)
+    needs = {size: gpu_bytes(work, "awq", "default", Memory(size)) for size in (2048, 1024, 512)}
+    assert within(work, "awq", "default", needs[2048], first=Memory(2048)) == Memory(2048)
+    assert within(work, "awq", "default", needs[2048] * 2, first=Memory(1024)) == Memory(1024)  # not larger again
+    assert within(work, "awq", "default", needs[2048] - 1, first=Memory(2048)) != Memory(2048)
+
+
+def test_damaged_paces_are_none(tmp_path: Path) -> None:
+    (tmp_path / PACES).write_text('{"paces": [{"micro_batch": 1}]}', encoding="utf-8")
+    assert paces(tmp_path) == ()
+    assert paces(tmp_path / "nowhere") == ()
