@@ -120,8 +120,8 @@ def _told(layer: Layer) -> dict[str, Any]:
 
 
 def _experts(seen: Routed) -> dict[str, Any]:
-    """What the manifest says of a mixture: tokens by expert, and the experts that were given all tokens of the layer,
-    those that got fewer than `floor`."""
+    """What the manifest says of a mixture: tokens by expert, and the experts that were given all tokens of the layer
+    besides, those that got fewer than `floor`."""
     return {
         "at": seen.path,
         "text": list(seen.text),

@@ -101,7 +101,7 @@ def experts_line(info: Mapping[str, Any]) -> str:
     if info["all_tokens"]:
         told += f"; {info['all_tokens']} saw fewer than {info['floor']}"
         told += f" ({info['unseen']} of them none)" if info["unseen"] else ""
-        told += " and were given all tokens of their layer: mmq.json lists them"
+        told += " and were given all tokens of their layer besides: mmq.json lists them"
     return told
 
 

@@ -19,7 +19,7 @@ from .grid import Grid, Quantized
 from .lockstep import Stop
 from .method import Problem, Solution, restored
 from .pull import drift_of
-from .routing import HELD, HOLD, Routed, apart, counting, of_experts, owner, portions
+from .routing import HELD, HOLD, Routed, apart, blended, counting, of_experts, owner, portions
 from .skeleton import Skeleton, set_parameter
 from .steps import STEPS, solve
 
@@ -127,16 +127,17 @@ def _quantize_experts(
             mixtures = seen()  # the same each time
         few = of_experts(portion, mixtures, "few")
         if few:
-            for group in few:
-                grams.pop(group, None)
             every, also = collect_grams(mine, few, everything=few, hold=HOLD)
-            grams, lost = grams | every, max(lost, also)
+            lost = max(lost, also)
+            told = {seen.path: seen for seen in mixtures}
+            for group in [g for g in few if g in every]:
+                path, number = owner(group)
+                tokens_here = told[path].tokens[number]
+                grams[group] = blended(grams.get(group), every.pop(group), tokens_here, told[path].floor)
         lap("forward and Gram matrices")
-        counts = {seen.path: seen.tokens for seen in mixtures}
-        fewer = {g: counts[path][number] for g in portion if g not in set(few) for path, number in [owner(g)]}
         names = [f"{n}.weight" for g in portion for n in g.linears]
         weights = {n: stop.layer.get_parameter(n).detach() for n in names}
-        problem = Problem(weights, portion, grams, skeleton.stored, tokens=tokens, fewer=fewer)
+        problem = Problem(weights, portion, grams, skeleton.stored, tokens=tokens)
         solved = sound(solve(problem, grid, plain, lap), stop.index)
         del grams, problem, weights
         put(skeleton, stop, solved)

@@ -262,7 +262,7 @@ def test_experts_that_saw_few_or_nothing(tmp_path: Path) -> None:
             (told,) = layer["experts"]
             assert told["unseen"] == [2]
             assert set(told["all_tokens"]) >= {2, 5}
-            assert told["floor"] == HIDDEN // 2
+            assert told["floor"] == HIDDEN
             assert told["text"][2] == 0
             assert not layer["fallbacks"]
             seen = [e for n, e in layer["errors"].items() if ".experts.2." not in n and ".experts." in n]
@@ -304,6 +304,10 @@ def test_all_tokens_of_a_layer() -> None:
             assert group not in grams
     gates = [grams[g] for g in few if g.linears[0].endswith("gate_proj")]
     assert gates[0] is gates[1]  # one matrix for however many experts
+    own, all_of_them = tokens[0].T @ tokens[0] / 40, every.T @ every / 64
+    both = (tokens[0].T @ tokens[0] + 8 * all_of_them) / 48  # 8 is a quarter of the 32 channels
+    assert torch.allclose(routing.blended(own, all_of_them, 40, 32), both, atol=1e-6)
+    assert routing.blended(None, all_of_them, 0, 32) is all_of_them
 
 
 def unfused_experts(count: int, hidden: int, inner: int) -> Any:
@@ -322,7 +326,7 @@ def test_portions_change_no_byte(checkpoints: dict[str, Path], tmp_path: Path, m
     at_once = quantize("qwen3_moe", base, tmp_path / "once")
     layer = build(base).layers[1]
     groups = expert_groups(layer)
-    limit = 2 * sum(routing.gram_bytes(width, 4) for width in (HIDDEN, INNER))
+    limit = 2 * sum(routing.gram_bytes(width, 4, shared=width == HIDDEN) for width in (HIDDEN, INNER))
     assert [len(p) for p in routing.portions(layer, groups, limit)] == [4] * (EXPERTS // 2)
     monkeypatch.setattr(making, "Memory", lambda: Memory(held=limit))
     assert quantize("qwen3_moe", base, tmp_path / "portions").digest == at_once.digest
