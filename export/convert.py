@@ -2,7 +2,7 @@
 
 Every linear is read onto its grid, packed anew, read again and compared. Lossless moves are all there are: asymmetric
 AWQ and compressed-tensors into each other, symmetric ones into GPTQ as well. To the same format the tensors are copied
-as they lie, and the config with its lists is written anew. One gigabyte is in memory at a time. Knows no engine.
+as they lie, and the config with its lists is written anew. A gigabyte is worked on at a time. Knows no engine.
 """
 
 from __future__ import annotations
