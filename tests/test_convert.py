@@ -22,6 +22,7 @@ from mmq.bench.peer import run_script
 from mmq.export.adopt import open_packed
 from mmq.export.artifact import open_artifact
 from mmq.export.convert import convert
+from mmq.export.packing import pack_last
 from mmq.export.view import packed_linears, view
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn
@@ -129,6 +130,49 @@ def test_a_cut_off_source_is_found(artifact: Callable[..., Path], tmp_path: Path
     shard.write_bytes(data)
     with pytest.raises(OSError, match="changed since it was made"):
         convert(source, tmp_path / "out", format="compressed-tensors")
+
+
+def test_asymmetric_gptq_becomes_what_engines_load(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """No engine takes it as it is; its grid is AWQ's all the same."""
+    source = tmp_path / "source"
+    packed = open_packed(artifact("awq"))
+    shutil.copytree(
+        packed.source.folder, source, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "mmq.json")
+    )
+    tensors = {n: packed.source.get(n) for n in packed.source.metas if packed.owner(n) is None}
+    for linear in packed.linears:
+        x = packed.get(linear)
+        tensors[f"{linear}.qweight"] = pack_last(x.q).T.contiguous()
+        tensors[f"{linear}.qzeros"] = pack_last(x.zero.T.contiguous())
+        tensors[f"{linear}.scales"] = x.scale.T.half().contiguous()
+        tensors[f"{linear}.g_idx"] = torch.arange(x.q.shape[1], dtype=torch.int32) // x.group_size
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4, "sym": False}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="no engine loads GPTQ so"):
+        convert(source, tmp_path / "same")
+    made = convert(source, tmp_path / "out", format="awq")
+    same(artifact("awq"), made.path)
+
+
+def test_zero_points_that_are_all_8_stay_where_they_are_stored(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """compressed-tensors with and without them are read by different loaders."""
+    symmetric = convert(artifact("gptq"), tmp_path / "symmetric", format="compressed-tensors").path
+    source = tmp_path / "source"
+    shutil.copytree(symmetric, source, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "mmq.json"))
+    tensors = tensors_of(symmetric)
+    for name in [n for n in tensors if n.endswith(".weight_scale")]:
+        rows, groups = tensors[name].shape
+        eights = torch.full((rows, groups), 8, dtype=torch.uint8)
+        zeros = pack_last(eights.T.contiguous()).T.contiguous()
+        tensors[name.replace("weight_scale", "weight_zero_point")] = zeros
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    mended = convert(source, tmp_path / "mended")
+    declared = json.loads((mended.path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert declared["config_groups"]["group_0"]["weights"]["symmetric"] is False
+    same(source, mended.path)
+    assert convert(source, tmp_path / "gptq", format="gptq").manifest["symmetric"] is True
 
 
 def answers(folder: Path) -> dict[str, bool]:
