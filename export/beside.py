@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..quantize.skeleton import Skeleton, idle_linears, read_config, spellings
+from ..quantize.skeleton import Skeleton, read_config
+from ..quantize.spelling import idle_linears, spellings
 from ..recipes.folder import headers
 from .artifact import write_json
 from .config import CONFIGS, Packing

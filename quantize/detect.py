@@ -9,20 +9,19 @@ no rule here knows a name, and a norm whose output something else reads is refus
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .experts import Experts, expert_groups, experts_of
+from .experts import expert_groups, experts_of
 from .family import Family, Group
 from .lockstep import Lockstep, Stop
+from .thin import filled
 
 TOKENS = 6
-RANDOM = 2**22  # numbers in a parameter that get random values; a larger one is a constant that takes no memory
 SAME = 1e-4  # of the largest change a layer makes: a fold that is none changes it by tenths
 NARROW = 64  # output channels: what is no multiple of it (a gate for each head, say) no engine's kernels take
 
@@ -66,7 +65,7 @@ def detect(module: Any) -> tuple[Family, tuple[str, ...]]:
     groups: dict[Any, tuple[Group, ...]] = {}
     notes: dict[str, None] = {}
     width = _head_dim(module.config)
-    with torch.no_grad(), _filled(module, layers), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), filled(module, layers), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = torch.tensor([_plain_tokens(module.config)])
         text = module.get_submodule(path.rpartition(".")[0])
@@ -118,60 +117,6 @@ def _plain_tokens(config: Any) -> list[int]:
                 )
     count = config.get_text_config(decoder=True).vocab_size
     return [i for i in range(count) if i not in special][:TOKENS]
-
-
-@contextmanager
-def _filled(module: Any, layers: nn.ModuleList) -> Iterator[None]:
-    """The text model able to run: linears of rank two, random embeddings, random values in the small parameters."""
-    words = module.get_input_embeddings()
-    hidden = module.config.get_text_config(decoder=True).hidden_size
-    borrowed: list[tuple[nn.Module, str, nn.Parameter]] = []
-    random = torch.Generator().manual_seed(0)
-    replaced: list[nn.Module] = [words]
-    words.forward = lambda ids, *a, **k: torch.randn(*ids.shape, hidden, generator=random)
-    mixtures = dict(experts_of(layers)).values()
-    for mixture in mixtures:
-        mixture.forward = _thin_experts(mixture, random)
-        replaced.append(mixture)
-    inside = {m for mixture in mixtures for m in mixture.modules()}
-    for owner in layers.modules():
-        if owner in inside:
-            continue
-        if isinstance(owner, nn.Linear):
-            owner.forward = _thin(owner, random)
-            replaced.append(owner)
-        for name, old in owner._parameters.items():
-            if old is not None and not isinstance(owner, nn.Linear):
-                borrowed.append((owner, name, old))
-                value = torch.rand(old.shape, generator=random) + 0.5 if old.numel() <= RANDOM else None
-                value = torch.full((), 0.01).expand(old.shape) if value is None else value
-                owner._parameters[name] = nn.Parameter(value, requires_grad=False)
-    try:
-        yield
-    finally:
-        for owner in replaced:
-            del owner.forward  # the instance attribute; the class's method shows again
-        for owner, name, old in borrowed:
-            owner._parameters[name] = old
-
-
-def _thin(linear: Any, random: torch.Generator) -> Callable[..., Tensor]:
-    """The forward of a random matrix [out, in] of rank two, and of a random bias where there is one."""
-    down = torch.randn(2, linear.in_features, generator=random) / linear.in_features**0.5
-    up = torch.randn(linear.out_features, 2, generator=random)
-    bias = None if linear.bias is None else torch.randn(linear.out_features, generator=random)
-
-    def forward(input: Tensor) -> Tensor:
-        out = (input.float() @ down.T) @ up.T
-        return out if bias is None else out + bias
-
-    return forward
-
-
-def _thin_experts(mixture: Experts, random: torch.Generator) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The forward of one such matrix in the place of all experts: what they have to say is told by their names."""
-    wide = _thin(nn.Linear(*[mixture[0].gate_proj.in_features] * 2, bias=False, device="meta"), random)
-    return lambda hidden_states, top_k_index, top_k_weights: wide(hidden_states).relu() * top_k_weights.sum(-1, True)
 
 
 def _layer_groups(stop: Stop, width: int) -> tuple[tuple[Group, ...], list[str]]:

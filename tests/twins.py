@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -26,12 +27,13 @@ os.environ |= {
 }
 
 
-def run(folder: str, prompts: list[dict], **options: int) -> dict:
+def run(folder: str, prompts: list[dict], **options: Any) -> dict:
     from PIL import Image
     from vllm import LLM, SamplingParams
 
     # float16: eight times less noise of arithmetic than bfloat16, so that what is left is the weights
-    llm = LLM(folder, max_model_len=1024, enforce_eager=True, max_num_seqs=1, seed=0, dtype="float16", **options)
+    settings = {"max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 1, "seed": 0, "dtype": "float16"}
+    llm = LLM(folder, **(settings | options))
     params = SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=0)
     requests = []
     for p in prompts:

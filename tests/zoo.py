@@ -656,11 +656,16 @@ def packed(kind: str) -> int:
     return OTHERS[kind][2] if kind in OTHERS else KINDS[kind].packed
 
 
+NEEDS = {"smolvlm": "num2words"}  # packages that a kind's processor wants, in transformers
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # of tiny.py
+SERVED: tuple[str, ...] = (*QWEN, *KINDS)  # what vLLM's CPU build runs
+
+
 def write(kind: str, out: Path) -> Path:
     """A checkpoint of this kind in the folder `out`."""
     import transformers as t
 
-    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    if kind in QWEN:
         return vlm(kind, out)
     if kind in OTHERS:
         return OTHERS[kind][0](out)
