@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))  # linears that engines make one
-INTO = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "w1": "gate_up_proj"}  # what the first's name becomes
+# linears that engines make one
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+# what the first's name becomes; DeepSeek's ends in _with_mqa in SGLang
+INTO = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "w1": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj"}
 
 
 def shards(linear: str) -> tuple[str, ...]:
@@ -36,6 +38,7 @@ class Names:
     prefixes: tuple[tuple[str, str | None], ...] = ()
     substrings: tuple[tuple[str, str], ...] = ()
     plain: tuple[str, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, name: str) -> str | None:
         """The engine's name for the checkpoint's `name`."""
@@ -48,7 +51,10 @@ class Names:
 
     def linear(self, name: str) -> str:
         """As for a name, of a module: engines rename its weight. A dropped one keeps its name."""
-        return (self(f"{name}.weight") or f"{name}.weight").removesuffix(".weight")
+        spelled = (self(f"{name}.weight") or f"{name}.weight").removesuffix(".weight")
+        for old, new in self.modules:
+            spelled = spelled.replace(old, new, 1)
+        return spelled
 
     def is_plain(self, name: str) -> bool:
         """Whether the engine makes the checkpoint's linear `name` without looking at any skip list."""
@@ -71,7 +77,10 @@ TEXT_ONLY = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
     "InternLM2ForCausalLM",
@@ -126,20 +135,22 @@ GEMMA4 = Names(
         ("model", "language_model.model"),
     )
 )
+GLM4V = Names((_HEAD, _TEXT, _VISUAL), modules=((".attn.qkv", ".attn.qkv_proj"),))
 VLLM: Mapping[str, Names] = {
     "Qwen2VLForConditionalGeneration": QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": QWEN2_VL,
     "Qwen3VLForConditionalGeneration": QWEN3_VL,
     "Qwen3VLMoeForConditionalGeneration": QWEN3_VL,
     "InternVLChatModel": Names(plain=("mlp1.",)),
-    "InternVLForConditionalGeneration": LLAVA_PLAIN,
+    "InternVLForConditionalGeneration": Names(_LLAVA, plain=("vision_tower.", "multi_modal_projector.")),
     "LlavaForConditionalGeneration": LLAVA,
     "LlavaNextForConditionalGeneration": LLAVA,
     "LlavaOnevisionForConditionalGeneration": LLAVA_PLAIN,
     "Gemma3ForConditionalGeneration": LLAVA,
     "Gemma4ForConditionalGeneration": GEMMA4,
     "Mistral3ForConditionalGeneration": MISTRAL3,
-    "Glm4vForConditionalGeneration": Names((_HEAD, _TEXT, _VISUAL)),
+    "Glm4vForConditionalGeneration": GLM4V,
+    "Glm4vMoeForConditionalGeneration": GLM4V,
     "Idefics3ForConditionalGeneration": SAME,
     "SmolVLMForConditionalGeneration": SAME,
     "MiniCPMV": MINICPM_V,
@@ -150,6 +161,11 @@ VLLM: Mapping[str, Names] = {
     "Ovis": SAME,
     **dict.fromkeys(TEXT_ONLY, SAME),
 }
+
+# Classes that vLLM 0.32 has not: its stand-in on transformers' own model stops at their processors
+NOT_IN_VLLM = frozenset(
+    {"DeepseekVLForConditionalGeneration", "DeepseekVLHybridForConditionalGeneration", "Ovis2ForConditionalGeneration"}
+)
 
 # SGLang 0.5.23: its modules. Lists of AWQ and GPTQ are compared with these names as they stand; lists of
 # compressed-tensors are renamed first, by SGLANG_LISTS.

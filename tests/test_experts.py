@@ -31,6 +31,7 @@ from mmq.recipes.hub import fetch
 from mmq.recipes.progress import Step, Tell, silent
 from mmq.recipes.recipe import Recipe
 from mmq.recipes.samples import Sample
+from mmq.serve.rules.verdicts import chosen, verdicts
 
 SEEING = ("qwen3_vl_moe", "glm4v_moe")
 LEAVES = {"mixtral": ("w1", "w2", "w3")}
@@ -171,6 +172,9 @@ def test_every_expert_is_quantized_and_told_of(checkpoint: tuple[str, Path], tmp
         assert int(apart.abs().sum()) <= 4  # two tokens at most whose experts tie
         assert mine["all_tokens"] == [e for e in range(EXPERTS) if mine["text"][e] + mine["media"][e] < mine["floor"]]
     assert all(not layer["fallbacks"] for layer in made.manifest["layers"])
+    gpu, cpu = verdicts(made.path, chosen("vllm"))
+    assert (gpu.answer, cpu.answer) == ("yes", "condition"), (gpu, cpu)
+    assert [f.rule for f in cpu.findings] == ["experts"]  # seen in vLLM 0.32: "No WNA16 MoE backend supports ..."
 
 
 def test_the_artifact_walks_like_any_other(checkpoint: tuple[str, Path], tmp_path: Path) -> None:

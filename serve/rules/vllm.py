@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ...export.names import VLLM
+from ...export.names import NOT_IN_VLLM, VLLM
 from ...export.subject import Subject
 from .rule import (
+    REMOTE_TYPES,
     Finding,
     Place,
     Setting,
@@ -19,6 +20,7 @@ from .rule import (
     fused_alike,
     fused_groups,
     heads_divide,
+    is_expert,
     per_rank,
     release,
     remote_code,
@@ -37,17 +39,38 @@ SEEN = "0.32.0"
 MARLIN_GROUPS = (-1, 32, 64, 128)
 CPU_TILE = 32
 ORDER_GONE = (0, 29)  # 0.28 still loads columns in activation order across groups, 0.30 does not
+_GROUPS = "quantize again with --group-size 32, 64 or 128"
+NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+OWN_CONFIG = frozenset({"deepseek_vl_v2", "kimi_vl", "ovis"})  # model types whose config vLLM reads by itself
 METHODS = ("", "awq", "gptq", "compressed-tensors", "bitsandbytes")
 
 
 def known(subject: Subject, setting: Setting) -> Iterator[Finding]:
     """The model class and the method."""
-    if subject.architecture not in VLLM:
+    if subject.architecture in NOT_IN_VLLM:
+        why = f"vLLM has no {subject.architecture}, and its stand-in for unknown classes cannot use its processor"
+        yield Finding("architecture", True, why, "`transformers serve`, or another family")
+    elif subject.architecture not in VLLM:
         why = f"mmq has no name table for {subject.architecture or 'a config without architectures'} under vLLM"
         yield Finding("architecture", False, why, "start it once and ask; names are judged as they stand on disk")
     if subject.method not in METHODS:
         why = f"mmq knows vLLM's rules for {', '.join(METHODS[1:])}, not for {subject.method}"
         yield Finding("format", False, why, "start it once and ask")
+
+
+def dtype(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Families that overflow in float16."""
+    if subject.config.get("model_type") in NO_FLOAT16 and subject.dtype == "float16":
+        why = f"config.json says float16, in which vLLM does not run {subject.config['model_type']}"
+        yield Finding("dtype", True, why, "set dtype to bfloat16 in config.json, or serve with `-- --dtype bfloat16`")
+
+
+def own_code(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """A class whose config only the checkpoint's own Python can read, and no such Python."""
+    kind = str(subject.config.get("model_type"))
+    if kind in REMOTE_TYPES - OWN_CONFIG and "AutoConfig" not in (subject.config.get("auto_map") or {}):
+        why = f"nobody can read a config of model type {kind}: config.json has no auto_map to the checkpoint's own code"
+        yield Finding("remote code", True, why, "copy the .py files and auto_map from the base checkpoint")
 
 
 def awq(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -159,7 +182,7 @@ def shapes(subject: Subject, setting: Setting) -> Iterator[Finding]:
         inputs, outputs = per_rank(subject, linear, setting.tp)
         if linear.group and linear.inputs != inputs and inputs % linear.group:
             straddling.append(f"{linear.name} ({linear.inputs} / {setting.tp} = {inputs:g} inputs)")
-        if outputs % 8:
+        if outputs % 8 and (subject.method != "compressed-tensors" or linear.asymmetric):
             words.append(f"{linear.name} ({outputs:g} outputs)")
         if setting.device == "cpu" and inputs % CPU_TILE:
             tiles.append(f"{linear.name} ({inputs:g} inputs)")
@@ -179,6 +202,18 @@ def shapes(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if tiles:
         why = f"{first_of(tiles)}: the CPU kernel takes multiples of {CPU_TILE}"
         yield Finding("tile", True, why, "keep these linears in 16 bit (`mmq quantize --keep`), or serve on a GPU")
+
+
+def experts(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """A mixture's packed experts on a CPU: int4 has a kernel for AMX (and one of zentorch's, for symmetric weights),
+    bitsandbytes runs through Triton alone."""
+    if setting.device != "cpu" or not any(is_expert(x.name) for x in subject.packed):
+        return
+    if subject.method == "bitsandbytes":
+        yield Finding("experts", True, "NF4 experts have no kernel on a CPU", "serve on a GPU")
+    else:
+        why = "int4 experts have a kernel on CPUs with AMX alone"
+        yield Finding("experts", False, why, "serve on a GPU, or on a CPU with AMX (`grep amx_tile /proc/cpuinfo`)")
 
 
 def _head(subject: Subject, believed: bool, where: str) -> Iterator[Finding]:
@@ -204,14 +239,13 @@ def vision_divides(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("heads", False, why, "add --mm-encoder-tp-mode data, which keeps the encoder whole")
 
 
-_GROUPS = "quantize again with --group-size 32, 64 or 128"
-
-
 RULES = (
     known,
     whole,
     files_there,
     remote_code,
+    own_code,
+    dtype,
     fused_alike,
     awq,
     gptq,
@@ -220,5 +254,6 @@ RULES = (
     heads_divide,
     vision_divides,
     shapes,
+    experts,
 )
 PLACES = (Place("vllm", "cuda", SEEN, RULES), Place("vllm", "cpu", SEEN, RULES, device="cpu"))
