@@ -77,8 +77,7 @@ def settle(folder: Path, format: str | None) -> Move:
         )
     if subject.head is not None and subject.head.packed:
         check_head(target, not skewed, subject.head.outputs)
-    stored = str(subject.config.get("dtype") or subject.config.get("torch_dtype") or subject.text.get("dtype"))
-    dtype = torch.float16 if stored == "float16" else torch.bfloat16
+    dtype = torch.float16 if subject.dtype == "float16" else torch.bfloat16
     copied = target == packed.format and packed.stored_less == 1
     zeros_stored = any(n.endswith(".weight_zero_point") for n in subject.tensors)  # though every one may be 8
     return Move(subject, packed, target, sizes.pop(), not (skewed or (copied and zeros_stored)), copied, dtype)

@@ -95,6 +95,12 @@ class Subject:
         return text_config(self.config)
 
     @property
+    def dtype(self) -> str:
+        """What config.json says that 16-bit weights are, "" where it says nothing."""
+        said = self.config.get("dtype") or self.config.get("torch_dtype") or self.text.get("dtype")
+        return str(said or self.text.get("torch_dtype") or "")
+
+    @property
     def vision(self) -> bool:
         """Whether the model takes pictures."""
         return any(

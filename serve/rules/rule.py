@@ -15,6 +15,7 @@ from ...export.subject import Linear, Subject
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_internlm2.py", "merges.txt")
 INPUTS_SPLIT = ("o_proj", "down_proj", "w2", "wo", "out_proj", "dense_4h_to_h", "c_proj")  # "row parallel"
+ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)$")  # never quantized, in any engine
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # model types whose configuration or processor is the checkpoint's own code: transformers 5.19 has none
 REMOTE_TYPES = frozenset(
@@ -111,9 +112,6 @@ def fused_groups(subject: Subject) -> Iterator[tuple[Linear, ...]]:
         if name not in seen and len(names) > 1 and all(n in subject.linears for n in names):
             seen.update(names)
             yield tuple(subject.linears[n] for n in names)
-
-
-ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)$")  # never quantized, in any engine
 
 
 def expert_module(module: str) -> str:

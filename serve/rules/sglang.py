@@ -46,10 +46,12 @@ def awq(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("bits", True, "AWQ of other than 4 bits", "quantize to 4 bits")
     names = SGLANG.get(subject.architecture, SAME)
     entries = said.get("modules_to_not_convert") or []
-    yield from _lists(
-        subject, lambda name: not any(e in fused_name(expert_module(names.linear(name))) for e in entries),
-        "modules_to_not_convert",
-    )  # fmt: skip
+
+    def believed(name: str) -> bool:
+        module = fused_name(expert_module(names.linear(name)))
+        return not any(entry in module for entry in entries)
+
+    yield from _lists(subject, believed, "modules_to_not_convert")
     yield from _tiles(subject, setting, marlin_only=False)
 
 
@@ -67,7 +69,10 @@ def gptq(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("symmetric", True, why + " in groups of 32, 64, 128", "quantize again symmetric")
     names = SGLANG.get(subject.architecture, SAME)
     out = [p[2:] for p in (said.get("dynamic") or {}) if p.startswith("-:")]
-    believed = lambda name: not any(re.match(p, fused_name(names.linear(name))) for p in out)  # noqa: E731
+
+    def believed(name: str) -> bool:
+        return not any(re.match(p, fused_name(names.linear(name))) for p in out)
+
     remedy = "`mmq convert FOLDER --format compressed-tensors`: its list of what is left out is read by SGLang"
     yield from _lists(subject, believed, "dynamic", remedy=remedy)
     yield from _tiles(subject, setting, marlin_only=True)

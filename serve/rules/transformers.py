@@ -68,12 +68,12 @@ def head(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("head", True, why, "quantize without --head int4, or in compressed-tensors")
 
 
-def one_process(subject: Subject, setting: Setting) -> Iterator[Finding]:
+def several_gpus(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if setting.tp > 1 and subject.method:
-        why = "quantized linears are not split over GPUs"
-        yield Finding("tensor parallel", True, why, "--tp 1; device_map places whole layers on several GPUs")
+        why = "how quantized linears are split over GPUs is not among mmq's rules"
+        yield Finding("tensor parallel", False, why, "device_map places whole layers on several GPUs")
 
 
 PLACES = (
-    Place("transformers", "any", SEEN, (remote, whole, files_there, packages, lists, head, one_process), device="cpu"),
+    Place("transformers", "any", SEEN, (remote, whole, files_there, packages, lists, head, several_gpus), device="cpu"),
 )
