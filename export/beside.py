@@ -16,7 +16,7 @@ from ..recipes.folder import headers
 from .artifact import write_json
 from .config import CONFIGS, Packing
 from .order import Order, quantized_names
-from .skips import fused_names
+from .skips import every_name
 
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
 TEXT = ("text_config", "llm_config", "language_config")  # where a config keeps its text model's
@@ -47,12 +47,12 @@ def write_config(skeleton: Skeleton, order: Order) -> None:
         if _is_matrix(name, module, skeleton) and spelled.get(name) not in quantized:
             skipped += dict.fromkeys((name, spelled.get(name, name), *spellings(skeleton, name)))
     skipped += idle_linears(skeleton)
-    skipped += list(fused_names(skipped))
+    config = read_config(order.base.path)
+    skipped = list(dict.fromkeys(every_name(str((config.get("architectures") or [""])[0]), skipped)))
     dtype = str(skeleton.stored).removeprefix("torch.")
     packing = Packing(
         order.format, order.grid.group_size, order.grid.symmetric, skip, tuple(skipped), dtype, head is not None
     )
-    config = read_config(order.base.path)
     if head and head.tied:
         for part in (config, *(config[key] for key in TEXT if isinstance(config.get(key), dict))):
             part["tie_word_embeddings"] = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .names import SAME, SGLANG, SGLANG_LISTS, TRANSFORMERS, VLLM, fused_name, shards
+from .names import SAME, SGLANG, SGLANG_LISTS, TRANSFORMERS, VLLM, Names, fused_name, shards
 from .subject import Subject
 
 TABLES = (VLLM, SGLANG, SGLANG_LISTS, TRANSFORMERS)
@@ -21,7 +21,7 @@ def skip_lists(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
     A prefix that would also be found within the name of a packed linear, as any engine spells it, is left out; the
     full names then say it all.
     """
-    spellings = [SAME, *(table[subject.architecture] for table in TABLES if subject.architecture in table)]
+    spellings = _spellings(subject.architecture)
     packed = {s.linear(x.name) for x in subject.packed for s in spellings}
     left = [x.name for x in subject.linears.values() if not x.packed]
     parts = dict.fromkeys(p for name in left if (p := _part(name, [x.name for x in subject.packed])))
@@ -29,9 +29,21 @@ def skip_lists(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
     prefixes = [p for p in prefixes if not any(p in name for name in packed)]
     if subject.head is None or not subject.head.packed:
         prefixes.append("lm_head")
-    names = dict.fromkeys(s.linear(name) for name in (*left, *fused_names(left)) for s in spellings)
+    names = dict.fromkeys(every_name(subject.architecture, left))
     heads = [] if subject.head is None or subject.head.packed else [subject.head.name]
     return tuple(prefixes), tuple(dict.fromkeys([*heads, *names]))
+
+
+def every_name(architecture: str, left: Iterable[str]) -> Iterator[str]:
+    """What engines call the linears `left` in 16 bit in a model of this class, fused ones by the fused name as well."""
+    left = list(left)
+    for name in (*left, *fused_names(left)):
+        for names in _spellings(architecture):
+            yield names.linear(name)
+
+
+def _spellings(architecture: str) -> list[Names]:
+    return [SAME, *(table[architecture] for table in TABLES if architecture in table)]
 
 
 def _part(name: str, packed: Iterable[str]) -> str | None:
