@@ -47,7 +47,7 @@ WORDS = (
 )
 QUANTIZING = "quantizing"
 PER_LAYER = (
-    "load", "forward and Gram matrices", "scale search", "forward, both streams", "clip and rounding", "errors", "pack",
+    "load", "forward and Gram matrices", "scales", "forward, both streams", "clip and rounding", "errors", "pack",
     "forward, quantized",
 )  # fmt: skip
 

@@ -7,16 +7,15 @@ input's Gram matrix, so no candidate runs the model again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .descent import Task, costs_of, descended
+from .descent import shared
 from .family import Group
 from .fused import fused
-from .gptq import damping
 from .grid import Grid, fake, groups
 from .method import Problem
 from .ranks import share, total
@@ -81,7 +80,7 @@ def best_scale(
     """
     rms = gram.diagonal().clamp_min(0).sqrt()
     pool = torch.stack(
-        [_tied(s, tie, tie_block) for s in candidates(_tied(rms, tie, tie_block), weights, grid.group_size)]
+        [shared(s, tie, tie_block) for s in candidates(shared(rms, tie, tie_block), weights, grid.group_size)]
     )
     if sum(w.shape[0] for w in weights) > FIRST_ROWS:
         first = scale_losses([telling_rows(weights, gram, grid.group_size)], gram, pool, grid)
@@ -126,50 +125,42 @@ def scale_losses(weights: Sequence[Tensor], gram: Tensor, pool: Tensor, grid: Gr
     return total(torch.cat(losses))
 
 
-def _tied(s: Tensor, tie: int, block: int) -> Tensor:
-    if tie == 1:
-        return s
-    heads = s.view(-1, tie, block)  # [kv heads, query heads each, head_dim]
-    return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1).contiguous()
+def scale(problem: Problem, grid: Grid) -> Scaled:
+    """Search and move the scales of one decoder layer, as published."""
+    moved = Scaled(dict(problem.weights))
+    for group, tie in scalable(problem).items():
+        weights = [moved.weights[f"{n}.weight"] for n in group.linears]
+        found = best_scale(weights, problem.grams[group], grid, tie=tie, tie_block=problem.head_dim)
+        fold(moved, group, found, tie, problem)
+    return moved
 
 
-def scale(problem: Problem, grid: Grid, *, finalists: int = FINALISTS, descend: bool = False) -> Scaled:
-    """Search and move the scales of one decoder layer; with `descend`, go on downhill from what was found (descent.py).
+def scalable(problem: Problem) -> dict[Group, int]:
+    """The groups whose inputs a scale can be moved out of, each with how many channels share one (`absorbable`)."""
+    chosen = {name for group in problem.groups for name in group.linears}
+    ties = {group: absorbable(group, problem.weights, chosen) for group in problem.groups if group in problem.grams}
+    return {group: tie for group, tie in ties.items() if tie}
+
+
+def fold(moved: Scaled, group: Group, scale: Tensor, tie: int, problem: Problem) -> None:
+    """Move `scale` [in] into the group's linears, and out of what feeds them.
 
     A norm that absorbs 1/s is rounded to the stored dtype first, and the scale that remains *after* that rounding is
     the one put on the weights, so the fold loses nothing. A group whose absorber cannot take the scale is left
     unscaled.
     """
-    moved = Scaled(dict(problem.weights))
-    chosen = {name for group in problem.groups for name in group.linears}
-    found: dict[Group, Tensor] = {}
-    ties: dict[Group, int] = {}
-    tasks: dict[Group, Task] = {}
-    for group in problem.groups:
-        tie = ties[group] = absorbable(group, moved.weights, chosen)
-        if tie == 0 or group not in problem.grams:
-            continue
-        ws, gram, head = [moved.weights[f"{n}.weight"] for n in group.linears], problem.grams[group], problem.head_dim
-        found[group] = s = best_scale(ws, gram, grid, tie=tie, tie_block=head, finalists=finalists)
-        if descend:
-            costs = costs_of(gram, s, damp=damping(len(s), problem.fewer.get(group, problem.tokens)))
-            if costs is not None:
-                tasks[group] = Task(tuple(ws), costs, s, tie, head)
-    found |= zip(tasks, descended(list(tasks.values()), grid), strict=True)
-    for group, s in found.items():
-        absorber, tie = str(group.absorber), ties[group]
-        if moved.weights[f"{absorber}.weight"].ndim == 1:
-            s = _fold_into_norm(absorber, s, moved, stored=problem.stored, offset=group.offset)
-        else:
-            rows = s.view(-1, tie, problem.head_dim)[:, 0].reshape(-1) if tie > 1 else s
-            if not _fold_into_linear(absorber, rows, moved, stored=problem.stored):
-                continue
-        for name in group.linears:
-            moved.columns[name] = s
-    return moved
+    absorber = str(group.absorber)
+    if moved.weights[f"{absorber}.weight"].ndim == 1:
+        scale = _fold_into_norm(absorber, scale, moved, stored=problem.stored, offset=group.offset)
+    else:
+        rows = scale.view(-1, tie, problem.head_dim)[:, 0].reshape(-1) if tie > 1 else scale
+        if not _fold_into_linear(absorber, rows, moved, stored=problem.stored):
+            return
+    for name in group.linears:
+        moved.columns[name] = scale
 
 
-def absorbable(group: Group, weights: dict[str, Tensor], quantized: Collection[str]) -> int:
+def absorbable(group: Group, weights: Mapping[str, Tensor], quantized: Collection[str]) -> int:
     """How many channels of the group's input share one channel of its absorber: 1 as a rule, the number of query
     heads per value head between v and o under grouped-query attention, 0 when the scale cannot be folded.
 

@@ -12,6 +12,8 @@ load.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,39 @@ CHUNK = 1024  # rows of H gathered at a time
 PANEL = 1024  # columns factored at a time
 DAMP = 0.01  # share of the mean diagonal added to H, as in the authors' code
 FEW = 0.5  # damping by the share of columns to tokens: what few tokens say of many channels is half chance
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What rounding needs of H where H is divided by `columns` [in] on both sides (None: as it is): the `order` [in]
+    of its columns, and by that order `follow` [in, in] and `pivots` [in], as `feedback` gives them."""
+
+    columns: Tensor | None
+    order: Tensor
+    follow: Tensor
+    pivots: Tensor
+
+    def costs(self) -> Tensor:
+        """The pivots in the columns' own order: what each column's own error costs, [in]."""
+        found = torch.empty_like(self.pivots)
+        found[self.order] = self.pivots
+        return found
+
+
+def factored(gram: Tensor, columns: Tensor | None = None, *, damp: float = DAMP) -> Factor:
+    """The factor of H [in, in] divided by `columns` [in], the liveliest column last. ValueError as in `feedback`."""
+    order = column_order(gram, columns)
+    return Factor(columns, order, *feedback(gram, order, columns, damp=damp))
+
+
+def rescaled(factor: Factor, columns: Tensor) -> Factor:
+    """The same H divided by other `columns` [in], in the memory of `factor`: the order stays, the damping is divided
+    with H. With D diagonal and H = L L^T, D H D has the factor D L."""
+    old = torch.ones_like(columns) if factor.columns is None else factor.columns
+    by = (old / columns)[factor.order]
+    for rows, own in zip(factor.follow.split(CHUNK), by.split(CHUNK), strict=True):
+        rows *= own[:, None] / by
+    return Factor(columns, factor.order, factor.follow, factor.pivots * by.square())
 
 
 def damping(width: int, tokens: int) -> float:

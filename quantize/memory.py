@@ -136,7 +136,8 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
     if steps.pull:  # the 16-bit model's stream beside the other, and the layer as it was
         starting += (0 if memory.park else 2 * states) + pictures
         held += work.layer + (0 if memory.park else 2 * states) + pictures
-    every_group = (*work.groups, *work.experts)
+    groups = work.groups if steps.pull else sorted(work.groups, key=lambda group: -group[1])  # as they are rounded
+    every_group = (*groups, *work.experts)
     widest = max(width for _, width in every_group)
     h = {width: 4 * width**2 for _, width in every_group}
     every = sum(h[width] for _, width in work.groups)
@@ -149,18 +150,19 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
     for number, (rows, width) in enumerate(every_group):
         if number == len(work.groups):
             left = min(mixture, memory.held)
-        # several ranks share rows only where a group waits for the one before it; else one of them has all (steps.py)
-        largest, together = (n * width // (world() if steps.pull else 1) for n in (max(rows), sum(rows)))
-        if steps.scale:
+        alone = steps.pull and number < len(work.groups)  # a group that waits for the one before it
+        # several ranks share the rows of such a group; of others one rank has all (steps.py)
+        largest, together = (n * width // (world() if alone else 1) for n in (max(rows), sum(rows)))
+        factors = left if steps.feedback and not alone else 0  # every H is factored before the first is rounded
+        if steps.scale and not steps.feedback:
             rows_width = sum(rows) * width // world()
             errors = 2 * 4 * max(awq.TOGETHER, rows_width)
-            there = every if number < len(work.groups) else left + codes
-            peaks.append(held + there + rows_width * work.item + errors)
-        peaks.append(held + left + codes + 8 * together + 4 * largest)
+            peaks.append(held + every + rows_width * work.item + errors)
+        peaks.append(held + left + factors + codes + 8 * together + 4 * largest)
         if steps.feedback:
-            peaks.append(held + left + codes + int((1 + WORKSPACE) * h[width]) + 4 * together)
-            peaks.append(held + left + codes + h[width] + 10 * together)
-        if steps.pull and number < len(work.groups):
+            peaks.append(held + left + codes + max(factors, h[width]) + int(WORKSPACE * h[width]) + 4 * together)
+            peaks.append(held + left + codes + max(factors, h[width]) + 10 * together)
+        if alone:
             micro_inputs = 16 * micro * width  # both streams' inputs, and how far apart they are
             peaks.append(held + 2 * h[width] + codes + waiting + micro_inputs)
             peaks.append(held + 2 * h[width] + codes + 16 * together + 12 * PIECE)
@@ -191,7 +193,8 @@ def flops(work: Workload, method: str, quality: str) -> float:
     for number, (rows, width) in enumerate((*work.groups, *work.experts)):
         done += work.tokens * width**2 * (1 if number < len(work.groups) else work.routed)
         tried = min(awq.FIRST_ROWS, sum(rows)) * 2 * awq.STEPS + sum(rows) * awq.FINALISTS
-        done += (tried * steps.scale + sum(rows) * (2 + steps.feedback)) * 2 * width**2 / world()
+        searching = steps.scale and not steps.feedback  # the descent takes no products
+        done += (tried * searching + sum(rows) * (2 + steps.feedback)) * 2 * width**2 / world()
         done += steps.feedback * width**3 / 3
         done += (steps.pull and number < len(work.groups)) * (
             3 * work.tokens * width**2 + 4 * sum(rows) * width**2 / world()

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .awq import FINALISTS, Scaled, scale
+from .awq import Scaled, fold, scalable, scale
 from .clip import best_shrink
+from .descent import descended, first_scale
 from .family import Group
 from .fused import fused
-from .gptq import DAMP, column_order, damping, feedback, round_columns
+from .gptq import DAMP, Factor, damping, factored, rescaled, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, dequantize, fit, groups, quantize
 from .method import Problem, Solution, output_squares
@@ -34,8 +35,7 @@ PIECE = 2**25  # weights judged at a time, float32
 class Steps:
     """What is done to a layer before and while it is rounded."""
 
-    scale: bool = False
-    descend: bool = False  # from the best scale found on, by its gradient (descent.py)
+    scale: bool = False  # from the published candidates; where errors are fed back, by descent (descent.py)
     clip: bool = False
     feedback: bool = False
     pull: bool = False  # towards what the group puts out in the 16-bit model, on the inputs it really gets
@@ -45,10 +45,10 @@ STEPS: dict[tuple[str, str], Steps] = {
     ("rtn", "default"): Steps(),
     ("awq", "fast"): Steps(scale=True, clip=True),  # AWQ as published
     ("gptq", "fast"): Steps(feedback=True),  # GPTQ as published, groups static
-    ("awq", "default"): Steps(scale=True, descend=True, clip=True, feedback=True),
-    ("gptq", "default"): Steps(scale=True, descend=True, clip=True, feedback=True),
-    ("awq", "best"): Steps(scale=True, descend=True, clip=True, feedback=True, pull=True),
-    ("gptq", "best"): Steps(scale=True, descend=True, clip=True, feedback=True, pull=True),
+    ("awq", "default"): Steps(scale=True, clip=True, feedback=True),
+    ("gptq", "default"): Steps(scale=True, clip=True, feedback=True),
+    ("awq", "best"): Steps(scale=True, clip=True, feedback=True, pull=True),
+    ("gptq", "best"): Steps(scale=True, clip=True, feedback=True, pull=True),
 }
 
 
@@ -71,10 +71,10 @@ def solve(
     `fresh(group, moved, quantized)` gives H and the drift (pull.py) of a group's inputs now that the groups before it
     are quantized.
     """
-    moved = Scaled(dict(problem.weights))
-    if steps.scale:  # rounding to nearest shows only roughly what errors cost once they are fed back: one look will do
-        moved = scale(problem, grid, finalists=1 if steps.feedback else FINALISTS, descend=steps.descend)
-    lap("scale search")
+    owners = _owners(problem)
+    moved = scale(problem, grid) if steps.scale and not steps.feedback else Scaled(dict(problem.weights))
+    factors = _factors(moved, problem, owners, grid, steps) if steps.feedback else {}
+    lap("scales")
     quantized: dict[str, Quantized] = {}
     lost: dict[str, Tensor] = {}
     fallbacks: dict[str, str] = {}
@@ -82,11 +82,12 @@ def solve(
     pull = fresh if steps.pull else None
     if pull:
         problem.grams.clear()  # each group's is taken anew when its turn comes
-    ready = _by_owner(moved, problem, grid, steps) if world() > 1 and not pull else {}
-    for group in problem.groups:
+        factors.clear()
+    ready = _by_owner(moved, problem, owners, factors, grid, steps) if world() > 1 and not pull else {}
+    # the largest H first, where no group waits for another: what it takes is gone when the others are rounded
+    for group in problem.groups if pull else sorted(problem.groups, key=lambda g: -_width(problem, g)):
         gram = problem.grams.pop(group, None)  # the last to need it: it is the largest thing there is
-        heights = [problem.weights[f"{n}.weight"].shape[0] for n in group.linears]
-        shares = [share(height) for height in heights]
+        shares = [share(len(problem.weights[f"{n}.weight"])) for n in group.linears]
         pushed = None
         if pull and group in reached:
             gram, drift = pull(group, moved, quantized) or (None, None)
@@ -97,34 +98,78 @@ def solve(
         if group in ready:
             rounded, aim, why = ready.pop(group)
         else:
-            tokens = problem.fewer.get(group, problem.tokens)
-            rounded, aim, why = _round(moved, group, shares, gram, pushed, tokens, grid, steps)
+            damp = _damp(problem, group, steps)
+            factor = factors.pop(group, None)
+            rounded, aim, why = _round(moved, group, shares, gram, factor, pushed, damp, grid, steps)
+            del factor
         del pushed
         fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
         searched = gram is not None and (steps.clip or steps.feedback)
         if gram is not None and gram.is_cuda:
             gram = gram.bfloat16()  # enough to weigh errors, at twice the speed
-        parts = _split(rounded, [s.stop - s.start for s in shares])
-        aims = [None] * len(parts) if aim is None else aim.split([s.stop - s.start for s in shares])
-        for name, part, rows, height, aimed in zip(group.linears, parts, shares, heights, aims, strict=True):
-            weight = problem.weights[f"{name}.weight"][rows]
-            part, lost[name] = _better(part, weight, aimed, moved, name, rows, gram, grid if searched else None)
-            q, scales, zero = (whole(t, height) for t in (part.q, part.scale, part.zero))
-            quantized[name] = Quantized(q, scales, zero, grid.group_size, grid.symmetric)
+        now, costs = _judged(problem, moved, group, shares, rounded, aim, gram, grid, tried=searched)
+        quantized |= now
+        lost |= costs
+        del gram, rounded, aim  # the next group may be about to need the room
         lap("errors")
+    names = [name for group in problem.groups for name in group.linears]
     errors: dict[str, float] = {}
-    sums = total(torch.stack(list(lost.values()))).tolist()  # the device is waited for once
-    for name, (energy, kept, found, plain) in zip(lost, sums, strict=True):
+    sums = total(torch.stack([lost[name] for name in names])).tolist()  # the device is waited for once
+    for name, (energy, kept, found, plain) in zip(names, sums, strict=True):
         errors[name], searched, by_rounding = (loss / max(energy, 1e-30) for loss in (kept, found, plain))
         if not found <= plain:
             fallbacks[name] = f"the search lost {searched:.2e} of its output, rounding {by_rounding:.2e}"
-    return Solution(quantized, moved.changed, errors, fallbacks)
+    return Solution({name: quantized[name] for name in names}, moved.changed, errors, fallbacks)
+
+
+def _owners(problem: Problem) -> dict[Group, int]:
+    """The rank that factors each group's H and, where no group waits for another, rounds the group."""
+    shapes = {g: [problem.weights[f"{n}.weight"].shape for n in g.linears] for g in problem.groups}
+    # what the products cost: H's factor in^3 / 3, handing the errors on out in^2
+    costs = [each[0][1] ** 2 * (each[0][1] / 3 + sum(out for out, _ in each)) for each in shapes.values()]
+    return dict(zip(shapes, spread(costs), strict=True))
+
+
+def _width(problem: Problem, group: Group) -> int:
+    return problem.weights[f"{group.linears[0]}.weight"].shape[1]
+
+
+def _damp(problem: Problem, group: Group, steps: Steps) -> float:
+    return damping(_width(problem, group), problem.fewer.get(group, problem.tokens)) if steps.scale else DAMP
+
+
+def _factors(
+    moved: Scaled, problem: Problem, owners: Mapping[Group, int], grid: Grid, steps: Steps
+) -> dict[Group, Factor]:
+    """The factor of H for each group that is this rank's, and with `scale` every group's scale, found by its owner and
+    moved by all: what the descent goes by is what rounding needs, so H is factored once."""
+    ties = scalable(problem) if steps.scale else {}
+    found: dict[Group, Factor] = {}
+    scales: dict[Group, Tensor] = {}
+    for group, gram in problem.grams.items():
+        if owners[group] != rank() or not bool(gram.diagonal().any()):
+            continue
+        tied = {"tie": ties[group], "tie_block": problem.head_dim} if group in ties else {}
+        weights = [problem.weights[f"{n}.weight"] for n in group.linears]
+        start = first_scale(weights, gram, **tied) if tied else None
+        try:
+            found[group] = factored(gram, start, damp=_damp(problem, group, steps))
+        except ValueError:  # rounding meets it again, and says so
+            continue
+        if tied:
+            scales[group] = descended(weights, found[group], grid, **tied)
+    for group, tie in ties.items():
+        none = torch.ones(len(problem.grams[group]), device=problem.grams[group].device)
+        fold(moved, group, sent(scales.get(group, none), owners[group]), tie, problem)
+        if group in found:
+            found[group] = rescaled(found[group], moved.columns.get(group.linears[0], none))
+    return found
 
 
 def _round(
-    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, pushed: Tensor | None, tokens: int,
-    grid: Grid, steps: Steps,
+    moved: Scaled, group: Group, shares: list[slice], gram: Tensor | None, factor: Factor | None, pushed: Tensor | None,
+    damp: float, grid: Grid, steps: Steps,
 ) -> tuple[Quantized, Tensor | None, str]:  # fmt: skip
     """This rank's rows of all the group's linears, one below the other: rows are independent, so one piece of work.
     With it, the weights that it was to come near where these are others, and why not all of `steps` were taken."""
@@ -142,50 +187,44 @@ def _round(
                 blocks /= s[:, :, None] * s[:, None, :]
             shrink = best_shrink(weight, blocks, grid)
         return _nearest(weight, grid, shrink), None, ""
-    order = column_order(gram, columns)
     try:
-        damp = damping(len(gram), tokens) if steps.scale else DAMP
-        follow, pivots = feedback(gram, order, columns, damp=damp)
+        factor = factor or factored(gram, columns, damp=damp)
     except ValueError as e:
         return _nearest(weight, grid), None, f"no error feedback: {e}"
     g = groups(weight, size)
     low, high = g.amin(-1), g.amax(-1)
     if steps.clip:
-        costs = torch.empty_like(pivots)
-        costs[order] = pivots
-        shrink = best_shrink(weight, costs, grid)
+        shrink = best_shrink(weight, factor.costs(), grid)
         low, high = low * shrink, high * shrink
     scale, zero = fit(low, high, grid)
     aim = None
     if pushed is not None:
-        weight = aim = pulled(pushed, follow, pivots, order).mul_(PULL).add_(weight)
-    weight = weight[:, order]
-    return round_columns(weight, follow, order, scale, zero, symmetric=grid.symmetric), aim, ""
+        weight = aim = pulled(pushed, factor.follow, factor.pivots, factor.order).mul_(PULL).add_(weight)
+    weight = weight[:, factor.order]
+    return round_columns(weight, factor.follow, factor.order, scale, zero, symmetric=grid.symmetric), aim, ""
 
 
 def _by_owner(
-    moved: Scaled, problem: Problem, grid: Grid, steps: Steps
-) -> dict[Group, tuple[Quantized, None, str]]:  # fmt: skip
+    moved: Scaled, problem: Problem, owners: Mapping[Group, int], factors: dict[Group, Factor], grid: Grid, steps: Steps
+) -> dict[Group, tuple[Quantized, None, str]]:
     """What `_round` gives for this rank's rows of every group, each group rounded whole by one rank: its H is factored
     and its columns are gone through one by one, and neither takes less time for fewer rows."""
     shapes = {g: [problem.weights[f"{n}.weight"].shape for n in g.linears] for g in problem.groups}
-    rows = {g: sum(out for out, _ in each) for g, each in shapes.items()}
-    # what the products cost: H's factor in^3 / 3, handing the errors on out in^2
-    owners = spread([each[0][1] ** 2 * (each[0][1] / 3 + rows[g]) for g, each in shapes.items()])
     mine: dict[Group, Quantized] = {}
     why: dict[Group, str] = {}
-    for (group, each), owner in zip(shapes.items(), owners, strict=True):
-        if owner == rank():
+    for group, each in shapes.items():
+        if owners[group] == rank():
             all_rows = [slice(0, out) for out, _ in each]
-            gram = problem.grams.get(group)
-            tokens = problem.fewer.get(group, problem.tokens)
-            mine[group], _, why[group] = _round(moved, group, all_rows, gram, None, tokens, grid, steps)
+            gram, damp = problem.grams.get(group), _damp(problem, group, steps)
+            factor = factors.pop(group, None)
+            mine[group], _, why[group] = _round(moved, group, all_rows, gram, factor, None, damp, grid, steps)
+            del factor
     why = {group: said for told in everyones(why) for group, said in told.items()}
     ready = {}
-    for (group, each), owner in zip(shapes.items(), owners, strict=True):
+    for group, each in shapes.items():
         device = problem.weights[f"{group.linears[0]}.weight"].device
-        found = mine.pop(group, None) or _unwritten(rows[group], each[0][1], grid, device)
-        q, scale, zero = (sent(t, owner) for t in (found.q, found.scale, found.zero))
+        found = mine.pop(group, None) or _unwritten(sum(out for out, _ in each), each[0][1], grid, device)
+        q, scale, zero = (sent(t, owners[group]) for t in (found.q, found.scale, found.zero))
         found = replace(found, q=q, scale=scale, zero=zero)
         linears = _split(found, [out for out, _ in each])
         ready[group] = _joined([_rows(x, share(len(x.q))) for x in linears]), None, why[group]
@@ -218,6 +257,24 @@ def _nearest(weight: Tensor, grid: Grid, shrink: Tensor | None = None) -> Quanti
 def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
     parts = zip(x.q.split(heights), x.scale.split(heights), x.zero.split(heights), strict=True)
     return [Quantized(q, scale, zero, x.group_size, x.symmetric) for q, scale, zero in parts]
+
+
+def _judged(
+    problem: Problem, moved: Scaled, group: Group, shares: list[slice], rounded: Quantized, aim: Tensor | None,
+    gram: Tensor | None, grid: Grid, *, tried: bool,
+) -> tuple[dict[str, Quantized], dict[str, Tensor]]:  # fmt: skip
+    """Each of the group's linears, whole, its rows no worse than rounding leaves them where more was `tried`; and what
+    `_better` sums over this rank's rows."""
+    heights = [s.stop - s.start for s in shares]
+    parts = _split(rounded, heights)
+    aims = [None] * len(parts) if aim is None else aim.split(heights)
+    quantized, lost = {}, {}
+    for name, part, rows, aimed in zip(group.linears, parts, shares, aims, strict=True):
+        weight = problem.weights[f"{name}.weight"]
+        best, lost[name] = _better(part, weight[rows], aimed, moved, name, rows, gram, grid if tried else None)
+        q, scales, zero = (whole(t, len(weight)) for t in (best.q, best.scale, best.zero))
+        quantized[name] = Quantized(q, scales, zero, grid.group_size, grid.symmetric)
+    return quantized, lost
 
 
 def _better(

@@ -13,8 +13,10 @@ from halting import Halted, halted
 from torch import Tensor
 
 from mmq.quantize import descent
+from mmq.quantize import steps as pipeline
 from mmq.quantize.awq import best_scale
-from mmq.quantize.descent import Task, costs_of, descended, expected_loss, slope
+from mmq.quantize.descent import descended, expected_loss, first_scale, slope
+from mmq.quantize.gptq import factored
 from mmq.quantize.grid import Grid
 from mmq.quantize.steps import STEPS, solve
 
@@ -27,12 +29,6 @@ def problem(rows: int = 96, width: int = 128, seed: int = 0) -> tuple[Tensor, Te
     weight = torch.randn(rows, width, generator=random) * torch.exp(0.3 * torch.randn(width, generator=random))
     x = torch.randn(4 * width, width, generator=random) * torch.exp(0.7 * torch.randn(width, generator=random))
     return weight, (x.T @ x + 0.3 * x.T.roll(1, 0) @ x.roll(1, 1)) / len(x)
-
-
-def down(weights: list[Tensor], gram: Tensor, start: Tensor, grid: Grid, *, damp: float = 0.01) -> Tensor:
-    costs = costs_of(gram, start, damp=damp)
-    assert costs is not None
-    return descended([Task(tuple(weights), costs, start)], grid)[0]
 
 
 def by_hand(weight: Tensor, costs: Tensor, s: Tensor, grid: Grid) -> float:
@@ -57,22 +53,29 @@ def test_the_objective_is_the_equation(grid: Grid) -> None:
 
 
 @GRIDS
-def test_the_slope_is_that_of_the_objective(grid: Grid) -> None:
-    """Against central differences, in float64; groups that do not span zero among them."""
+@pytest.mark.parametrize(("tie", "block"), [(1, 1), (2, 16), (2, 32), (2, 64)])
+def test_the_slope_is_that_of_the_objective(grid: Grid, tie: int, block: int) -> None:
+    """Against central differences, in float64; groups that do not span zero among them. Every group is alone, or with
+    those that share its scales; with all of them where a group holds two heads."""
     weight, gram = (t.double() for t in problem())
     weight[:20] = weight[:20].abs()
-    logs = torch.linspace(-1, 1, 128, dtype=torch.float64)
+    logs = descent.shared(torch.linspace(-1, 1, 128, dtype=torch.float64), tie, block)
     costs, step = gram.diagonal().clone(), 1e-6
-    found = slope(weight, costs, logs, grid)
+    found = slope(weight, costs, logs, grid, tie=tie, tie_block=block)
+    channels = torch.arange(128)
     for j in range(0, 128, 9):
+        same = (channels // (tie * block) == j // (tie * block)) & (channels % block == j % block)
+        alike = channels[same] if tie > 1 else channels[j : j + 1]
+        own = torch.isin(channels // 32, alike // 32) if tie == 1 or block >= 32 else channels >= 0
         ends = []
         for side in (-step, step):
             moved = logs.clone()
-            moved[j] += side
-            ends.append(by_hand(weight, costs, moved.exp(), grid))
+            moved[alike] += side
+            ends.append(by_hand(weight[:, own], costs[own], moved.exp()[own], grid))
         rise = (ends[1] / ends[0] - 1) / (2 * step)
         assert float(found[j]) == pytest.approx(rise, rel=1e-4, abs=1e-6)
-    assert float(found.sum()) == pytest.approx(0, abs=1e-9)  # all scales together change nothing
+    if tie == 1:
+        assert float(found.sum()) == pytest.approx(0, abs=1e-9)  # all scales together change nothing
 
 
 @GRIDS
@@ -91,7 +94,7 @@ def test_there_is_one_valley(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(descent, "STEPS", 600)
     identity = torch.diag(costs)  # its pivots are its diagonal, whatever the order
     starts = [torch.ones(128), torch.exp(torch.randn(128, generator=random))]
-    ends = [height(down([weight], identity, s, grid, damp=1e-6).log()) for s in starts]
+    ends = [height(descended([weight], factored(identity, s, damp=1e-6), grid).log()) for s in starts]
     assert ends[0] == pytest.approx(ends[1], abs=2e-3)
     assert ends[0] < min(height(s.log()) for s in starts) - 0.1
 
@@ -102,33 +105,29 @@ def test_each_step_looks_at_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for rows in (1024, 128):
         monkeypatch.setattr(descent, "ROWS", rows)
-        s = down([weight[:700], weight[700:]], gram, torch.ones(128), Grid(32))
+        s = descended([weight[:700], weight[700:]], factored(gram), Grid(32))
         ends.append(float(expected_loss([weight], gram.diagonal(), s, Grid(32))))
     assert ends[1] == pytest.approx(ends[0], rel=0.01)
     assert ends[0] < 0.9 * float(expected_loss([weight], gram.diagonal(), torch.ones(128), Grid(32)))
 
 
-def test_side_by_side_is_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks of one shape or of two, in pieces or all together."""
-    tasks = []
-    for seed in range(5):
-        weight, gram = problem(rows=96 if seed != 2 else 64, seed=seed)
-        start = torch.linspace(0.5, 2, 128)
-        costs = costs_of(gram, start, damp=0.01)
-        assert costs is not None
-        tasks.append(Task((weight[:32], weight[32:]), costs, start))
-    alone = [descended([t], Grid(32))[0] for t in tasks]
-    for piece in (2**24, 2 * 96 * 128):
-        monkeypatch.setattr(descent, "PIECE", piece)
-        torch.testing.assert_close(descended(tasks, Grid(32)), alone, rtol=1e-3, atol=0)
-    assert float((alone[0] / alone[1] - 1).abs().max()) > 0.1
-
-
 def test_heads_that_share_a_scale_still_do() -> None:
     weight, gram = problem()
-    s = descended([Task((weight,), gram.diagonal().clone(), torch.ones(128), 2, 16)], Grid(32))[0].view(4, 2, 16)
-    assert torch.equal(s[:, 0], s[:, 1])
-    assert float(s.std()) > 0.01
+    start = first_scale([weight], gram, tie=2, tie_block=16)
+    found = descended([weight], factored(gram, start), Grid(32), tie=2, tie_block=16)
+    for s in (start, found):
+        heads = s.view(4, 2, 16)
+        assert torch.equal(heads[:, 0], heads[:, 1])
+    assert float((found / start).std()) > 0.01
+
+
+def test_a_rescaled_model_begins_at_the_same_place() -> None:
+    """What its channels were multiplied by, its start is too, but for one factor over all."""
+    weight, gram = problem()
+    by = torch.exp(torch.linspace(-2, 2, 128))
+    one, two = first_scale([weight], gram), first_scale([weight / by], gram * by[:, None] * by)
+    ratio = two / (one * by)
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +142,9 @@ def test_it_goes_down_from_awqs_best_on_a_trained_layer(layer: Halted, grid: Gri
     for group, gram in layer.grams.items():
         weights = [layer.weights[f"{n}.weight"] for n in group.linears]
         start = best_scale(weights, gram, grid)
-        costs = costs_of(gram, start, damp=0.1)
-        assert costs is not None
-        found = descended([Task(tuple(weights), costs, start)], grid)[0]
-        before, after = (expected_loss(weights, costs, s, grid) for s in (start, found))
+        factor = factored(gram, start, damp=0.1)
+        found = descended(weights, factor, grid)
+        before, after = (expected_loss(weights, factor.costs() * start.square(), s, grid) for s in (start, found))
         falls.append(1 - float(after / before))
         assert float((found / start).log().abs().max()) < 3
     assert min(falls) > 0.01
@@ -154,40 +152,31 @@ def test_it_goes_down_from_awqs_best_on_a_trained_layer(layer: Halted, grid: Gri
 
 
 @pytest.mark.parametrize("asked", [("awq", "default"), ("gptq", "default")], ids="-".join)
-def test_rounding_a_trained_layer_costs_less(layer: Halted, asked: tuple[str, str]) -> None:
+def test_rounding_a_trained_layer_costs_less(
+    layer: Halted, asked: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the layer's linears put out, measured, and not what was brought down."""
-    lost = []
-    for steps in (STEPS[asked], dataclasses.replace(STEPS[asked], descend=False)):
-        made = solve(layer.problem(torch.bfloat16), Grid(128, asked[0] == "gptq"), steps)
-        lost.append(sum(made.errors.values()))
-    assert lost[0] < 0.97 * lost[1]
 
+    def lost() -> float:
+        return sum(solve(layer.problem(torch.bfloat16), Grid(128, asked[0] == "gptq"), STEPS[asked]).errors.values())
 
-def test_costs_are_the_squares_of_the_factors_diagonal() -> None:
-    """Of H in the order and damped as it is rounded with, told in the weight's own columns."""
-    _, gram = problem()
-    s = torch.linspace(0.5, 2, 128)
-    h = (gram / (s[:, None] * s)).double()
-    order = h.diagonal().argsort(stable=True)
-    h += 0.05 * h.diagonal().mean() * torch.eye(128)
-    want = torch.linalg.cholesky(h[order][:, order]).diagonal().square()[order.argsort()] * s.square()
-    found = costs_of(gram, s, damp=0.05)
-    assert found is not None
-    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=0)
-
-
-def test_an_h_that_says_nothing_has_no_costs() -> None:
-    _, gram = problem()
-    broken = gram - 5 * gram.diagonal().mean() * torch.eye(128)
-    for h in (gram * 0, broken, gram * torch.nan):
-        assert costs_of(h, torch.ones(128), damp=0.01) is None
+    descending = lost()
+    monkeypatch.setattr(pipeline, "descended", lambda weights, factor, *_, **__: factor.columns)
+    assert descending < 0.97 * lost()
 
 
 @GRIDS
-def test_weights_of_zero_move_nothing(grid: Grid) -> None:
+def test_what_says_nothing_moves_nothing(grid: Grid) -> None:
+    """No weights, and weights or an H that are no numbers: the start, untouched."""
     weight, gram = problem()
     start = torch.linspace(0.5, 2, 128)
-    assert torch.equal(down([weight * 0], gram, start, grid), start)
+    factor = factored(gram, start)
+    for w, f in (
+        (weight * 0, factor),
+        (weight * torch.nan, factor),
+        (weight, dataclasses.replace(factor, pivots=factor.pivots * torch.nan)),
+    ):
+        assert torch.equal(descended([w], f, grid), start)
 
 
 @GRIDS
@@ -204,8 +193,8 @@ def test_dead_and_loud_channels(grid: Grid, loud: float) -> None:
     gram[:, 60:70] = gram[:, 60:61]
     weight[:, 100] = 0
     weight[3] = 0
-    start = best_scale([weight], gram, grid)
-    found = down([weight], gram, start, grid)
+    start = first_scale([weight], gram)
+    found = descended([weight], factored(gram, start), grid)
     assert found.isfinite().all()
     assert (found > 0).all()
     assert float((found / start).log().abs().max()) < 2 * descent.STEPS * descent.LENGTH

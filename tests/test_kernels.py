@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmq.quantize import awq, clip, gptq
-from mmq.quantize.descent import Task, costs_of, descended, expected_loss
+from mmq.quantize.descent import descended, expected_loss, first_scale
 from mmq.quantize.fused import fused
 from mmq.quantize.gram import Gram, diagonal_blocks
 from mmq.quantize.grid import Grid, dequantize, fit, groups, quantize
@@ -95,18 +95,31 @@ def test_error_feedback(grid: Grid, plain: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS[::2], ids=str)
 def test_the_descent(grid: Grid) -> None:
-    """Twice the same bits, side by side or alone, and as far down as on a CPU."""
+    """Twice the same bits, and as far down as on a CPU; scales that heads of one group and of several share too."""
     weight, gram = _layer()
-    start = torch.ones(512, device="cuda")
-    costs = costs_of(gram, start, damp=0.01)
-    assert costs is not None
-    task = Task((weight, weight[:70] * 2), costs, start)
-    a, again = (descended([task], grid)[0] for _ in range(2))
-    assert torch.equal(a, again)
-    on_cpu = descended([Task(tuple(w.cpu() for w in task.weights), costs.cpu(), start.cpu())], grid)[0].cuda()
-    here, there, before = (expected_loss(task.weights, costs, s, grid) for s in (a, on_cpu, start))
-    assert here < 0.9 * before
-    torch.testing.assert_close(here, there, rtol=1e-3, atol=0)
+    weights = [weight, weight[:70] * 2]
+    for tied in ({}, {"tie": 2, "tie_block": 16}, {"tie": 2, "tie_block": 128}):
+        start = first_scale(weights, gram, **tied)
+        factor = gptq.factored(gram, start)
+        found, again = (descended(weights, factor, grid, **tied) for _ in range(2))
+        assert torch.equal(found, again)
+        there = gptq.Factor(start.cpu(), factor.order.cpu(), factor.follow.cpu(), factor.pivots.cpu())
+        on_cpu = descended([w.cpu() for w in weights], there, grid, **tied).cuda()
+        costs = factor.costs() * start.square()
+        here, there, before = (expected_loss(weights, costs, s, grid) for s in (found, on_cpu, start))
+        assert here < 0.99 * before
+        torch.testing.assert_close(here, there, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("grid", GRIDS[:2], ids=str)
+def test_what_groups_span(grid: Grid) -> None:
+    weight, gram = _layer()
+    scale = torch.rand(512, device="cuda") + 0.5
+    here, there = (expected_loss([w], d, s, grid) for w, d, s in (
+        (weight.bfloat16(), gram.diagonal().contiguous(), scale),
+        (weight.bfloat16().cpu(), gram.diagonal().cpu(), scale.cpu()),
+    ))  # fmt: skip
+    torch.testing.assert_close(here.cpu(), there, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmq.export.artifact import open_artifact
 from mmq.export.make import make
 from mmq.export.view import view
-from mmq.quantize import awq, steps
+from mmq.quantize import awq, gptq
 from mmq.quantize.family import LLAMA, Group
 from mmq.quantize.gather import collect_grams
 from mmq.quantize.grid import Grid, Quantized, dequantize, quantize
@@ -216,13 +216,13 @@ def test_a_linear_that_error_feedback_made_worse(
     case: Case, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, str]
 ) -> None:
     """Feedback with its signs the wrong way round loses more than rounding does: rounding is taken, and it is said."""
-    true_feedback = steps.feedback
+    true_feedback = gptq.feedback
 
     def reversed_feedback(gram: Tensor, order: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         follow, pivots = true_feedback(gram, order, *args, **options)
         return 2 * torch.eye(len(gram)) - follow, pivots
 
-    monkeypatch.setattr(steps, "feedback", reversed_feedback)
+    monkeypatch.setattr(gptq, "feedback", reversed_feedback)
     solution = solve(case.problem(), Grid(), STEPS[asked])
     check(case, solution, grid=Grid())
     assert set(solution.fallbacks) == {n for g in (ATTENTION, OUT) for n in g.linears}
