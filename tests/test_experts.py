@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -350,6 +352,25 @@ def test_taken_up_again(tmp_path: Path) -> None:
     again = quantize("qwen3_vl_moe", base, tmp_path / "again")
     assert again.digest == whole.digest
     assert again.manifest["layers"] == whole.manifest["layers"]
+
+
+@pytest.mark.slow
+def test_two_ranks_see_what_one_sees(tmp_path: Path) -> None:
+    """Under torchrun each process counts its own samples' tokens; all give the same experts all tokens of the layer."""
+    base = moe("qwen3_moe", tmp_path / "base", num_hidden_layers=2)
+    asked = ["quantize", str(base), "--calibration", "text", "--samples", "6", "--device", "cpu"]
+    outs = [tmp_path / "one", tmp_path / "two"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmq"]
+    for out, program in zip(outs, (["-m", "mmq"], two), strict=True):
+        command = [sys.executable, *program, *asked, "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, other = (open_artifact(out, verify=True).manifest["layers"][1] for out in outs)
+    mine, theirs = one["experts"][0], other["experts"][0]
+    assert sum(mine["text"]) == sum(theirs["text"])
+    assert sum(abs(a - b) for a, b in zip(mine["text"], theirs["text"], strict=True)) <= 8  # the layers before differ
+    assert mine["all_tokens"] == theirs["all_tokens"]
+    assert other["errors"] == pytest.approx(one["errors"], rel=0.2)
 
 
 def test_other_forms_are_refused_by_name() -> None:
