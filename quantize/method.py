@@ -35,7 +35,6 @@ class Problem:
     stored: torch.dtype = torch.bfloat16
     head_dim: int = 128
     tokens: int = 2**30  # that H is the mean of
-    fewer: Mapping[Group, int] = field(default_factory=dict)  # the groups whose H is of fewer: those of experts
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def _width(problem: Problem, group: Group) -> int:
 
 
 def _damp(problem: Problem, group: Group, steps: Steps) -> float:
-    return damping(_width(problem, group), problem.fewer.get(group, problem.tokens)) if steps.scale else DAMP
+    return damping(_width(problem, group), problem.tokens) if steps.scale else DAMP
 
 
 def _factors(
