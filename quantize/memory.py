@@ -144,7 +144,7 @@ def _tensors(work: Workload, method: str, quality: str, memory: Memory) -> int:
     waiting = (2 * gram.TOKENS + micro) * widest * work.item + 2 * gram.ROWS * widest * 4
     peaks = [starting, held + every + waiting + 3 * micro * widest * work.item]
     left, codes = every, 0
-    mixture = sum(routing.gram_bytes(width, work.item) for _, width in work.experts)
+    mixture = sum(routing.gram_bytes(width, work.item, shared=len(rows) > 1) for rows, width in work.experts)
     if mixture:  # the experts come last, so many matrices at a time as `held` holds
         peaks.append(held + codes_of(work.groups) + min(mixture, memory.held) + 4 * micro * widest * work.item)
     for number, (rows, width) in enumerate(every_group):
