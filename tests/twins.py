@@ -60,7 +60,7 @@ if __name__ == "__main__":
     answers = {}
     for folder in asked["folders"]:
         try:
-            answers[folder] = run(folder, asked["prompts"])
+            answers[folder] = run(folder, asked["prompts"], **asked.get("options", {}))
         except Exception as e:
             answers[folder] = {"error": f"{type(e).__name__}: {e}"}
     Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
