@@ -158,7 +158,7 @@ def quantize(
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="The FP16 checkpoint, where the manifest's is elsewhere.")
 @click.option("--dataset", metavar="FILE|FOLDER", help="Held-out samples of your own (JSONL with answers).")
-@click.option("--samples", type=int, default=CHECKED, show_default=True, help="Held-out samples to use.")
+@click.option("--samples", "count", type=int, default=CHECKED, show_default=True, help="Held-out samples to use.")
 @click.option("--engine", type=click.Choice(["vllm"]), help="Ask the artifact as this engine serves it.")
 @click.option(
     "--engines",
@@ -166,20 +166,11 @@ def quantize(
     help="Tell which of vllm, sglang, lmdeploy, transformers (or all) would load it, from its headers alone.",
 )
 @click.option("--tp", type=int, default=1, show_default=True, help="With --engines: GPUs that share each layer.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python run.")
+@click.option("--trust-remote-code", "trust", is_flag=True, help="Let the checkpoint's own Python run.")
 @device_option
 @json_option
 def check(
-    artifact: Path,
-    base: Path | None,
-    dataset: str | None,
-    samples: int,
-    engine: str | None,
-    engines: str | None,
-    tp: int,
-    trust_remote_code: bool,
-    device: str,
-    as_json: bool,
+    artifact: Path, base: Path | None, engines: str | None, tp: int, device: str, as_json: bool, **asked: Any
 ) -> None:
     """Hold ARTIFACT against its FP16 base; exit 1 past the recipe's limits.
 
@@ -196,15 +187,13 @@ def check(
     from .bench.examine import examine
     from .bench.verdict import facts, limits_of, rows
 
-    if engine and device != "auto":
+    if asked["engine"] and device != "auto":
         raise ValueError(
             "--device goes without --engine: the engine chooses its own, and the walk beside it runs on the CPU"
         )
+    place = "cpu" if asked["engine"] else pick_device(device)
     with progress(quiet=as_json) as tell:
-        checkpoint = base or base_of(opened, tell=tell).path
-        place = "cpu" if engine else pick_device(device)
-        options: dict[str, Any] = {"dataset": dataset, "count": samples, "engine": engine, "trust": trust_remote_code}
-        result, path = examine(opened, checkpoint, device=place, tell=tell, **options)
+        result, path = examine(opened, base or base_of(opened, tell=tell).path, device=place, tell=tell, **asked)
     if as_json:
         click.echo(json.dumps(facts(result)))
     else:
@@ -248,19 +237,10 @@ def convert(
 
     load_torch()
     from .export.convert import convert as converted
+    from .export.summary import conversion
 
     with progress(quiet=as_json) as tell:
-        made = converted(artifact, out, format=format_, overwrite=overwrite, tell=tell)
-    came = made.manifest["converted_from"]
-    facts = {
-        "artifact": str(out),
-        "from": came["format"],
-        "format": made.format,
-        "symmetric": made.manifest["symmetric"],
-        "linears": len(made.manifest["quantized"]),
-        "grid": made.manifest["grid"],
-        "digest": made.digest,
-    }
+        facts = conversion(converted(artifact, out, format=format_, overwrite=overwrite, tell=tell))
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -408,11 +388,9 @@ def bench(
     from .bench.compare import compare as measure
     from .bench.compare import load_line, markdown, table, warnings
     from .bench.report import parse_bytes, write_report
-    from .bench.speed import CPU_LOAD, Load
-    from .serve.machine import this_machine
+    from .bench.speed import load_here
 
-    load = Load() if this_machine().gpus else CPU_LOAD
-    load = dataclasses.replace(load, **{k: v for k, v in asked.items() if v is not None})
+    load = load_here(**asked)
     options: dict[str, Any] = {"vram": parse_bytes(vram), "context": context, "load": load, "engine": engine}
     with progress(quiet=as_json) as tell:
         report, place = measure(names, out=out, tell=tell, **options)

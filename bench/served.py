@@ -25,7 +25,8 @@ from ..serve.client import connect, plain_errors
 from ..serve.engines import plan
 from ..serve.launch import free_port, running
 from ..serve.machine import this_machine
-from .check import Checked, walk_both
+from .check import Checked
+from .walked import walk_both
 
 
 def check_served(

@@ -10,13 +10,14 @@ import os
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
 from ..serve.engines import find_vllm
 from ..serve.log import useful_lines
+from ..serve.machine import this_machine
 from .report import Figure
 
 
@@ -47,6 +48,12 @@ class Load:
 
 
 CPU_LOAD = Load(requests=16, concurrency=4, input_tokens=64, output_tokens=64, picture=(112, 112))
+
+
+def load_here(**asked: int | None) -> Load:
+    """The load for this machine, a GPU's or a CPU's, with each field that was asked for (None: as it is)."""
+    load = Load() if this_machine().gpus else CPU_LOAD
+    return replace(load, **{k: v for k, v in asked.items() if v is not None})
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,20 @@ def rows(artifact: Artifact, told: Mapping[str, Any]) -> list[list[str]]:
     return found
 
 
+def conversion(made: Artifact) -> dict[str, Any]:
+    """An artifact that came of another, in facts."""
+    manifest = made.manifest
+    return {
+        "artifact": str(made.path),
+        "from": manifest["converted_from"]["format"],
+        "format": made.format,
+        "symmetric": manifest["symmetric"],
+        "linears": len(manifest["quantized"]),
+        "grid": manifest["grid"],
+        "digest": made.digest,
+    }
+
+
 def fallbacks(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Which linears were plainly rounded to nearest, and why."""
     found = {
