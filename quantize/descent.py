@@ -29,7 +29,7 @@ from .grid import Grid, groups
 STEPS = 60
 LENGTH = 0.1  # of the first step, in each log s; the last is next to nothing
 MOMENTA = 0.9, 0.999  # Adam's (Kingma & Ba, 2015, algorithm 1)
-ROWS = 512  # output channels, about, that a step looks at, others each time; all at each step end no lower
+ROWS = 512  # output channels, about, that a step looks at for each scale, others each time; all end no lower
 SMALL = 1e-30  # of an F_g: below it there is nothing to bring down
 PIECE = 2**24  # weights looked at together, float32
 
@@ -137,7 +137,7 @@ def _descend(weight: Tensor, costs: Tensor, start: Tensor, grid: Grid, *, tie: i
     logs = start.log()
     mean, squares = torch.zeros_like(logs), torch.zeros_like(logs)
     slow, slower = MOMENTA
-    stride = -(-len(weight) // ROWS)
+    stride = -(-len(weight) * tie // ROWS)
     for step in range(STEPS):
         rows = weight[step % stride :: stride].float()
         down = slope(rows, costs, logs, grid, tie=tie, tie_block=tie_block)

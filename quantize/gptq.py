@@ -56,9 +56,7 @@ def rescaled(factor: Factor, columns: Tensor) -> Factor:
     with H. With D diagonal and H = L L^T, D H D has the factor D L."""
     old = torch.ones_like(columns) if factor.columns is None else factor.columns
     by = (old / columns)[factor.order]
-    for rows, own in zip(factor.follow.split(CHUNK), by.split(CHUNK), strict=True):
-        rows *= own[:, None] / by
-    return Factor(columns, factor.order, factor.follow, factor.pivots * by.square())
+    return Factor(columns, factor.order, _unit(factor.follow, by, 1 / by), factor.pivots * by.square())
 
 
 def damping(width: int, tokens: int) -> float:
@@ -89,23 +87,38 @@ def feedback(
             by = torch.ones_like(order, dtype=gram.dtype) if norm is None else norm
             if columns is not None:
                 by = by * columns[order]
-            h = torch.empty_like(gram)
-            for rows, part, own in zip(h.split(CHUNK), order.split(CHUNK), by.split(CHUNK), strict=True):
-                torch.index_select(gram[part], 1, order, out=rows)
-                rows /= own[:, None] * by
+            h = _taken(gram, order, by)
             h.diagonal().add_(damp * added / (1.0 if norm is None else norm.square()))
             lower = factor(h)
             if lower is not None:
                 pivots = lower.diagonal().clone()
-                lower /= pivots
-                if norm is None:
-                    return lower, pivots.square()
-                for rows, own in zip(lower.split(CHUNK), norm.split(CHUNK), strict=True):
-                    rows *= own[:, None] / norm
-                return lower, (pivots * norm).square()
+                norm = torch.ones_like(pivots) if norm is None else norm
+                return _unit(lower, norm, 1 / (norm * pivots)), (pivots * norm).square()
             del h
         damp *= 10
     raise ValueError("the Gram matrix of its inputs has no Cholesky factor")
+
+
+def _taken(gram: Tensor, order: Tensor, by: Tensor) -> Tensor:
+    """H [in, in] with its rows and columns in this `order`, divided by `by` [in] both ways."""
+    if kernels := fused(gram):
+        return kernels.taken(gram, order, 1 / by)
+    h = torch.empty_like(gram)
+    for rows, part, own in zip(h.split(CHUNK), order.split(CHUNK), by.split(CHUNK), strict=True):
+        torch.index_select(gram[part], 1, order, out=rows)
+        rows /= own[:, None] * by
+    return h
+
+
+def _unit(matrix: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """`matrix` [in, in], its rows multiplied by `down` and its columns by `right`, in its place; its diagonal, which
+    comes to ones, exactly so."""
+    if kernels := fused(matrix):
+        kernels.outer(matrix, down, right)
+    else:
+        for rows, own in zip(matrix.split(CHUNK), down.split(CHUNK), strict=True):
+            rows *= own[:, None] * right
+    return matrix.fill_diagonal_(1)
 
 
 def _factor(h: Tensor) -> Tensor | None:

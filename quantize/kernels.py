@@ -45,7 +45,7 @@ def descend(weight: Tensor, costs: Tensor, start: Tensor, grid: Grid, *, tie: in
     out = torch.empty_like(start)
     each = tie_block // grid.group_size if tie > 1 else 1  # groups of a head
     _descend[(width // grid.group_size // tie,)](
-        weight, costs, start.log(), out, rows, weight.stride(0), -(-rows // ROWS), each, LENGTH, *MOMENTA, SMALL,
+        weight, costs, start.log(), out, rows, weight.stride(0), -(-rows * tie // ROWS), each, LENGTH, *MOMENTA, SMALL,
         SYMMETRIC=grid.symmetric, STEPS=STEPS, TIE=tie, G=grid.group_size, R=64, num_warps=8,
     )  # fmt: skip
     return out
@@ -77,6 +77,23 @@ def best_shrink(weight: Tensor, costs: Tensor, grid: Grid, shares: tuple[float, 
         **_grid(grid), **PLAIN, BLOCKS=costs.ndim == 3, N=len(shares), G=grid.group_size, R=block, num_warps=8,
     )  # fmt: skip
     return best
+
+
+def taken(gram: Tensor, order: Tensor, by: Tensor) -> Tensor:
+    """gram[order][:, order] times `by` [in] both ways, float32 [in, in]."""
+    width = len(gram)
+    out = torch.empty_like(gram)
+    _taken[(width, triton.cdiv(width, 1024))](gram, order, by, out, width, B=1024)
+    return out
+
+
+def outer(matrix: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """The square `matrix` [in, in], of any strides, times down[:, None] * right, in its place."""
+    width = len(matrix)
+    if matrix.stride(0) == 1:  # column-major, as cuSOLVER leaves a factor
+        down, right = right, down
+    _outer[(width, triton.cdiv(width, 1024))](matrix, down, right, width, B=1024)
+    return matrix
 
 
 def round_block(
@@ -313,6 +330,27 @@ def _quantize(
     tl.store(q_ptr + r[:, None] * (count * G) + c[None, :], code.to(tl.uint8), mask=inside[:, None])
     tl.store(scale_ptr + r * count + group, scale, mask=inside)
     tl.store(zero_ptr + r * count + group, zero.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _taken(h_ptr, order_ptr, by_ptr, out_ptr, width, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * B + tl.arange(0, B)
+    inside = c < width
+    column = tl.load(order_ptr + c, mask=inside, other=0)
+    h = tl.load(h_ptr + tl.load(order_ptr + row) * width + column, mask=inside, other=0.0)
+    h = h * tl.load(by_ptr + row) * tl.load(by_ptr + c, mask=inside, other=0.0)
+    tl.store(out_ptr + row * width + c, h, mask=inside)
+
+
+@triton.jit
+def _outer(m_ptr, down_ptr, right_ptr, width, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * B + tl.arange(0, B)
+    inside = c < width
+    at = m_ptr + row * width + c
+    by = tl.load(down_ptr + row) * tl.load(right_ptr + c, mask=inside, other=0.0)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) * by, mask=inside)
 
 
 @triton.jit

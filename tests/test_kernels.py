@@ -107,7 +107,7 @@ def test_the_descent(grid: Grid) -> None:
         on_cpu = descended([w.cpu() for w in weights], there, grid, **tied).cuda()
         costs = factor.costs() * start.square()
         here, there, before = (expected_loss(weights, costs, s, grid) for s in (found, on_cpu, start))
-        assert here < 0.99 * before
+        assert here < 0.995 * before
         torch.testing.assert_close(here, there, rtol=2e-3, atol=0)
 
 
@@ -181,3 +181,18 @@ def test_pictures_in_one_call_are_seen_as_one_by_one(pebble: Path) -> None:
     apart = seen()
     assert (packed - apart).abs().max() < 0.03 * apart.abs().max()
     assert (packed - apart).square().mean() < 1e-4 * apart.square().mean()
+
+
+@pytest.mark.parametrize("width", [384, 1500])
+def test_the_factor_is_the_plain_one(width: int, plain: pytest.MonkeyPatch) -> None:
+    gram, (start, end) = x.T @ x / len(x), torch.rand(2, width, device="cuda") + 0.5
+    torch.manual_seed(0)
+    x = torch.randn(2 * width, width, device="cuda") * torch.logspace(-1, 1, width, device="cuda")
+    gram, (start, end) = x.T @ x / len(x), torch.rand(2, width, device="cuda") + 0.5
+    torch.backends.cuda.matmul.allow_tf32 = False
+    here = gptq.rescaled(gptq.factored(gram, start), end)
+    _off(plain)
+    there = gptq.rescaled(gptq.factored(gram, start), end)
+    assert torch.equal(here.order, there.order)
+    torch.testing.assert_close(here.follow, there.follow, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(here.pivots, there.pivots, rtol=1e-3, atol=0)
