@@ -19,7 +19,8 @@ def awq_believed(subject: Subject) -> Callable[[str], bool]:
     names, entries = _names(subject), entries_of(subject)
 
     def believed(name: str) -> bool:
-        return not _plain(names, name) and not any(e in _module(names, name) for e in entries)
+        module = _module(names, name)
+        return not _plain(names, name) and not any(e in module for e in entries)
 
     return believed
 
