@@ -69,7 +69,7 @@ def open_model(folder: Path, config: dict[str, Any], *, dtype: torch.dtype, trus
     if config.get("model_type") not in CONFIG_MAPPING:
         module, processor, notes = open_remote(folder, config, dtype=dtype)
         return Opened(module, processor, notes=notes)
-    hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(hf_config, "quantization_config"):
         delattr(hf_config, "quantization_config")
     auto = model_class(hf_config)
@@ -109,6 +109,6 @@ def open_processor(folder: Path) -> Any:
     auto = AutoProcessor if any((folder / name).is_file() for name in settings) else AutoTokenizer
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return auto.from_pretrained(folder, local_files_only=True)
+            return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever its parts raise
         raise ValueError(f"{folder}: its processor does not load: {' '.join(str(e).split())[:300]}") from None

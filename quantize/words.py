@@ -16,21 +16,22 @@ def plain_tokenizer(folder: Path, *, names: dict[str, str] | None = None) -> Any
 
     ValueError where there is none of these.
     """
-    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+    import transformers
 
     path = folder / "tokenizer_config.json"
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own = "AutoTokenizer" in settings.get("auto_map", {})
+    named = None if own else getattr(transformers, str(settings.get("tokenizer_class")), None)
     options: dict[str, Any] = {"local_files_only": True}
     if names:
         options["extra_special_tokens"] = names
     try:
-        if not own and settings.get("tokenizer_class"):
-            return AutoTokenizer.from_pretrained(folder, **options)
+        if named is not None:  # not AutoTokenizer, which asks whether the model's code may run
+            return named.from_pretrained(folder, **options)
         if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
         if (folder / "tokenizer.model").is_file():
-            return LlamaTokenizer.from_pretrained(folder, add_prefix_space=False, **options)
+            return transformers.LlamaTokenizer.from_pretrained(folder, add_prefix_space=False, **options)
     except Exception as e:  # transformers raises whatever its parts raise
         raise ValueError(f"{folder}: its tokenizer does not load: {' '.join(str(e).split())[:300]}") from None
     raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model, and its tokenizer class is its own code")

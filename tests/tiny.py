@@ -47,6 +47,8 @@ def vlm(kind: str, out: Path, *, intermediate: int = 512, tied: bool = False) ->
         "temporal_patch_size": 2,
         "initializer_range": 0.06,
     }
+    if kind == "qwen3_vl":  # as released configs say; transformers knows it anyway, engines read it
+        text["rope_parameters"]["mrope_interleaved"] = True
     if kind == "qwen2_vl":
         vision |= {"embed_dim": 128, "hidden_size": HIDDEN, "mlp_ratio": 2}
         config_class, model_class, processor_class = (

@@ -351,7 +351,12 @@ KINDS: dict[str, Kind] = {
             | {"tie_word_embeddings": True}
         ),
         gemma3,
-        (("image_token", "<image_soft_token>"), ("boi_token", "<start_of_image>"), ("eoi_token", "<end_of_image>")),
+        (
+            ("image_token", "<image_soft_token>"),
+            ("boi_token", "<start_of_image>"),
+            ("eoi_token", "<end_of_image>"),
+            *((f"lines_{n}", "\n" * n) for n in (1, 2, 3, 4)),
+        ),
         LLAVA,
     ),
     "idefics3": Kind(
@@ -413,12 +418,16 @@ KINDS: dict[str, Kind] = {
             },
             "<|image|>",
             text_more={
+                "attention_bias": True,  # what engines read, and transformers takes for granted
+                "head_dim": 128,
+                "num_attention_heads": SIZE["hidden_size"] // 128,
+                "num_key_value_heads": 1,
                 "rope_parameters": {
                     "rope_type": "default",
                     "rope_theta": 10000.0,
                     "mrope_section": [8, 12, 12],
-                    "partial_rotary_factor": 1.0,
-                }
+                    "partial_rotary_factor": 0.5,
+                },
             },
             **_ids(
                 w,
@@ -484,10 +493,10 @@ KINDS: dict[str, Kind] = {
             "<|image_pad|>",
             insert_layer_id=0,
             text_more={
-                "linear_key_head_dim": 32,
-                "linear_value_head_dim": 32,
-                "linear_num_key_heads": 4,
-                "linear_num_value_heads": 8,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+                "linear_num_key_heads": 1,
+                "linear_num_value_heads": 2,
                 "layer_types": ["linear_attention", "full_attention"],
             },
             **_ids(w, video_token_id="<|video_pad|>"),
@@ -571,9 +580,12 @@ def internvl_chat(out: Path, llm: str) -> Path:
     if llm == "internlm2":
         joined(out, kv_heads=SIZE["num_key_value_heads"])
     text_config, eye = config["text_config"], config["vision_config"]
-    text_config["model_type"] = llm
+    text_config |= {
+        "model_type": llm,
+        "architectures": ["InternLM2ForCausalLM" if llm == "internlm2" else "Qwen2ForCausalLM"],
+    }
     eye |= {"model_type": "intern_vit_6b", "image_size": 56, "patch_size": 14, "qkv_bias": False}
-    eye["qk_normalization"] = False
+    eye |= {"qk_normalization": False, "initializer_factor": 1.0}
     settle(
         out,
         only=True,
@@ -635,6 +647,30 @@ def joined(out: Path, *, kv_heads: int) -> None:
     rename(out / "model.safetensors", LAYER_NAMES)
 
 
+CODE = """from transformers import PretrainedConfig
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "KIND"
+
+    def __init__(self, **more):
+        for key in ("vision_config", "llm_config"):
+            if isinstance(more.get(key), dict):
+                more[key] = PretrainedConfig(**more[key])
+        super().__init__(**more)
+
+    def get_text_config(self, *args, **kwargs):
+        return getattr(self, "llm_config", self)
+"""
+
+
+def own_config(out: Path) -> None:
+    """A config class in the checkpoint, as released ones of the kind bring it: engines want one."""
+    config = json.loads((out / "config.json").read_text())
+    (out / "configuration_own.py").write_text(CODE.replace("KIND", config["model_type"]))
+    settle(out, auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+
+
 def settle(out: Path, *, only: bool = False, **changes: Any) -> None:
     """Change config.json; `only`: these keys and no other."""
     path = out / "config.json"
@@ -658,7 +694,9 @@ def packed(kind: str) -> int:
 
 NEEDS = {"smolvlm": "num2words"}  # packages that a kind's processor wants, in transformers
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # of tiny.py
-SERVED: tuple[str, ...] = (*QWEN, *KINDS)  # what vLLM's CPU build runs
+# What vLLM 0.32's CPU build does not run: no class there for the first four, and files of their own code for the others.
+NOT_SERVED = ("deepseek_vl", "deepseek_vl_hybrid", "ovis2", "phi4_multimodal", "phi3_v", "ovis", "internvl_llama")
+SERVED: tuple[str, ...] = tuple(k for k in (*QWEN, *KINDS, *OTHERS) if k not in NOT_SERVED)
 
 
 def write(kind: str, out: Path) -> Path:
@@ -668,7 +706,9 @@ def write(kind: str, out: Path) -> Path:
     if kind in QWEN:
         return vlm(kind, out)
     if kind in OTHERS:
-        return OTHERS[kind][0](out)
+        OTHERS[kind][0](out)
+        own_config(out)
+        return out
     made = KINDS[kind]
     words = tokenizer(made.special)
     data = made.config(words)
