@@ -31,7 +31,28 @@ def plain_tokenizer(folder: Path, *, names: dict[str, str] | None = None) -> Any
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
         if (folder / "tokenizer.model").is_file():
-            return transformers.LlamaTokenizer.from_pretrained(folder, add_prefix_space=False, **options)
+            made = transformers.LlamaTokenizer.from_pretrained(folder, add_prefix_space=False, **options)
+            return _at_their_ids(made, settings.get("added_tokens_decoder", {}))
     except Exception as e:  # transformers raises whatever its parts raise
         raise ValueError(f"{folder}: its tokenizer does not load: {' '.join(str(e).split())[:300]}") from None
     raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model, and its tokenizer class is its own code")
+
+
+def _at_their_ids(words: Any, declared: dict[str, Any]) -> Any:
+    """The tokenizer with its added tokens at the ids that tokenizer_config.json gives them: InternLM2 puts them in the
+    place of pieces that it leaves unused, transformers behind the last one."""
+    from tokenizers import Tokenizer
+
+    wanted = {token["content"]: int(number) for number, token in declared.items()}
+    if all(words.convert_tokens_to_ids(token) == number for token, number in wanted.items()):
+        return words
+    data = json.loads(words.backend_tokenizer.to_str())
+    taken = set(wanted.values())
+    vocab = {piece: number for piece, number in data["model"]["vocab"].items() if number not in taken}
+    data["model"]["vocab"] = {piece: n for piece, n in vocab.items() if piece not in wanted} | wanted
+    gone = set(words.get_vocab()) - set(data["model"]["vocab"])
+    data["model"]["merges"] = [m for m in data["model"]["merges"] if not gone & {*m, "".join(m)}]
+    kept = [t for t in data["added_tokens"] if t["content"] in wanted or t["id"] not in taken]
+    data["added_tokens"] = [{**t, "id": wanted.get(t["content"], t["id"])} for t in kept]
+    words._tokenizer = Tokenizer.from_str(json.dumps(data))
+    return words

@@ -694,7 +694,7 @@ def packed(kind: str) -> int:
 
 NEEDS = {"smolvlm": "num2words"}  # packages that a kind's processor wants, in transformers
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # of tiny.py
-# What vLLM 0.32's CPU build does not run: no class there for the first four, and files of their own code for the others.
+# What vLLM 0.32 does not run: it has no class for the first four, and wants files of their own code for the others.
 NOT_SERVED = ("deepseek_vl", "deepseek_vl_hybrid", "ovis2", "phi4_multimodal", "phi3_v", "ovis", "internvl_llama")
 SERVED: tuple[str, ...] = tuple(k for k in (*QWEN, *KINDS, *OTHERS) if k not in NOT_SERVED)
 
