@@ -51,7 +51,13 @@ def write_config(skeleton: Skeleton, order: Order) -> None:
     skipped = list(dict.fromkeys(every_name(str((config.get("architectures") or [""])[0]), skipped)))
     dtype = str(skeleton.stored).removeprefix("torch.")
     packing = Packing(
-        order.format, order.grid.group_size, order.grid.symmetric, skip, tuple(skipped), dtype, head is not None
+        order.format,
+        order.grid.group_size,
+        order.grid.symmetric,
+        skip,
+        tuple(skipped),
+        dtype,
+        head.stored if head else None,
     )
     if head and head.tied:
         for part in (config, *(config[key] for key in TEXT if isinstance(config.get(key), dict))):

@@ -17,8 +17,8 @@ class Packing:
     """What a config must say: the format, its grid, and the names of the linears left in 16 bit.
 
     `skipped`: module names (checkpoint's and transformers' spellings) of linears that are not quantized;
-    `skip`: the family's substrings for them; `head`: whether the output head is packed too, which no entry of
-    these may then cover.
+    `skip`: the family's substrings for them; `head`: the stored name of the output head where it is packed too, which
+    no entry of these may then cover.
     """
 
     format: str
@@ -27,7 +27,7 @@ class Packing:
     skip: tuple[str, ...]
     skipped: tuple[str, ...]
     dtype: str  # "bfloat16" or "float16": what bitsandbytes computes in
-    head: bool = False
+    head: str | None = None
 
 
 def awq(p: Packing) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def gptq(p: Packing) -> dict[str, Any]:
         "desc_act": False,
         "static_groups": True,
         "true_sequential": True,
-        "lm_head": p.head,
+        "lm_head": p.head is not None,
         "damp_percent": 0.01,
     }
 
@@ -68,7 +68,7 @@ def compressed_tensors(p: Packing) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
-                "targets": ["Linear", *(["re:.*lm_head$"] if p.head else [])],  # vLLM's head is no Linear
+                "targets": ["Linear", *_named(p.head)],  # vLLM's head is no Linear
                 "format": "pack-quantized",
                 "weights": {
                     "num_bits": 4,
@@ -103,6 +103,8 @@ def bnb(p: Packing) -> dict[str, Any]:
 
 CONFIGS = {"awq": awq, "gptq": gptq, "compressed-tensors": compressed_tensors, "bnb": bnb}
 
+HEADLESS = ("gemma2", "gemma3n_text", "cohere", "cohere2", "cohere2_moe")  # the embeddings are used once more
+
 # (method, symmetric) -> formats that hold the result without loss; the first is the default.
 HOLDS: Mapping[tuple[str, bool], tuple[str, ...]] = {
     ("awq", False): ("awq", "compressed-tensors"),
@@ -115,12 +117,20 @@ HOLDS: Mapping[tuple[str, bool], tuple[str, ...]] = {
 }
 
 
-def check_head(format: str, symmetric: bool, rows: int | None = None) -> None:
-    """ValueError where no engine loads a packed output head of so many `rows` (None: not known yet) in this format.
+def _named(head: str | None) -> list[str]:
+    """The head as a target of its own, by the last part of its name: `lm_head` as a rule, `output` in InternLM2."""
+    return [] if head is None else [f"re:.*{head.rpartition('.')[2]}$"]
+
+
+def check_head(format: str, symmetric: bool, rows: int | None = None, kind: str | None = None) -> None:
+    """ValueError where no engine loads a packed output head of so many `rows` in this format, or of a text model of
+    type `kind` (None: not known yet).
 
     By vLLM 0.32's own loaders: bitsandbytes knows no packed head; the others are padded to a multiple of 64 rows,
     which only compressed-tensors' layout, rows first, can take afterwards.
     """
+    if kind in HEADLESS:
+        raise ValueError(f"engines give {kind} no output head, but its token embeddings once more; leave --head out")
     if format == "bnb":
         raise ValueError("no engine loads a head in bnb; --head int4 goes with awq, gptq and compressed-tensors")
     step = 64 if format != "compressed-tensors" else 1 if symmetric else 8

@@ -190,7 +190,7 @@ def _config(move: Move) -> dict[str, Any]:
     """config.json with the new quantization_config, and none in a nested config."""
     prefixes, names = skip_lists(move.subject)
     dtype = str(move.dtype).removeprefix("torch.")
-    head = move.subject.head is not None and move.subject.head.packed
+    head = move.subject.head.name if move.subject.head is not None and move.subject.head.packed else None
     packing = Packing(move.format, move.group_size, move.symmetric, prefixes, names, dtype, head)
     config = dict(read_config(move.subject.folder))
     text = text_config(config)

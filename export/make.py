@@ -67,7 +67,7 @@ def make(
         check_groups(skeleton, plan, recipe.group_size)
     head = head_of(skeleton, grid) if recipe.head == "int4" else None
     if head:
-        check_head(format, symmetric, head.rows)
+        check_head(format, symmetric, head.rows, skeleton.module.config.get_text_config().model_type)
     layer_files, rest = files_of(skeleton, head)
     order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest, head)
     lap("skeleton")

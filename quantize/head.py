@@ -75,7 +75,7 @@ def after_layers(skeleton: Skeleton) -> list[str]:
     apart = [m for m in (skeleton.module.get_input_embeddings(), skeleton.module.get_output_embeddings()) if m]
     others = {id(p) for m in apart for p in m.parameters()}
     named = dict(skeleton.module.named_parameters())
-    return [n for n in outside(skeleton) if n.startswith(text) and id(named[n]) not in others]
+    return [n for n in outside(skeleton) if n.startswith(text) and n in named and id(named[n]) not in others]
 
 
 class Listener:

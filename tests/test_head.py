@@ -14,7 +14,7 @@ from tiny import vlm
 from mmq.bench.check import check
 from mmq.bench.produce import settle
 from mmq.export.artifact import open_artifact
-from mmq.export.config import check_head
+from mmq.export.config import CONFIGS, Packing, check_head
 from mmq.export.make import make
 from mmq.export.packing import LAYOUTS, pack_blocks
 from mmq.export.view import view
@@ -79,6 +79,13 @@ def test_a_check_counts_it(artifact: Callable[..., Path], pebble: Path) -> None:
     assert found["int4"]["coverage"] == found["16bit"]["coverage"] == 1
     assert found["int4"]["unintended"] == 0
     assert found["int4"]["mean_kl"] != found["16bit"]["mean_kl"]
+
+
+def test_a_head_of_another_name_is_a_target_by_it() -> None:
+    """InternLM2 calls it output."""
+    packing = Packing("compressed-tensors", 128, False, (), (), "bfloat16", "language_model.output")
+    config = CONFIGS[packing.format](packing)
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "re:.*output$"]
 
 
 def test_a_head_of_its_own_gives_way(tmp_path: Path) -> None:
@@ -189,6 +196,8 @@ def test_where_no_engine_loads_it_it_is_refused(tmp_path: Path) -> None:
         check_head("awq", False, 2056)
     with pytest.raises(ValueError, match="multiples of 8"):
         check_head("compressed-tensors", False, 2052)
+    with pytest.raises(ValueError, match="engines give gemma2 no output head"):
+        check_head("awq", False, 2048, "gemma2")
     check_head("compressed-tensors", True, 2051)
     check_head("gptq", True, 152064)
     base = vlm("qwen2_vl", tmp_path / "odd")
