@@ -251,6 +251,9 @@ def test_methods(checkpoints: dict[str, Path], tmp_path: Path, method: str, qual
     assert after.metas[expert].shape == (HIDDEN, INNER)
     off = (after.get(expert) - before.source.get(expert).float()).norm() / before.source.get(expert).float().norm()
     assert off < 0.2
+    needed = {"vllm": {"bitsandbytes": "0.50", "vllm-bnb-plugin": "0.0.3"}}
+    (gpu,) = verdicts(made.path, chosen("vllm:cuda"), packages=needed)
+    assert gpu.answer == "yes", gpu.findings
 
 
 def test_experts_that_saw_few_or_nothing(tmp_path: Path) -> None:

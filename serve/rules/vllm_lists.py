@@ -11,7 +11,7 @@ from typing import Any
 
 from ...export.names import SAME, VLLM, Names, fused_name
 from ...export.subject import FLOATS, Subject
-from .rule import ROUTERS, expert_module, matches
+from .rule import ROUTERS, expert_module, is_expert, matches
 
 
 def awq_believed(subject: Subject) -> Callable[[str], bool]:
@@ -39,7 +39,8 @@ def _derived(subject: Subject) -> list[str]:
 
 
 def gptq_believed(subject: Subject) -> Callable[[str], bool]:
-    """By `modules_in_block_to_quantize` (substrings), else by the tensors; then less what `dynamic` takes out."""
+    """By `modules_in_block_to_quantize` (substrings), else by the tensors; then less what `dynamic` takes out. Only
+    `dynamic` is asked of a mixture's experts."""
     names = _names(subject)
     listed = list(_flat(subject.quantization.get("modules_in_block_to_quantize") or ()))
     owners = {n.rpartition(".")[0] for n, t in subject.tensors.items() if t.dtype not in FLOATS}
@@ -50,7 +51,7 @@ def gptq_believed(subject: Subject) -> Callable[[str], bool]:
         module = _module(names, name)
         if _plain(names, name) or any(re.match(p, fused_name(module)) for p in out):
             return False
-        return any(entry in module for entry in chosen)
+        return is_expert(name) or any(entry in module for entry in chosen)
 
     return believed
 
