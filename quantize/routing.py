@@ -1,7 +1,7 @@
 """What the router of a mixture does with the calibration: tokens that each expert saw, and which experts saw too few.
 
-An expert is calibrated on the tokens that it gets. Where they are fewer than its inputs are wide, their Gram matrix has
-no full rank, and all tokens of the layer are put beside them, with a weight (`blended`). Knows no method and no file.
+An expert is calibrated on the tokens that it gets. Where they are few for the width of its inputs, all tokens of the
+layer are put beside them, with a weight (`blended`). Knows no method and no file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .lockstep import Call
 from .ranks import total
 
 HOLD = 1024  # an expert's inputs gathered before they are multiplied: there are many experts
-BESIDE = 0.25  # as how many tokens those of the layer count, in an expert's widths: 1/8 to 1 measured alike
+FLOOR = 4.0  # tokens to a channel of its inputs, from which on an expert's own say enough (docs/mixtures.md)
+BESIDE = 1 / 16  # of so many tokens: as how many those of the layer count; half and four times as many measured alike
 HELD = 2**32  # bytes of experts' Gram matrices at a time
 
 
@@ -97,19 +98,13 @@ def counting(
 
 
 def floor_of(width: int) -> int:
-    """The fewest tokens that an expert with inputs of this width is calibrated on alone: with fewer, H has no full
-    rank."""
-    return width
+    """The fewest tokens that an expert with inputs of this width is calibrated on alone."""
+    return int(FLOOR * width)
 
 
 def blended(own: Tensor | None, every: Tensor, tokens: int, floor: int) -> Tensor:
     """H of an expert that got so few `tokens`: of its `own` H and that of `every` token of the layer, float32 [in, in],
-    as if these were a quarter (BESIDE) of `floor` more. `own` is spent.
-
-    Measured on pebble, its MLP inputs sorted into five clusters of directions as a router might sort them, 256 channels
-    (error of the MLP's output on other tokens of the cluster, layer 1): 64 tokens alone 0.018, all tokens of the layer
-    0.016, both 0.015; 256 tokens alone 0.014, both 0.013; 1,024 alone 0.0120, both 0.0116; 4,096 alone or both 0.011.
-    """
+    as if these were some tokens more (BESIDE of `floor`). `own` is spent."""
     if own is None:
         return every
     weight = BESIDE * floor
