@@ -154,6 +154,8 @@ def fold(moved: Scaled, group: Group, scale: Tensor, tie: int, problem: Problem)
         scale = _fold_into_norm(absorber, scale, moved, stored=problem.stored, offset=group.offset)
     else:
         rows = scale.view(-1, tie, problem.head_dim)[:, 0].reshape(-1) if tie > 1 else scale
+        if group.last:
+            rows = torch.cat([rows.new_ones(len(moved.weights[f"{absorber}.weight"]) - group.last), rows])
         if not _fold_into_linear(absorber, rows, moved, stored=problem.stored):
             return
     for name in group.linears:
@@ -171,7 +173,7 @@ def absorbable(group: Group, weights: Mapping[str, Tensor], quantized: Collectio
     if weights[f"{group.absorber}.weight"].ndim > 1 and group.absorber not in quantized:
         return 0
     width = weights[f"{group.linears[0]}.weight"].shape[1]
-    rows = weights[f"{group.absorber}.weight"].shape[0]
+    rows = group.last or weights[f"{group.absorber}.weight"].shape[0]
     return width // rows if width % rows == 0 else 0
 
 

@@ -64,7 +64,7 @@ def detect(module: Any) -> tuple[Family, tuple[str, ...]]:
     kinds = [_kind(layer) for layer in layers]
     groups: dict[Any, tuple[Group, ...]] = {}
     notes: dict[str, None] = {}
-    width = _head_dim(module.config)
+    heads = _heads(module.config)
     with torch.no_grad(), filled(module, layers), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = torch.tensor([_plain_tokens(module.config)])
@@ -74,7 +74,7 @@ def detect(module: Any) -> tuple[Family, tuple[str, ...]]:
                 for stop in steps:
                     kind = kinds[stop.index]
                     if kind not in groups:
-                        groups[kind], more = _layer_groups(stop, width)
+                        groups[kind], more = _layer_groups(stop, heads)
                         notes |= dict.fromkeys(more)
                     if all(k in groups for k in kinds):
                         stop.calls.clear()
@@ -101,9 +101,11 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _head_dim(config: Any) -> int:
+def _heads(config: Any) -> tuple[int, int]:
+    """How many heads of values there are, and the width of one."""
     text = config.get_text_config(decoder=True)
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
 
 
 def _plain_tokens(config: Any) -> list[int]:
@@ -119,7 +121,7 @@ def _plain_tokens(config: Any) -> list[int]:
     return [i for i in range(count) if i not in special][:TOKENS]
 
 
-def _layer_groups(stop: Stop, width: int) -> tuple[tuple[Group, ...], list[str]]:
+def _layer_groups(stop: Stop, heads: tuple[int, int]) -> tuple[tuple[Group, ...], list[str]]:
     """The groups of the layer that `stop` stands before, in the order in which they run."""
     call = stop.calls[0]
     before = call.hidden.clone()
@@ -141,8 +143,7 @@ def _layer_groups(stop: Stop, width: int) -> tuple[tuple[Group, ...], list[str]]
         if left:
             notes.append(f"{', '.join(left)}: too narrow for int4, left in 16 bit")
         if chosen:
-            absorber, offset = _absorber(seen, memory, chosen, run, plain, width)
-            found.append(Group(tuple(m.name for m in chosen), absorber, offset))
+            found.append(_absorbed(seen, memory, chosen, run, plain, heads))
     found, missed = _siblings(stop.layer, found, {s.name for s in seen})
     if missed:
         notes.append(f"{', '.join(missed)}: not reached by text, left in 16 bit")
@@ -178,12 +179,18 @@ def _memory(x: Tensor) -> tuple[int, int, int]:
     return x.untyped_storage().data_ptr(), x.data_ptr(), x.numel()
 
 
-def _absorber(
-    seen: list[Seen], memory: Any, group: list[Seen], run: Callable[[], Tensor], plain: Tensor, width: int
-) -> tuple[str | None, float]:
-    """What can absorb a scale of the group's input, and its offset: the norm that made it, else the last linear before
-    it through which a scale of its rows comes unchanged."""
-    wide = group[0].given.shape[-1]
+def _absorbed(
+    seen: list[Seen],
+    memory: Any,
+    group: list[Seen],
+    run: Callable[[], Tensor],
+    plain: Tensor,
+    heads: tuple[int, int],
+) -> Group:
+    """The group with what can absorb a scale of its input: the norm that made it, else the last linear before it
+    through which a scale of its rows, or of the last of them, comes unchanged. `heads`: how many there are of values,
+    and the width of one."""
+    wide, names = group[0].given.shape[-1], tuple(g.name for g in group)
     linears = [g.module for g in group]
     for one in seen:
         if _memory(one.gave) == memory and not isinstance(one.module, nn.Linear):
@@ -191,20 +198,22 @@ def _absorber(
             offset = _offset(one) if weight is not None and weight.numel() == wide else None
             s = torch.rand(wide) * 1.5 + 0.5
             if offset is not None and _folds(one.module, s, linears, s, run, plain):
-                return one.name, offset
-            return None, 0.0
+                return Group(names, one.name, offset)
+            return Group(names, None)
     first = next(i for i, s in enumerate(seen) if s.name == group[0].name)
     for one in reversed(seen[:first]):
-        if not isinstance(one.module, nn.Linear) or one.module in linears or wide % one.module.out_features:
+        if not isinstance(one.module, nn.Linear) or one.module in linears:
             continue
-        rows = torch.rand(one.module.out_features) * 1.5 + 0.5
-        tie = wide // one.module.out_features
-        if tie > 1 and len(rows) % width:
-            continue
-        s = rows if tie == 1 else rows.view(-1, width).repeat_interleave(tie, 0).flatten()
-        if _folds(one.module, rows, linears, s, run, plain):
-            return one.name, 0.0
-    return None, 0.0
+        every = one.module.out_features
+        for count in dict.fromkeys((every, wide, heads[0] * heads[1])):
+            tie = wide // count
+            if count > every or wide % count or (tie > 1 and count % heads[1]):
+                continue
+            rows = torch.rand(count) * 1.5 + 0.5
+            s = rows if tie == 1 else rows.view(-1, heads[1]).repeat_interleave(tie, 0).flatten()
+            if _folds(one.module, torch.cat([torch.ones(every - count), rows]), linears, s, run, plain):
+                return Group(names, one.name, last=count if count < every else 0)
+    return Group(names, None)
 
 
 def _folds(
@@ -271,6 +280,7 @@ def _siblings(layer: nn.Module, groups: list[Group], reached: set[str]) -> tuple
             tuple(n.replace(f".{old[0]}.", f".{new[0]}.", 1) for n in model.linears),
             None if model.absorber is None else model.absorber.replace(f".{old[0]}.", f".{new[0]}.", 1),
             model.offset,
+            model.last,
         )
         made.append(group)
         done |= set(group.linears)

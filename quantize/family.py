@@ -16,11 +16,13 @@ class Group:
     """Linears of a decoder layer that read the same input, and the module just before whose output can absorb
     a per-channel scale (a norm's weight, or the rows of a linear). Names are relative to the decoder layer.
 
-    `offset` is what a norm adds to its weight before it multiplies (Gemma: 1)."""
+    `offset` is what a norm adds to its weight before it multiplies (Gemma: 1). `last`: only that many rows of a linear
+    absorber, the last ones, put out what the group reads (the values in a joined qkv); 0: all."""
 
     linears: tuple[str, ...]
     absorber: str | None
     offset: float = 0.0
+    last: int = 0
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,13 @@ def fold(layer: torch.nn.Module, group: dict, skeleton: Skeleton) -> None:
 
     absorber = layer.get_submodule(group["absorber"])
     weight = absorber.get_parameter("weight")
-    s = torch.rand(weight.shape[0]) * 1.5 + 0.5
+    s = torch.rand(group["last"] or weight.shape[0]) * 1.5 + 0.5
     if weight.ndim == 1:
         weight.copy_((weight + group["offset"]) / s - group["offset"])
     else:
-        weight.div_(s[:, None])
+        weight[-len(s) :].div_(s[:, None])
     if getattr(absorber, "bias", None) is not None:
-        absorber.get_parameter("bias").div_(s)
+        absorber.get_parameter("bias")[-len(s) :].div_(s)
     first = layer.get_submodule(group["linears"][0]).get_parameter("weight")
     if len(s) < first.shape[1]:
         width = head_dim(skeleton.module.config)
