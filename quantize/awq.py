@@ -160,6 +160,8 @@ def fold(moved: Scaled, group: Group, scale: Tensor, tie: int, problem: Problem)
             return
     for name in group.linears:
         moved.columns[name] = scale
+    for key in (f"{name}.weight" for name in group.beside):
+        moved.weights[key] = moved.changed[key] = (moved.weights[key].float() * scale).to(problem.stored).float()
 
 
 def absorbable(group: Group, weights: Mapping[str, Tensor], quantized: Collection[str]) -> int:

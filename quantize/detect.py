@@ -143,7 +143,7 @@ def _layer_groups(stop: Stop, heads: tuple[int, int]) -> tuple[tuple[Group, ...]
         if left:
             notes.append(f"{', '.join(left)}: too narrow for int4, left in 16 bit")
         if chosen:
-            found.append(_absorbed(seen, memory, chosen, run, plain, heads))
+            found.append(_absorbed(seen, memory, chosen, [m for m in members if m.name in left], run, plain, heads))
     found, missed = _siblings(stop.layer, found, {s.name for s in seen})
     if missed:
         notes.append(f"{', '.join(missed)}: not reached by text, left in 16 bit")
@@ -183,22 +183,23 @@ def _absorbed(
     seen: list[Seen],
     memory: Any,
     group: list[Seen],
+    beside: list[Seen],
     run: Callable[[], Tensor],
     plain: Tensor,
     heads: tuple[int, int],
 ) -> Group:
     """The group with what can absorb a scale of its input: the norm that made it, else the last linear before it
-    through which a scale of its rows, or of the last of them, comes unchanged. `heads`: how many there are of values,
-    and the width of one."""
-    wide, names = group[0].given.shape[-1], tuple(g.name for g in group)
-    linears = [g.module for g in group]
+    through which a scale of its rows, or of the last of them, comes unchanged. `beside`: what stays in 16 bit and reads
+    the same; `heads`: how many there are of values, and the width of one."""
+    wide, names, others = group[0].given.shape[-1], tuple(g.name for g in group), tuple(b.name for b in beside)
+    linears = [g.module for g in (*group, *beside)]
     for one in seen:
         if _memory(one.gave) == memory and not isinstance(one.module, nn.Linear):
             weight = one.module._parameters["weight"]
             offset = _offset(one) if weight is not None and weight.numel() == wide else None
             s = torch.rand(wide) * 1.5 + 0.5
             if offset is not None and _folds(one.module, s, linears, s, run, plain):
-                return Group(names, one.name, offset)
+                return Group(names, one.name, offset, beside=others)
             return Group(names, None)
     first = next(i for i, s in enumerate(seen) if s.name == group[0].name)
     for one in reversed(seen[:first]):
@@ -212,7 +213,7 @@ def _absorbed(
             rows = torch.rand(count) * 1.5 + 0.5
             s = rows if tie == 1 else rows.view(-1, heads[1]).repeat_interleave(tie, 0).flatten()
             if _folds(one.module, torch.cat([torch.ones(every - count), rows]), linears, s, run, plain):
-                return Group(names, one.name, last=count if count < every else 0)
+                return Group(names, one.name, last=count if count < every else 0, beside=others)
     return Group(names, None)
 
 
@@ -281,6 +282,7 @@ def _siblings(layer: nn.Module, groups: list[Group], reached: set[str]) -> tuple
             None if model.absorber is None else model.absorber.replace(f".{old[0]}.", f".{new[0]}.", 1),
             model.offset,
             model.last,
+            tuple(n.replace(f".{old[0]}.", f".{new[0]}.", 1) for n in model.beside),
         )
         made.append(group)
         done |= set(group.linears)

@@ -17,12 +17,14 @@ class Group:
     a per-channel scale (a norm's weight, or the rows of a linear). Names are relative to the decoder layer.
 
     `offset` is what a norm adds to its weight before it multiplies (Gemma: 1). `last`: only that many rows of a linear
-    absorber, the last ones, put out what the group reads (the values in a joined qkv); 0: all."""
+    absorber, the last ones, put out what the group reads (the values in a joined qkv); 0: all. `beside` are linears
+    left in 16 bit that read the same input, so that a scale goes into their columns too."""
 
     linears: tuple[str, ...]
     absorber: str | None
     offset: float = 0.0
     last: int = 0
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -120,5 +120,5 @@ def fold(layer: torch.nn.Module, group: dict, skeleton: Skeleton) -> None:
     if len(s) < first.shape[1]:
         width = head_dim(skeleton.module.config)
         s = s.view(-1, width).repeat_interleave(first.shape[1] // len(s), 0).flatten()
-    for name in group["linears"]:
+    for name in (*group["linears"], *group["beside"]):
         layer.get_submodule(name).get_parameter("weight").mul_(s)
