@@ -5,7 +5,8 @@ Knows nothing of models, calibration or file formats. Everything is a pure funct
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,3 +114,20 @@ def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     w -= x.zero.float().unsqueeze(-1)
     w *= x.scale.unsqueeze(-1)
     return w.flatten(1).to(dtype)
+
+
+def rows_of(x: Quantized, rows: slice) -> Quantized:
+    """Some of the rows."""
+    return replace(x, q=x.q[rows], scale=x.scale[rows], zero=x.zero[rows])
+
+
+def split_rows(x: Quantized, heights: Sequence[int]) -> list[Quantized]:
+    """Cut into pieces of so many rows."""
+    parts = zip(x.q.split(heights), x.scale.split(heights), x.zero.split(heights), strict=True)
+    return [replace(x, q=q, scale=scale, zero=zero) for q, scale, zero in parts]
+
+
+def stacked(parts: Sequence[Quantized]) -> Quantized:
+    """Rows below rows."""
+    q, scale, zero = (torch.cat([getattr(x, n) for x in parts]) for n in ("q", "scale", "zero"))
+    return replace(parts[0], q=q, scale=scale, zero=zero)

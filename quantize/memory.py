@@ -16,9 +16,10 @@ from ..recipes.samples import Sample
 from . import awq, gram, routing
 from .family import Group
 from .inputs import encode, media_mask
+from .judge import PIECE
 from .ranks import world
 from .skeleton import Skeleton, embeddings
-from .steps import PIECE, STEPS
+from .steps import STEPS
 
 MICRO_BATCH = 4096  # tokens in one forward pass: enough to fill a GPU, few enough to fit beside a layer
 SMALLEST = 512

@@ -17,18 +17,16 @@ from .awq import Scaled, fold, scalable, scale
 from .clip import best_shrink
 from .descent import descended, first_scale
 from .family import Group
-from .fused import fused
 from .gptq import DAMP, Factor, damping, factored, rescaled, round_columns
 from .gram import diagonal_blocks
-from .grid import Grid, Quantized, dequantize, fit, groups, quantize
-from .method import Problem, Solution, output_squares
+from .grid import Grid, Quantized, fit, groups, rows_of, split_rows, stacked
+from .judge import judged, nearest
+from .method import Problem, Solution
 from .pull import pulled, push
-from .ranks import everyones, rank, sent, share, spread, total, whole, world
+from .ranks import everyones, rank, sent, share, spread, total, world
 
 PULL = 0.5  # how far; 0.25 to 1 measured alike, 0.5 best (docs/quality.md)
 UNREACHED = "the calibration fed it nothing, or nothing but zeros"
-
-PIECE = 2**25  # weights judged at a time, float32
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def solve(
         searched = gram is not None and (steps.clip or steps.feedback)
         if gram is not None and gram.is_cuda:
             gram = gram.bfloat16()  # enough to weigh errors, at twice the speed
-        now, costs = _judged(problem, moved, group, shares, rounded, aim, gram, grid, tried=searched)
+        now, costs = judged(problem, moved, group, shares, rounded, aim, gram, grid, tried=searched)
         quantized |= now
         lost |= costs
         del gram, rounded, aim  # the next group may be about to need the room
@@ -177,7 +175,7 @@ def _round(
     columns = moved.columns.get(group.linears[0])
     size = grid.group_size
     if gram is None:
-        return _nearest(weight, grid), None, UNREACHED
+        return nearest(weight, grid), None, UNREACHED
     shrink = None
     if not steps.feedback:
         if steps.clip:
@@ -186,11 +184,11 @@ def _round(
                 s = columns.view(-1, size)
                 blocks /= s[:, :, None] * s[:, None, :]
             shrink = best_shrink(weight, blocks, grid)
-        return _nearest(weight, grid, shrink), None, ""
+        return nearest(weight, grid, shrink), None, ""
     try:
         factor = factor or factored(gram, columns, damp=damp)
     except ValueError as e:
-        return _nearest(weight, grid), None, f"no error feedback: {e}"
+        return nearest(weight, grid), None, f"no error feedback: {e}"
     g = groups(weight, size)
     low, high = g.amin(-1), g.amax(-1)
     if steps.clip:
@@ -226,8 +224,8 @@ def _by_owner(
         found = mine.pop(group, None) or _unwritten(sum(out for out, _ in each), each[0][1], grid, device)
         q, scale, zero = (sent(t, owners[group]) for t in (found.q, found.scale, found.zero))
         found = replace(found, q=q, scale=scale, zero=zero)
-        linears = _split(found, [out for out, _ in each])
-        ready[group] = _joined([_rows(x, share(len(x.q))) for x in linears]), None, why[group]
+        linears = split_rows(found, [out for out, _ in each])
+        ready[group] = stacked([rows_of(x, share(len(x.q))) for x in linears]), None, why[group]
     return ready
 
 
@@ -237,87 +235,5 @@ def _unwritten(rows: int, width: int, grid: Grid, device: torch.device) -> Quant
     return Quantized(q, torch.empty(rows, count, device=device), zero, grid.group_size, grid.symmetric)
 
 
-def _joined(parts: list[Quantized]) -> Quantized:
-    """Rows below rows."""
-    q, scale, zero = (torch.cat([getattr(x, n) for x in parts]) for n in ("q", "scale", "zero"))
-    return replace(parts[0], q=q, scale=scale, zero=zero)
-
-
 def _weight(moved: Scaled, group: Group, shares: list[slice]) -> Tensor:
     return torch.cat([moved.weight(n, rows) for n, rows in zip(group.linears, shares, strict=True)])
-
-
-def _nearest(weight: Tensor, grid: Grid, shrink: Tensor | None = None) -> Quantized:
-    if shrink is None:
-        shrink = torch.ones(weight.shape[0], weight.shape[1] // grid.group_size, device=weight.device)
-    kernels = fused(weight)
-    return kernels.quantize(weight, grid, shrink) if kernels else quantize(weight, grid, shrink=shrink)
-
-
-def _split(x: Quantized, heights: list[int]) -> list[Quantized]:
-    parts = zip(x.q.split(heights), x.scale.split(heights), x.zero.split(heights), strict=True)
-    return [Quantized(q, scale, zero, x.group_size, x.symmetric) for q, scale, zero in parts]
-
-
-def _judged(
-    problem: Problem, moved: Scaled, group: Group, shares: list[slice], rounded: Quantized, aim: Tensor | None,
-    gram: Tensor | None, grid: Grid, *, tried: bool,
-) -> tuple[dict[str, Quantized], dict[str, Tensor]]:  # fmt: skip
-    """Each of the group's linears, whole, its rows no worse than rounding leaves them where more was `tried`; and what
-    `_better` sums over this rank's rows."""
-    heights = [s.stop - s.start for s in shares]
-    parts = _split(rounded, heights)
-    aims = [None] * len(parts) if aim is None else aim.split(heights)
-    quantized, lost = {}, {}
-    for name, part, rows, aimed in zip(group.linears, parts, shares, aims, strict=True):
-        weight = problem.weights[f"{name}.weight"]
-        best, lost[name] = _better(part, weight[rows], aimed, moved, name, rows, gram, grid if tried else None)
-        q, scales, zero = (whole(t, len(weight)) for t in (best.q, best.scale, best.zero))
-        quantized[name] = Quantized(q, scales, zero, grid.group_size, grid.symmetric)
-    return quantized, lost
-
-
-def _better(
-    part: Quantized, weight: Tensor, aim: Tensor | None, moved: Scaled, name: str, rows: slice, gram: Tensor | None,
-    grid: Grid | None,
-) -> tuple[Quantized, Tensor]:  # fmt: skip
-    """These rows of a linear, each as it was found or, where that loses less, as rounding leaves it (no `grid`: not
-    tried); and sums over the rows: their output's energy, what is lost now, what the search and what rounding lost."""
-    chosen, sums = [], torch.zeros(4, device=weight.device)
-    size = max(1, PIECE // weight.shape[1])
-    for start in range(0, weight.shape[0], size):
-        piece = slice(start, min(start + size, weight.shape[0]))
-        inside = slice(rows.start + piece.start, rows.start + piece.stop)  # of the whole linear
-        before = moved.weight(name, inside) if aim is None else aim[piece]
-        mine = _rows(part, piece)
-        kept = found = plain = _lost(mine, before, moved, name, inside, gram)
-        if grid is not None:
-            other = _nearest(before, grid)
-            plain = _lost(other, before, moved, name, inside, gram)
-            better = found <= plain
-            mine, kept = _where(better, mine, other), torch.where(better, found, plain)
-        chosen.append(mine)
-        sums += torch.stack([output_squares(weight[piece].float(), gram), kept, found, plain]).sum(1)
-    return _joined(chosen), sums
-
-
-def _rows(x: Quantized, rows: slice) -> Quantized:
-    return replace(x, q=x.q[rows], scale=x.scale[rows], zero=x.zero[rows])
-
-
-def _where(mine: Tensor, one: Quantized, other: Quantized) -> Quantized:
-    """Row by row `one` where `mine` [rows], else `other`."""
-    pairs = ((one.q, other.q), (one.scale, other.scale), (one.zero, other.zero))
-    q, scale, zero = (torch.where(mine[:, None], a, b) for a, b in pairs)
-    return replace(one, q=q, scale=scale, zero=zero)
-
-
-def _lost(after: Quantized, before: Tensor, moved: Scaled, name: str, rows: slice, gram: Tensor | None) -> Tensor:
-    """What rounding `before` to `after` costs on these rows of a linear, every moved scale moved back: [rows]."""
-    delta = dequantize(after)
-    delta -= before
-    if name in moved.columns:
-        delta /= moved.columns[name]
-    if name in moved.rows:
-        delta *= moved.rows[name][rows, None]
-    return output_squares(delta, gram)
