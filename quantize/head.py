@@ -18,10 +18,11 @@ from .family import Group
 from .gram import Gram
 from .grid import Grid, Quantized, check_width
 from .inputs import media_mask
+from .judge import PIECE
 from .method import Problem, Solution, output_squares
 from .ranks import total
 from .skeleton import Skeleton, outside
-from .steps import PIECE, STEPS, solve
+from .steps import STEPS, solve
 
 EIGHT = 8  # rows that share a word in some formats: no block may end within one
 INPUT = "model.embed_tokens.weight"  # how most checkpoints' names of token embeddings end
