@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,16 @@ def fold(layer: torch.nn.Module, group: dict, skeleton: Skeleton) -> None:
         s = s.view(-1, width).repeat_interleave(first.shape[1] // len(s), 0).flatten()
     for name in (*group["linears"], *group["beside"]):
         layer.get_submodule(name).get_parameter("weight").mul_(s)
+
+
+def test_the_docs_list_what_is_tested() -> None:
+    """Every kind has its line, with a figure where vLLM runs it and without where it does not; every row is named."""
+    from mmq.quantize.family import ROWS
+
+    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    lines = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.MULTILINE))
+    assert set(lines) == {*zoo.QWEN, *zoo.KINDS, *zoo.OTHERS} - {"internvl_llama"}
+    assert {k for k, figure in lines.items() if re.fullmatch(r"0\.\d+ \(\d\.\d+\)", figure)} == set(zoo.SERVED)
+    elsewhere = {"minicpmv", "minicpmo"}  # docs/minicpmv.md
+    types = {t for row in ROWS for t in row.model_types if not row.key} - elsewhere
+    assert types <= set(re.findall(r"`(\w+)`", text))

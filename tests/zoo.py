@@ -560,6 +560,13 @@ def internlm2(out: Path) -> Path:
     return out
 
 
+def internlm3(out: Path) -> Path:
+    """A Llama of ours as InternLM3 stores it: under Llama's own names."""
+    write("llama", out)
+    settle(out, model_type="internlm3", architectures=["InternLM3ForCausalLM"], bias=False, qkv_bias=False)
+    return out
+
+
 def internvl_chat(out: Path, llm: str) -> Path:
     """Our InternVL as OpenGVLab would have stored it, with a text model of type `llm`."""
     words = write("internvl" if llm == "qwen2" else "internvl_llama", out)
@@ -680,6 +687,7 @@ def settle(out: Path, *, only: bool = False, **changes: Any) -> None:
 # What transformers has no class for: how it is written, the kind with the same weights, how many linears become int4.
 OTHERS: dict[str, tuple[Callable[[Path], Path], str, int]] = {
     "internlm2": (internlm2, "llama", 10),
+    "internlm3": (internlm3, "llama", 14),
     "phi3_v": (phi3_v, "phi3", 8),
     "ovis": (ovis, "qwen2", 14),
     "internvl_chat": (lambda out: internvl_chat(out, "qwen2"), "internvl", 14),
