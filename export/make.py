@@ -30,7 +30,7 @@ from .beside import copy_small_files, write_config, write_index
 from .config import check_head, settle
 from .layers import done_layers, is_whole, read_note, write_layers
 from .marks import Pace, keep_pace, marks, pace, paces
-from .order import Order, address, expected_bytes, files_of, quantized_names, versions
+from .order import Order, address, check_experts, expected_bytes, files_of, quantized_names, versions
 from .writer import Writer
 
 
@@ -65,6 +65,7 @@ def make(
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)
     if recipe.method != "bnb":
         check_groups(skeleton, plan, recipe.group_size)
+    check_experts(skeleton, plan, format)
     head = head_of(skeleton, grid) if recipe.head == "int4" else None
     if head:
         check_head(format, symmetric, head.rows, skeleton.module.config.get_text_config().model_type)

@@ -5,6 +5,7 @@ Skip lists are compared with these names, so a list is right or wrong only throu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,11 @@ def fused_name(module: str) -> str:
         if leaf in group:
             return f"{head}.{INTO[group[0]]}"
     return module
+
+
+def expert_module(module: str) -> str:
+    """The experts of a mixture are one module: the name up to `.experts`; any other name as it is."""
+    return re.sub(r"\.experts\.\d+\..*", ".experts", module)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .. import __version__
 from ..quantize.family import Group
 from ..quantize.grid import Grid
 from ..quantize.head import Head
+from ..quantize.routing import apart
 from ..quantize.skeleton import Skeleton
 from ..recipes.hub import Base
 from ..recipes.recipe import Recipe, model_on
@@ -60,6 +61,18 @@ def files_of(skeleton: Skeleton, head: Head | None = None) -> tuple[tuple[str, .
     total = count + len(shards)
     files = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     return tuple(files[:count]), {f: tuple(names) for f, names in zip(files[count:], shards, strict=True)}
+
+
+def check_experts(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], format: str) -> None:
+    """ValueError where a mixture's experts stay in 16 bit and the format cannot say so: of GPTQ's settings vLLM asks
+    `dynamic` alone, which other engines do not read."""
+    for index, groups in plan.items():
+        _, every = apart(skeleton.layers[index], skeleton.family.groups[index])
+        if every and format in ("gptq", "bnb") and not set(every) & set(groups):
+            raise ValueError(
+                f"format {format} cannot say that the experts of layer {index} stay in 16 bit; keep something else, or "
+                "use awq or compressed-tensors"
+            )
 
 
 def quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .names import SAME, SGLANG, SGLANG_LISTS, TRANSFORMERS, VLLM, Names, fused_name, shards
+from .names import SAME, SGLANG, SGLANG_LISTS, TRANSFORMERS, VLLM, Names, expert_module, fused_name, shards
 from .subject import Subject
 
 TABLES = (VLLM, SGLANG, SGLANG_LISTS, TRANSFORMERS)
@@ -57,8 +57,11 @@ def _part(name: str, packed: Iterable[str]) -> str | None:
 
 
 def fused_names(left: Iterable[str]) -> Iterator[str]:
-    """The fused names of what is wholly left in 16 bit: SGLang looks for these alone."""
+    """The fused names of what is wholly left in 16 bit: SGLang looks for these alone, and vLLM for a mixture's experts
+    (of which all are left or none)."""
     here = set(left)
     for name in left:
+        if expert_module(name) != name:
+            yield expert_module(name)
         if len(shards(name)) > 1 and all(n in here for n in shards(name)):
             yield fused_name(name)

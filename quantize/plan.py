@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from .family import Group
 from .grid import check_width
+from .routing import apart
 from .skeleton import Skeleton
 
 
@@ -17,7 +18,8 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
 
     An entry is a prefix of a module's or a checkpoint's name, whole words only
     (`layers.1` is not `layers.10`). Engines fuse the linears of a group, so a group is
-    quantized whole or not at all: ValueError when `keep` splits one, matches nothing, or leaves nothing.
+    quantized whole or not at all, and so are all experts of a mixture: ValueError when `keep` splits one, matches
+    nothing, or leaves nothing.
     """
     used: set[str] = set()
     found = {}
@@ -38,6 +40,11 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
                 )
             if not any(kept):
                 chosen.append(group)
+        _, experts = apart(skeleton.layers[index], skeleton.family.groups[index])
+        if 0 < sum(group in chosen for group in experts) < len(experts):
+            raise ValueError(
+                f"keep splits the experts of layer {index}; engines make them one tensor: keep all or none"
+            )
         found[index] = tuple(chosen)
     outside = {n for n in skeleton.names if not n.startswith(skeleton.family.layers + ".")}
     for k in keep:

@@ -26,6 +26,7 @@ from mmq.quantize.gather import collect_grams
 from mmq.quantize.inputs import encode
 from mmq.quantize.lockstep import Call, Lockstep, Stop
 from mmq.quantize.memory import Memory
+from mmq.quantize.plan import linears
 from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside, release_layer
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn, text
@@ -257,6 +258,26 @@ def test_methods(checkpoints: dict[str, Path], tmp_path: Path, method: str, qual
     needed = {"vllm": {"bitsandbytes": "0.50", "vllm-bnb-plugin": "0.0.3"}}
     (gpu,) = verdicts(made.path, chosen("vllm:cuda"), packages=needed)
     assert gpu.answer == "yes", gpu.findings
+
+
+def test_experts_kept_in_16_bit(tmp_path: Path) -> None:
+    """Of a layer all or none, as engines hold them in one tensor; and only where the format can say so."""
+    base = moe("qwen3_vl_moe", tmp_path / "base", num_hidden_layers=2)
+    skeleton = build(base)
+    inside = "model.language_model.layers.1.mlp.experts"
+    with pytest.raises(ValueError, match=r"keep splits the experts of layer 0; .*all or none"):
+        linears(skeleton, ["mlp.experts.3"])
+    with pytest.raises(ValueError, match="format gptq cannot say that the experts of layer 1 stay in 16 bit"):
+        quantize("qwen3_vl_moe", base, tmp_path / "gptq", method="gptq", keep=(inside,))
+    for format in ("awq", "compressed-tensors"):
+        made = quantize(
+            "qwen3_vl_moe", base, tmp_path / format, format=format, method="rtn", symmetric=False, keep=(inside,)
+        )
+        metas = open_source(made.path).metas
+        assert metas[f"{inside}.7.down_proj.weight"].shape == (HIDDEN, INNER)
+        assert not any(n.startswith(inside) for n in packed_linears(metas, made.format))
+        (gpu,) = verdicts(made.path, chosen("vllm:cuda"))
+        assert gpu.answer == "yes", gpu.findings
 
 
 def test_experts_that_saw_few_or_nothing(tmp_path: Path) -> None:
