@@ -232,6 +232,16 @@ def test_activation_order_under_versions_of_vllm(broken: Callable[[str], Path]) 
     assert "activation order" in fatal(verdict(folder, version="0.30.0"))
 
 
+def test_model_types_that_the_engines_transformers_does_not_know(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(artifact("awq"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) | {"model_type": "qwen3_vl"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for place in ("vllm:cuda", "transformers:any", "sglang:cuda"):
+        assert "version" in fatal(verdict(tmp_path / "out", place, packages={"transformers": "4.56.2"}))
+        assert "version" not in fatal(verdict(tmp_path / "out", place, packages={"transformers": "4.57.0"}))
+        assert "version" not in fatal(verdict(tmp_path / "out", place))
+
+
 def test_a_packed_head_must_be_declared(artifact: Callable[..., Path], tmp_path: Path) -> None:
     for made, key in ((("awq", None), "lm_head"), (("awq", "compressed-tensors"), "config_groups")):
         folder = artifact(*made, head="int4")

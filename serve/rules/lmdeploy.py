@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...export.subject import Subject
+from .releases import new_enough
 from .rule import (
     Finding,
     Place,
@@ -198,7 +199,7 @@ def pytorch_list(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("skip list", True, why, "serve with TurboMind or vLLM, or quantize without --keep")
 
 
-SHARED = (whole, files_there, remote_code, heads_divide, split)
+SHARED = (new_enough, whole, files_there, remote_code, heads_divide, split)
 PLACES = (
     Place(
         "lmdeploy", "turbomind", SEEN, (turbomind_class, turbomind_format, turbomind_fused, turbomind_vision, *SHARED)

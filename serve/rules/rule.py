@@ -114,11 +114,6 @@ def fused_groups(subject: Subject) -> Iterator[tuple[Linear, ...]]:
             yield tuple(subject.linears[n] for n in names)
 
 
-def expert_module(module: str) -> str:
-    """The experts of a mixture are one module: the name up to `.experts`; any other name as it is."""
-    return re.sub(r"\.experts\.\d+\..*", ".experts", module)
-
-
 def matches(entry: str, name: str) -> bool:
     """compressed-tensors' own match: the whole name, or `re:` and an expression from its start."""
     return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from ...export.names import SAME, SGLANG, SGLANG_LISTS, fused_name
+from ...export.names import SAME, SGLANG, SGLANG_LISTS, expert_module, fused_name
 from ...export.subject import Subject
+from .releases import new_enough
 from .rule import (
     ROUTERS,
     Finding,
     Place,
     Setting,
     disagreement,
-    expert_module,
     files_there,
     first_of,
     fused_alike,
@@ -143,5 +143,17 @@ def _tiles(subject: Subject, setting: Setting, *, marlin_only: bool) -> Iterator
         yield Finding("tile", False, why, "add --dtype float16")
 
 
-RULES = (known, whole, files_there, remote_code, fused_alike, awq, gptq, compressed, bitsandbytes, heads_divide)
+RULES = (
+    known,
+    new_enough,
+    whole,
+    files_there,
+    remote_code,
+    fused_alike,
+    awq,
+    gptq,
+    compressed,
+    bitsandbytes,
+    heads_divide,
+)
 PLACES = (Place("sglang", "cuda", SEEN, RULES),)

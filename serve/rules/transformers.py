@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ...export.names import SAME, TRANSFORMERS
 from ...export.subject import Subject
+from .releases import new_enough
 from .rule import REMOTE_TYPES, Finding, Place, Setting, disagreement, files_there, matches, whole
 
 SEEN = "5.19.0"
@@ -75,5 +76,11 @@ def several_gpus(subject: Subject, setting: Setting) -> Iterator[Finding]:
 
 
 PLACES = (
-    Place("transformers", "any", SEEN, (remote, whole, files_there, packages, lists, head, several_gpus), device="cpu"),
+    Place(
+        "transformers",
+        "any",
+        SEEN,
+        (remote, new_enough, whole, files_there, packages, lists, head, several_gpus),
+        device="cpu",
+    ),
 )

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ...export.names import SAME, VLLM, Names, fused_name
+from ...export.names import SAME, VLLM, Names, expert_module, fused_name
 from ...export.subject import FLOATS, Subject
-from .rule import ROUTERS, expert_module, is_expert, matches
+from .rule import ROUTERS, is_expert, matches
 
 
 def awq_believed(subject: Subject) -> Callable[[str], bool]:
