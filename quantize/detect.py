@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .experts import expert_groups, experts_of
 from .family import Family, Group
 from .lockstep import Lockstep, Stop
-from .thin import filled
+from .thin import filled, is_linear
 
 TOKENS = 6
 SAME = 1e-4  # of the largest change a layer makes: a fold that is none changes it by tenths
@@ -134,7 +134,7 @@ def _layer_groups(stop: Stop, heads: tuple[int, int]) -> tuple[tuple[Group, ...]
     plain = run()
     reached: dict[Any, list[Seen]] = {}
     for one in seen:
-        if isinstance(one.module, nn.Linear):
+        if is_linear(one.module):
             reached.setdefault(_memory(one.given), []).append(one)
     found, notes = [], []
     for memory, members in reached.items():
@@ -147,6 +147,9 @@ def _layer_groups(stop: Stop, heads: tuple[int, int]) -> tuple[tuple[Group, ...]
     found, missed = _siblings(stop.layer, found, {s.name for s in seen})
     if missed:
         notes.append(f"{', '.join(missed)}: not reached by text, left in 16 bit")
+    own = [n for n, m in stop.layer.named_modules() if isinstance(m, nn.Linear) and not is_linear(m)]
+    if own:
+        notes.append(f"{', '.join(own)}: linears with a forward of their own, left in 16 bit")
     return (*found, *expert_groups(stop.layer)), notes
 
 
@@ -165,7 +168,7 @@ def _watched(layer: nn.Module, run: Callable[[], Tensor]) -> list[Seen]:
 
     for name, module in layer.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) or (weight is not None and weight.ndim == 1):
+        if is_linear(module) or (weight is not None and weight.ndim == 1):
             handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
     try:
         run()
@@ -194,7 +197,7 @@ def _absorbed(
     wide, names, others = group[0].given.shape[-1], tuple(g.name for g in group), tuple(b.name for b in beside)
     linears = [g.module for g in (*group, *beside)]
     for one in seen:
-        if _memory(one.gave) == memory and not isinstance(one.module, nn.Linear):
+        if _memory(one.gave) == memory and not is_linear(one.module):
             weight = one.module._parameters["weight"]
             offset = _offset(one) if weight is not None and weight.numel() == wide else None
             s = torch.rand(wide) * 1.5 + 0.5
@@ -203,7 +206,7 @@ def _absorbed(
             return Group(names, None)
     first = next(i for i, s in enumerate(seen) if s.name == group[0].name)
     for one in reversed(seen[:first]):
-        if not isinstance(one.module, nn.Linear) or one.module in linears:
+        if not is_linear(one.module) or one.module in linears:
             continue
         every = one.module.out_features
         for count in dict.fromkeys((every, wide, heads[0] * heads[1])):
@@ -259,7 +262,7 @@ def _siblings(layer: nn.Module, groups: list[Group], reached: set[str]) -> tuple
     """The groups, with those of a list's members that no token was sent to (a mixture's experts, say) made after their
     siblings; and the linears that have none."""
     told = {m for _, mixture in experts_of(layer) for m in mixture.modules()}
-    every = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear) and m not in told]
+    every = [n for n, m in layer.named_modules() if is_linear(m) and m not in told]
     models: dict[str, Group] = {}
     for group in groups:
         if any(c.isdigit() for c in group.linears[0]):

@@ -17,6 +17,11 @@ from .experts import experts_of
 RANDOM = 2**22  # numbers in a parameter that get random values; a larger one is a constant that takes no memory
 
 
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear and nothing more: a router may be one by class and put out two things."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 @contextmanager
 def filled(module: Any, layers: nn.ModuleList) -> Iterator[None]:
     """The text model able to run: linears of rank two, random embeddings, random values in the small parameters."""
@@ -34,11 +39,11 @@ def filled(module: Any, layers: nn.ModuleList) -> Iterator[None]:
     for owner in layers.modules():
         if owner in inside:
             continue
-        if isinstance(owner, nn.Linear):
+        if is_linear(owner):
             owner.forward = thin(owner, random)
             replaced.append(owner)
         for name, old in owner._parameters.items():
-            if old is not None and not isinstance(owner, nn.Linear):
+            if old is not None and not is_linear(owner):
                 borrowed.append((owner, name, old))
                 value = torch.rand(old.shape, generator=random) + 0.5 if old.numel() <= RANDOM else None
                 value = torch.full((), 0.01).expand(old.shape) if value is None else value

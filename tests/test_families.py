@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 
+from mmq.bench.check import check
 from mmq.export.artifact import open_artifact
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
-from mmq.quantize.inputs import encode
+from mmq.quantize.inputs import conversation, encode
 from mmq.quantize.lockstep import Lockstep
 from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside, release_layer
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
-from mmq.recipes.recipe import Recipe
+from mmq.recipes.recipe import Limits, Recipe
 
 
 @pytest.fixture(scope="module", params=[k for k in (*zoo.KINDS, *zoo.OTHERS) if k != "internvl_llama"])
@@ -136,3 +138,64 @@ def test_the_docs_list_what_is_tested() -> None:
     elsewhere = {"minicpmv", "minicpmo"}  # docs/minicpmv.md
     types = {t for row in ROWS for t in row.model_types if not row.key} - elsewhere
     assert types <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_tensors_that_the_class_has_no_place_for(tmp_path: Path) -> None:
+    """In a decoder layer it would be another model; beside the layers they are copied, and left alone by engines."""
+    folder = zoo.write("llama", tmp_path / "llama")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "mtp.head.weight": torch.zeros(128, 128)}, path, metadata={"format": "pt"})
+    assert "mtp." in build(folder).family.skip
+    save_file({**tensors, "model.layers.1.mlp.lora_A.weight": torch.zeros(8, 128)}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.lora_A\.weight is in decoder layer 1, where LlamaFor"
+    ):
+        build(folder)
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    folder = zoo.write("llava", tmp_path / "llava")
+    template = folder / "chat_template.jinja"
+    words = template.read_text()
+    template.unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        build(folder)
+    template.write_text(words)
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"no processor for pictures \(preprocessor_config\.json is missing\)"):
+        build(folder)
+
+
+def test_a_text_model_without_a_template_is_put_lines(tmp_path: Path) -> None:
+    folder = zoo.write("llama", tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    skeleton = build(folder)
+    assert any("no chat template" in note for note in skeleton.notes)
+    sample = drawn(1)[0]
+    assert skeleton.words.decode(encode(skeleton, sample)["input_ids"][0]).startswith("User: ")
+
+
+def test_a_template_that_knows_no_system_message() -> None:
+    """It is put in front of the first question, as text or as a part."""
+    processor = zoo.tokenizer()
+    processor.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (zoo.turns(""))
+    )
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    said = conversation(processor, messages, opened=False, parts=False)
+    assert "user\nBe brief.\n\nHello" in said
+    with pytest.raises(ValueError, match="refuses a sample: no system"):
+        conversation(processor, messages[:1], opened=False, parts=False)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "minicpmv4_6", "phi3_v"])
+def test_checked_and_answered(tmp_path: Path, kind: str) -> None:
+    """Both models walked in lockstep, and both generate, layer by layer, through caches of every sort."""
+    base = zoo.write(kind, tmp_path / "base")
+    recipe = Recipe(name="tiny", model=str(base), samples=2)
+    made = make(recipe, fetch(str(base)), tmp_path / "out", samples=drawn(2), calibration="drawn")
+    found = check(made, base, samples=drawn(2), limits=Limits(), max_new_tokens=3)
+    assert found.measures["coverage"] == 1.0
+    assert 0 < found.measures["mean_kl"] < 0.1
+    assert all(len(s["fp16"]) for s in found.samples)
