@@ -185,7 +185,7 @@ def test_pictures_in_one_call_are_seen_as_one_by_one(pebble: Path) -> None:
 
 @pytest.mark.parametrize("width", [384, 1500])
 def test_the_factor_is_the_plain_one(width: int, plain: pytest.MonkeyPatch) -> None:
-    """H taken in order, divided, factored, rescaled: against plain torch, where it lies as cuSOLVER leaves it or not."""
+    """H taken in order, divided, factored, rescaled, whether it lies as cuSOLVER leaves it or not."""
     torch.manual_seed(0)
     x = torch.randn(2 * width, width, device="cuda") * torch.logspace(-1, 1, width, device="cuda")
     gram, (start, end) = x.T @ x / len(x), torch.rand(2, width, device="cuda") + 0.5
