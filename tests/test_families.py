@@ -199,3 +199,24 @@ def test_checked_and_answered(tmp_path: Path, kind: str) -> None:
     assert found.measures["coverage"] == 1.0
     assert 0 < found.measures["mean_kl"] < 0.1
     assert all(len(s["fp16"]) for s in found.samples)
+
+
+@pytest.mark.parametrize("layout", ["llava_llama", "multi_modality"])
+def test_the_text_model_within_another_layout(tmp_path: Path, layout: str) -> None:
+    """LLaVA's and DeepSeek-VL's own checkpoints around the Llama: it says what it says alone, the rest is left."""
+    alone = zoo.write("llama", tmp_path / "alone")
+    folder = zoo.write("llama", tmp_path / layout)
+    eye = {"model.mm_projector.0.weight": torch.randn(128, 128).bfloat16()}
+    if layout == "multi_modality":
+        zoo.rename(folder / "model.safetensors", ((r"^", "language_model."),))
+        eye = {"aligner.layers.0.weight": torch.randn(128, 128).bfloat16()}
+        config = json.loads((folder / "config.json").read_text())
+        zoo.settle(folder, only=True, model_type=layout, language_config=config)
+    else:
+        zoo.settle(folder, model_type=layout, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | eye, path, metadata={"format": "pt"})
+    skeleton = build(folder)
+    assert any("words alone" in note for note in skeleton.notes)
+    assert any(entry in f"{next(iter(eye))}." for entry in skeleton.family.skip if entry != "lm_head")
+    assert all(torch.equal(a, b) for a, b in zip(states(skeleton, 2), states(build(alone), 2), strict=True))
