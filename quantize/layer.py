@@ -18,10 +18,11 @@ from .gather import collect_grams
 from .grid import Grid, Quantized
 from .lockstep import Stop
 from .method import Problem, Solution, restored
+from .mixture import share_scale
 from .pull import drift_of
 from .routing import HELD, HOLD, Routed, apart, blended, counting, of_experts, owner, portions
 from .skeleton import Skeleton, set_parameter
-from .steps import STEPS, solve
+from .steps import Steps, solve
 
 
 @dataclass(frozen=True)
@@ -46,48 +47,63 @@ class Layer:
     mixtures: tuple[Routed, ...] = ()
 
 
+@dataclass(frozen=True)
+class How:
+    """What every layer is quantized by. `tokens` are all ranks'; `media[call.number]`, bool [tokens], says which of a
+    call's tokens stand for pictures; experts' Gram matrices take at most `held` bytes at a time."""
+
+    grid: Grid
+    steps: Steps
+    tokens: int
+    lap: Callable[[str], None]
+    media: Sequence[Tensor] = ()
+    held: int = HELD
+
+
 def quantize_layer(
-    skeleton: Skeleton,
-    stop: Stop,
-    groups: tuple[Group, ...],
-    grid: Grid,
-    steps: tuple[str, str],
-    tokens: int,
-    lap: Callable[[str], None],
-    *,
-    media: Sequence[Tensor] = (),
-    held: int = HELD,
+    skeleton: Skeleton, stop: Stop, groups: tuple[Group, ...], how: How
 ) -> tuple[Solution, int, tuple[Routed, ...]]:
-    """Quantize `groups` of the layer at `stop` by (method, quality) `steps`, and leave the result in the layer as an
-    engine will hold it. `tokens` are all ranks'; `media[call.number]`, bool [tokens], says which of a call's tokens
-    stand for pictures; experts' Gram matrices take at most `held` bytes at a time. Also returned: how many tokens were
-    left out, their activations not finite, and what the experts saw. ValueError for a checkpoint whose weights or
-    activations say nothing."""
+    """Quantize `groups` of the layer at `stop`, and leave the result in the layer as an engine will hold it. Also
+    returned: how many tokens were left out, their activations not finite, and what the experts saw. ValueError for a
+    checkpoint whose weights or activations say nothing."""
     common, inside = apart(stop.layer, groups)
-    solution, left_out = Solution({}), 0
+    solution, left_out, shared = Solution({}), 0, {}
+    if inside and how.steps.scale:
+        shared = _scale_mixture(skeleton, stop, groups, inside, how)
+        how.lap("scale search")
     if common:
-        solution, left_out = _quantize_common(skeleton, stop, common, grid, steps, tokens, lap)
+        solution, left_out = _quantize_common(skeleton, stop, common, how)
     if not inside:
         return solution, left_out, ()
-    more, lost, mixtures = _quantize_experts(skeleton, stop, inside, grid, steps, tokens, lap, media, held)
-    return joined(solution, more), max(left_out, lost), mixtures
+    more, lost, mixtures = _quantize_experts(skeleton, stop, inside, how)
+    return joined(Solution({}, shared), joined(solution, more)), max(left_out, lost), mixtures
 
 
-def _quantize_common(
-    skeleton: Skeleton,
-    stop: Stop,
-    groups: tuple[Group, ...],
-    grid: Grid,
-    steps: tuple[str, str],
-    tokens: int,
-    lap: Callable[[str], None],
-) -> tuple[Solution, int]:
+def _scale_mixture(
+    skeleton: Skeleton, stop: Stop, groups: tuple[Group, ...], inside: tuple[Group, ...], how: How
+) -> dict[str, Tensor]:
+    """Put a scale of the experts' input into the layer, which computes what it did; gives the 16-bit parameters that
+    are others now. What is to be quantized keeps the compute dtype's precision."""
+    quantized = {n for g in groups for n in g.linears}
+    mine = replace(stop, calls=stop.calls[::2]) if how.steps.pull else stop
+    changed = share_scale(mine, inside, quantized, how.grid, how.steps, stored=skeleton.stored, tokens=how.tokens)
+    kept = {}
+    for name, value in changed.items():
+        if name.removesuffix(".weight") in quantized:
+            set_parameter(stop.layer, name, value.to(skeleton.dtype))
+        else:
+            kept[name] = value.to(skeleton.stored).float()
+            set_parameter(stop.layer, name, ready(skeleton, value))
+    return kept
+
+
+def _quantize_common(skeleton: Skeleton, stop: Stop, groups: tuple[Group, ...], how: How) -> tuple[Solution, int]:
     original = dict(stop.layer.named_parameters())
-    pairs = list(zip(stop.calls[::2], stop.calls[1::2], strict=True)) if STEPS[steps].pull else []
+    pairs = list(zip(stop.calls[::2], stop.calls[1::2], strict=True)) if how.steps.pull else []
     grams, left_out = collect_grams(replace(stop, calls=[a for a, _ in pairs]) if pairs else stop, groups)
-    lap("forward and Gram matrices")
+    how.lap("forward and Gram matrices")
     weights = {n: p.detach() for n, p in original.items()}
-    problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config), tokens)
+    problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config), how.tokens)
 
     def fresh(group: Group, moved: Scaled, quantized: Mapping[str, Quantized]) -> tuple[Tensor, Tensor] | None:
         for name, value in moved.changed.items():
@@ -99,30 +115,22 @@ def _quantize_common(
         columns = moved.columns.get(group.linears[0])
         return drift_of(stop, pairs, group, now=now, original=original, columns=columns)
 
-    solution = sound(solve(problem, grid, STEPS[steps], lap, fresh=fresh if pairs else None), stop.index)
+    solution = sound(solve(problem, how.grid, how.steps, how.lap, fresh=fresh if pairs else None), stop.index)
     del grams, problem, weights
     put(skeleton, stop, solution)
     return solution, left_out
 
 
 def _quantize_experts(
-    skeleton: Skeleton,
-    stop: Stop,
-    groups: tuple[Group, ...],
-    grid: Grid,
-    steps: tuple[str, str],
-    tokens: int,
-    lap: Callable[[str], None],
-    media: Sequence[Tensor],
-    held: int,
+    skeleton: Skeleton, stop: Stop, groups: tuple[Group, ...], how: How
 ) -> tuple[Solution, int, tuple[Routed, ...]]:
     """The experts, after the rest of the layer is quantized, so many at a time as their Gram matrices leave room for.
     Which experts a token goes to differs between the quantized and the 16-bit model, so there is nothing to pull to."""
-    plain = replace(STEPS[steps], pull=False)
-    mine = replace(stop, calls=stop.calls[::2]) if STEPS[steps].pull else stop
+    plain = replace(how.steps, pull=False)
+    mine = replace(stop, calls=stop.calls[::2]) if how.steps.pull else stop
     solution, left_out, mixtures = Solution({}), 0, ()
-    for portion in portions(stop.layer, groups, held):
-        with counting(stop.layer, media) as (before, seen):
+    for portion in portions(stop.layer, groups, how.held):
+        with counting(stop.layer, how.media) as (before, seen):
             grams, lost = collect_grams(mine, portion, hold=HOLD, before=before)
             mixtures = seen()  # the same each time
         few = of_experts(portion, mixtures, "few")
@@ -134,11 +142,11 @@ def _quantize_experts(
                 path, number = owner(group)
                 tokens_here = told[path].tokens[number]
                 grams[group] = blended(grams.get(group), every.pop(group), tokens_here, told[path].floor)
-        lap("forward and Gram matrices")
+        how.lap("forward and Gram matrices")
         names = [f"{n}.weight" for g in portion for n in g.linears]
         weights = {n: stop.layer.get_parameter(n).detach() for n in names}
-        problem = Problem(weights, portion, grams, skeleton.stored, tokens=tokens)
-        solved = sound(solve(problem, grid, plain, lap), stop.index)
+        problem = Problem(weights, portion, grams, skeleton.stored, tokens=how.tokens)
+        solved = sound(solve(problem, how.grid, plain, how.lap), stop.index)
         del grams, problem, weights
         put(skeleton, stop, solved)
         solution, left_out = joined(solution, solved), max(left_out, lost)

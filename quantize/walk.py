@@ -24,7 +24,7 @@ from .fused import fused
 from .grid import Grid
 from .head import Head, Listener, after_layers, quantize_head
 from .inputs import media_mask, micro_batches
-from .layer import Layer, Tokens, quantize_layer, ready, sound
+from .layer import How, Layer, Tokens, quantize_layer, ready, sound
 from .lockstep import Call, Lockstep, Stop
 from .memory import MICRO_BATCH
 from .method import Problem
@@ -128,17 +128,8 @@ def walk(
                     for name, value in finished(stop.index).items():
                         set_parameter(stop.layer, name, ready(skeleton, value))
                 else:
-                    solution, left_out, mixtures = quantize_layer(
-                        skeleton,
-                        stop,
-                        plan[stop.index],
-                        grid,
-                        (method, quality),
-                        sum(counted[1:]),
-                        lap,
-                        media=pictures,
-                        held=held,
-                    )
+                    how = How(grid, STEPS[method, quality], sum(counted[1:]), lap, pictures, held)
+                    solution, left_out, mixtures = quantize_layer(skeleton, stop, plan[stop.index], how)
                 layer = Layer(stop.index, solution, Tokens(*counted), left_out, mixtures)
                 note = _note(layer)
                 yield layer
