@@ -137,7 +137,7 @@ def portions(layer: nn.Module, groups: Sequence[Group], limit: int) -> list[tupl
     members: dict[tuple[str, int], list[Group]] = {}
     for group in groups:
         weight = layer.get_parameter(f"{group.linears[0]}.weight")
-        size = gram_bytes(weight.shape[1], weight.dtype.itemsize, shared=group.absorber is None)
+        size = gram_bytes(weight.shape[1], weight.dtype.itemsize, shared=len(group.linears) > 1)
         sizes[owner(group)] = sizes.get(owner(group), 0) + size
         members.setdefault(owner(group), []).append(group)
     found: list[list[Group]] = []
