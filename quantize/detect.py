@@ -1,40 +1,28 @@
 """What shape a decoder layer has, found by running it: which linears share an input, and what can absorb a scale.
 
 The layer runs at its real widths, in its model's own forward, but costs next to nothing: its linears are replaced by
-random matrices of rank two. Two linears share an input when they are given the same memory. A module can absorb a
-scale when dividing what it puts out, and multiplying what the group is given, leaves the layer's output as it was; so
-no rule here knows a name, and a norm whose output something else reads is refused. Knows no weights and no files.
+random matrices of rank two (thin.py). Two linears share an input when they are given the same memory; what absorbs a
+scale of theirs is tried (absorb.py). So no rule here knows a name. Knows no weights and no files.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .experts import expert_groups, experts_of
+from .absorb import Seen, absorbed, folds, memory_of, offset_of
+from .experts import experts_of
 from .family import Family, Group
 from .lockstep import Lockstep, Stop
+from .mixture import mixture_groups
 from .thin import filled, is_linear
 
 TOKENS = 6
-SAME = 1e-4  # of the largest change a layer makes: a fold that is none changes it by tenths
 NARROW = 64  # output channels: what is no multiple of it (a gate for each head, say) no engine's kernels take
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One call of a module inside the layer."""
-
-    name: str
-    module: Any
-    given: Tensor
-    gave: Tensor
-    again: Callable[[], Tensor]  # the same call once more
 
 
 def decoder_layers(module: Any) -> str:
@@ -135,7 +123,7 @@ def _layer_groups(stop: Stop, heads: tuple[int, int]) -> tuple[tuple[Group, ...]
     reached: dict[Any, list[Seen]] = {}
     for one in seen:
         if is_linear(one.module):
-            reached.setdefault(_memory(one.given), []).append(one)
+            reached.setdefault(memory_of(one.given), []).append(one)
     found, notes = [], []
     for memory, members in reached.items():
         chosen = list({m.name: m for m in members if m.module.out_features % NARROW == 0}.values())
@@ -143,14 +131,20 @@ def _layer_groups(stop: Stop, heads: tuple[int, int]) -> tuple[tuple[Group, ...]
         if left:
             notes.append(f"{', '.join(left)}: too narrow for int4, left in 16 bit")
         if chosen:
-            found.append(_absorbed(seen, memory, chosen, [m for m in members if m.name in left], run, plain, heads))
+            found.append(absorbed(seen, memory, chosen, [m for m in members if m.name in left], run, plain, heads))
     found, missed = _siblings(stop.layer, found, {s.name for s in seen})
     if missed:
         notes.append(f"{', '.join(missed)}: not reached by text, left in 16 bit")
     own = [n for n, m in stop.layer.named_modules() if isinstance(m, nn.Linear) and not is_linear(m)]
     if own:
         notes.append(f"{', '.join(own)}: linears with a forward of their own, left in 16 bit")
-    return (*found, *expert_groups(stop.layer)), notes
+
+    def absorbs(norm: str, readers: list[nn.Module]) -> float | None:
+        one = next(s for s in seen if s.name == norm)
+        offset, s = offset_of(one), torch.rand(one.gave.shape[-1]) * 1.5 + 0.5
+        return offset if offset is not None and folds(one.module, s, readers, s, run, plain) else None
+
+    return (*found, *mixture_groups(stop.layer, run, absorbs)), notes
 
 
 def _watched(layer: nn.Module, run: Callable[[], Tensor]) -> list[Seen]:
@@ -176,86 +170,6 @@ def _watched(layer: nn.Module, run: Callable[[], Tensor]) -> list[Seen]:
         for handle in handles:
             handle.remove()
     return seen
-
-
-def _memory(x: Tensor) -> tuple[int, int, int]:
-    return x.untyped_storage().data_ptr(), x.data_ptr(), x.numel()
-
-
-def _absorbed(
-    seen: list[Seen],
-    memory: Any,
-    group: list[Seen],
-    beside: list[Seen],
-    run: Callable[[], Tensor],
-    plain: Tensor,
-    heads: tuple[int, int],
-) -> Group:
-    """The group with what can absorb a scale of its input: the norm that made it, else the last linear before it
-    through which a scale of its rows, or of the last of them, comes unchanged. `beside`: what stays in 16 bit and reads
-    the same; `heads`: how many there are of values, and the width of one."""
-    wide, names, others = group[0].given.shape[-1], tuple(g.name for g in group), tuple(b.name for b in beside)
-    linears = [g.module for g in (*group, *beside)]
-    for one in seen:
-        if _memory(one.gave) == memory and not is_linear(one.module):
-            weight = one.module._parameters["weight"]
-            offset = _offset(one) if weight is not None and weight.numel() == wide else None
-            s = torch.rand(wide) * 1.5 + 0.5
-            if offset is not None and _folds(one.module, s, linears, s, run, plain):
-                return Group(names, one.name, offset, beside=others)
-            return Group(names, None)
-    first = next(i for i, s in enumerate(seen) if s.name == group[0].name)
-    for one in reversed(seen[:first]):
-        if not is_linear(one.module) or one.module in linears:
-            continue
-        every = one.module.out_features
-        for count in dict.fromkeys((every, wide, heads[0] * heads[1])):
-            tie = wide // count
-            if count > every or wide % count or (tie > 1 and count % heads[1]):
-                continue
-            rows = torch.rand(count) * 1.5 + 0.5
-            s = rows if tie == 1 else rows.view(-1, heads[1]).repeat_interleave(tie, 0).flatten()
-            if _folds(one.module, torch.cat([torch.ones(every - count), rows]), linears, s, run, plain):
-                return Group(names, one.name, last=count if count < every else 0, beside=others)
-    return Group(names, None)
-
-
-def _folds(
-    absorber: nn.Module, rows: Tensor, linears: list[nn.Module], s: Tensor, run: Callable[[], Tensor], plain: Tensor
-) -> bool:
-    """Whether the layer's output stays as it was with what `absorber` puts out divided and what `linears` are given
-    multiplied."""
-    divide: Any = lambda module, args, out: out / rows  # noqa: E731
-    handles: list[Any] = [absorber.register_forward_hook(divide)]
-    handles += [linear.register_forward_pre_hook(lambda module, args: (args[0] * s, *args[1:])) for linear in linears]
-    try:
-        return float((run() - plain).abs().max()) <= SAME * float(plain.abs().max())
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _offset(one: Seen) -> float | None:
-    """What a norm adds to its weight before it multiplies: 0, or Gemma's 1. None where it does neither."""
-    weight, bias = one.module._parameters["weight"], one.module._parameters.get("bias")
-    assert weight is not None
-    kept = weight.data, None if bias is None else bias.data
-    try:
-        if bias is not None:
-            bias.data = torch.zeros_like(bias)
-        outs = []
-        for value in (1.0, 3.0):
-            weight.data = torch.full_like(kept[0], value)
-            outs.append(one.again().double())
-    finally:
-        weight.data = kept[0]
-        if bias is not None and kept[1] is not None:
-            bias.data = kept[1]
-    first, second = outs
-    for offset in (0.0, 1.0):
-        if torch.allclose(first * (3 + offset), second * (1 + offset), rtol=1e-3, atol=1e-5):
-            return offset
-    return None
 
 
 def _siblings(layer: nn.Module, groups: list[Group], reached: set[str]) -> tuple[list[Group], list[str]]:
