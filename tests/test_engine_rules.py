@@ -209,6 +209,49 @@ def test_the_same_list_in_three_engines(broken: Callable[[str], Path]) -> None:
         assert {place: "skip list" in fatal(verdict(broken(name), place)) for place in expected} == expected
 
 
+def nested(config: Config) -> None:
+    config["architectures"] = ["LlavaForConditionalGeneration"]
+
+
+def wide_heads(config: Config) -> None:
+    config["vision_config"] |= {"embed_dim": 1280, "num_heads": 16}
+
+
+@pytest.mark.parametrize(
+    ("place", "made", "whole", "inner", "rule"),
+    [
+        ("lmdeploy:turbomind", AWQ, wide_heads, sets(), None),
+        ("lmdeploy:turbomind", AWQ, wide_heads, sets(version="gemv"), "layout"),
+        ("lmdeploy:turbomind", AWQ, wide_heads, sets(group_size=64), "group size"),
+        ("lmdeploy:turbomind", GPTQ, wide_heads, sets(desc_act=True), "symmetric"),
+        ("lmdeploy:turbomind", CT, wide_heads, lambda q: q["config_groups"]["group_0"].pop("format"), "format"),
+        ("lmdeploy:turbomind", AWQ, nested, sets(), "architecture"),
+        ("lmdeploy:pytorch", AWQ, nested, sets(), "architecture"),
+        ("lmdeploy:pytorch", GPTQ, wide_heads, sets(), "format"),
+        ("lmdeploy:pytorch", AWQ, wide_heads, sets(modules_to_not_convert=[]), None),
+        ("sglang:cuda", AWQ, wide_heads, sets(modules_to_not_convert=[]), "skip list"),
+        ("sglang:cuda", GPTQ, wide_heads, sets(dynamic={r"-:visual\.": {}}), None),
+        ("sglang:cuda", GPTQ, wide_heads, sets(dynamic={r"-:visual\.": {}}, desc_act=True), None),
+        ("sglang:cuda", GPTQ, wide_heads, sets(dynamic={r"-:visual\.": {}}, sym=False), "symmetric"),
+    ],
+)
+def test_engines_that_do_not_run_here(
+    artifact: Callable[..., Path],
+    tmp_path: Path,
+    place: str,
+    made: tuple[str, str | None],
+    whole: Callable[[Config], None],
+    inner: Callable[[Config], object],
+    rule: str | None,
+) -> None:
+    """As their sources say."""
+    out = spoiled(artifact(*made), tmp_path / "out", Break(made, rule, inner))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    whole(config)
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert fatal(verdict(out, place)) == {rule} - {None}
+
+
 def test_gpus_share_heads_and_groups(artifact: Callable[..., Path], tmp_path: Path) -> None:
     """pebble: 4 heads, 2 of keys and values, 256 wide, 512 within."""
     folder = artifact("awq")

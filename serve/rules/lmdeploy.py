@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ...export.subject import Subject
 from .releases import new_enough
 from .rule import (
+    ROUTERS,
     Finding,
     Place,
     Setting,
@@ -188,12 +189,9 @@ def pytorch_list(subject: Subject, setting: Setting) -> Iterator[Finding]:
     packed, and none of the picture encoder."""
     if subject.method != "awq":
         return
-    layers = {x.name.rsplit(".layers.", 1)[0] + ".layers." for x in subject.packed if ".layers." in x.name}
-    kept = (
-        [x.name for x in subject.linears.values() if not x.packed and x.name.startswith(tuple(layers))]
-        if layers
-        else []
-    )
+    layers = tuple({x.name.rsplit(".layers.", 1)[0] + ".layers." for x in subject.packed if ".layers." in x.name})
+    left = [x.name for x in subject.linears.values() if not x.packed and not ROUTERS.search(x.name)]
+    kept = [name for name in left if layers and name.startswith(layers)]
     if kept:
         why = f"{first_of(kept)} in 16 bit within the decoder: the engine takes all of it for packed"
         yield Finding("skip list", True, why, "serve with TurboMind or vLLM, or quantize without --keep")
