@@ -49,9 +49,7 @@ class Row:
     note: str = ""  # for the user
 
 
-WORDS_ALONE = (
-    "transformers has no class for its vision: calibrated on the samples' words alone, the vision tower copied as it is"
-)
+WORDS_ALONE = "transformers has no class for its vision, which is copied as it is"
 ROWS: tuple[Row, ...] = (
     Row(("minicpmv", "minicpmo"), "minicpmv.model"),
     Row(("internvl_chat",), "internvl_chat"),

@@ -123,7 +123,7 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu", tr
 def template_notes(folder: Path, skeleton: Skeleton) -> list[str]:
     """What a user should know of how samples are put to the model. ValueError where pictures cannot be put to it."""
     processor, words = skeleton.processor, skeleton.words
-    notes = [] if skeleton.sees else ["no part of the model reads pictures: calibrated on the samples' words alone"]
+    notes = [] if skeleton.sees else ["a text model: calibrated on the samples' words alone"]
     if skeleton.sees and processor is words:
         raise ValueError(f"{folder}: no processor for pictures (preprocessor_config.json is missing)")
     if not getattr(processor, "chat_template", None):

@@ -217,6 +217,6 @@ def test_the_text_model_within_another_layout(tmp_path: Path, layout: str) -> No
     path = folder / "model.safetensors"
     save_file(load_file(path) | eye, path, metadata={"format": "pt"})
     skeleton = build(folder)
-    assert any("words alone" in note for note in skeleton.notes)
+    assert any("no class for its vision" in note for note in skeleton.notes)
     assert any(entry in f"{next(iter(eye))}." for entry in skeleton.family.skip if entry != "lm_head")
     assert all(torch.equal(a, b) for a, b in zip(states(skeleton, 2), states(build(alone), 2), strict=True))
