@@ -88,6 +88,8 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
 def base_of(artifact: Artifact, *, tell: Tell = silent) -> Base:
     """The FP16 checkpoint that the artifact was made from, fetched at its recorded revision. Errors as `fetch`'s."""
     base = artifact.manifest["base"]
+    if not base["model"]:  # of a folder that others packed
+        raise OSError(f"{artifact.path}: its manifest names no base; give the 16-bit checkpoint with --base")
     if base["hub"] in ("local", "embedded"):
         return fetch(base["model"], tell=tell)
     return fetch(base["model"], hub=base["hub"], revision=base["revision"], tell=tell)

@@ -136,7 +136,7 @@ def repacked(move: Move, linear: str) -> tuple[dict[str, Tensor], str]:
     again = LAYOUTS[move.format].unpack(tensors)
     digest = _digest(x)
     if again.group_size != x.group_size or _digest(again) != digest:
-        raise ValueError(f"{move.subject.folder}: {linear} would not be the same in {move.format}; nothing is kept")
+        raise ValueError(f"{move.subject.folder}: {linear} would not be the same in {move.format}; please report it")
     return {f"{linear}.{suffix}": t for suffix, t in tensors.items()}, digest
 
 

@@ -20,7 +20,7 @@ from mmq.bench.backends import settle
 from mmq.bench.environments import environment
 from mmq.bench.peer import run_script
 from mmq.export.adopt import open_packed
-from mmq.export.artifact import open_artifact
+from mmq.export.artifact import base_of, open_artifact
 from mmq.export.convert import convert
 from mmq.export.packing import pack_last
 from mmq.export.view import packed_linears, view
@@ -197,6 +197,8 @@ def test_lists_are_mended(artifact: Callable[..., Path], tmp_path: Path, made: t
     assert all(answers(mended.path).values())
     same(source, mended.path)
     assert mended.manifest["converted_from"]["digest"] is None
+    with pytest.raises(OSError, match="names no base; give the 16-bit checkpoint with --base"):
+        base_of(mended)
 
 
 def test_a_layer_kept_in_16_bit_is_listed_for_every_engine(artifact: Callable[..., Path], tmp_path: Path) -> None:
