@@ -20,7 +20,7 @@ from mmq.export import make as making
 from mmq.export.artifact import Artifact, open_artifact
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
-from mmq.quantize import routing
+from mmq.quantize import detect, routing
 from mmq.quantize.experts import Experts, expert_groups, unfused
 from mmq.quantize.gather import collect_grams
 from mmq.quantize.inputs import encode
@@ -258,6 +258,36 @@ def test_methods(checkpoints: dict[str, Path], tmp_path: Path, method: str, qual
     needed = {"vllm": {"bitsandbytes": "0.50", "vllm-bnb-plugin": "0.0.3"}}
     (gpu,) = verdicts(made.path, chosen("vllm:cuda"), packages=needed)
     assert gpu.answer == "yes", gpu.findings
+
+
+def test_one_scale_for_all_that_read_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels of very different energy: the norm absorbs a scale of all experts, shared ones and gates beside them.
+    The layer puts out what it did, and what is quantized is nearer to it than without."""
+    base = moe("qwen2_moe", tmp_path / "base", num_hidden_layers=1)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.post_attention_layernorm.weight"] *= torch.logspace(-1, 1, HIDDEN)
+    tensors["model.layers.0.mlp.gate.weight"] /= 4  # the router's choice is then not made by one channel
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    skeleton = build(base)
+    group = next(g for g in skeleton.family.groups[0] if "mlp.experts.0.up_proj" in g.linears)
+    shared = {f"mlp.shared_expert.{n}_proj" for n in ("gate", "up")}
+    assert group.absorber == "post_attention_layernorm"
+    assert set(group.beside) == {"mlp.gate", "mlp.shared_expert_gate", *shared}
+
+    def off(out: str) -> float:
+        (layer,) = quantize("qwen2_moe", base, tmp_path / out).manifest["layers"]
+        found = [e for n, e in layer["errors"].items() if ".experts." in n and not n.endswith("down_proj")]
+        return sum(found) / len(found)
+
+    scaled = off("scaled")
+    norm, router = (f"model.layers.0.{n}.weight" for n in ("post_attention_layernorm", "mlp.gate"))
+    stored = open_source(tmp_path / "scaled")
+    moved = tensors[norm].float() / stored.get(norm).float()  # what the norm gave away is in the router's columns
+    assert float(moved.max() / moved.min()) > 4
+    assert torch.allclose(stored.get(router).float(), tensors[router].float() * moved, rtol=1e-2, atol=1e-4)
+    monkeypatch.setattr(detect, "mixture_groups", lambda layer, run, absorbs: expert_groups(layer))
+    print(scaled, off("unscaled"))
+    assert scaled < 0.8 * off("again")
 
 
 def test_experts_kept_in_16_bit(tmp_path: Path) -> None:
