@@ -19,6 +19,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 # two-dimensional weights that no engine treats as a linear: lookups, and the head, which has rules of its own
 LOOKUPS = re.compile(r"(embed_tokens|wte|wpe|embeddings?|embeddings?_table|pos_embed)$")
 HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out)$")
+MAPPED = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 NF4 = "quant_state.bitsandbytes__nf4"
 
 
@@ -110,8 +111,12 @@ class Subject:
 
     @property
     def remote_files(self) -> frozenset[str]:
-        """The .py files that `auto_map` names in this folder; what it names on a hub is not among them."""
-        named = (self.config.get("auto_map") or {}).values()
+        """The .py files that an `auto_map` names in this folder, of config, processors or tokenizer; what it names on a
+        hub is not among them."""
+        maps = [self.config.get("auto_map")]
+        for name in sorted(self.files & set(MAPPED)):
+            maps.append(json.loads((self.folder / name).read_text(encoding="utf-8")).get("auto_map"))
+        named = [n for m in maps if isinstance(m, dict) for n in m.values()]
         flat = [n for item in named for n in (item if isinstance(item, list) else [item]) if n]
         return frozenset(f"{n.split('.')[0]}.py" for n in flat if "--" not in n)
 

@@ -187,7 +187,7 @@ def files_there(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield _missing("the picture processor (preprocessor_config.json or processor_config.json)", fatal=not own)
     absent = sorted(subject.remote_files - subject.files)
     if absent:
-        yield _missing(f"{', '.join(absent)}, which config.json's auto_map names", fatal=True)
+        yield _missing(f"{', '.join(absent)}, which an auto_map names", fatal=True)
     if not _has_template(subject):
         why = "no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
         yield Finding("files", False, why, "copy the base's file; without it only /v1/completions answers")
