@@ -20,7 +20,6 @@ NAMES = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
 }
 TEMPLATE = """{%- for m in messages -%}
 <|im_start|>{{ m['role'] }}
@@ -37,6 +36,7 @@ def build(folder: Path, config: Mapping[str, Any], *, dtype: torch.dtype) -> tup
     words = plain_tokenizer(folder, names=NAMES)
     if words.convert_tokens_to_ids("<IMG_CONTEXT>") in (None, words.unk_token_id):
         raise ValueError(f"{folder}: its tokenizer has no <IMG_CONTEXT>, the place of a picture's vectors")
+    words.video_token = "<|no video|>"  # the processor asks for one, and looks for it in every text: none is added
     made = internvl_config(config, image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"))
     model = AutoModelForImageTextToText.from_config(made, dtype=dtype)
     if config["llm_config"]["model_type"] == "internlm2":
