@@ -323,6 +323,17 @@ def test_a_config_alone_can_mean_no(
     assert fatal(verdict(tmp_path / "out")) == {rule} - {None}
 
 
+def test_code_that_a_tokenizer_names_must_be_there(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """Code on a hub is the engine's to fetch."""
+    out = tmp_path / "out"
+    shutil.copytree(artifact("awq"), out)
+    words = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for named, expected in (("words.Words", {"files"}), ("owner/model--words.Words", set())):
+        told = words | {"auto_map": {"AutoTokenizer": [named, None]}}
+        (out / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
+        assert fatal(verdict(out)) == expected
+
+
 def test_it_takes_no_torch_and_less_than_a_second(tmp_path: Path, pebble: Path) -> None:
     """On the headers of a 7B: 28 layers of 7 packed linears, 32 blocks of an encoder, as a released AWQ has them."""
     folder = headers_of_7b(tmp_path / "seven", pebble)
