@@ -86,14 +86,15 @@ def _scale_mixture(
     are others now. What is to be quantized keeps the compute dtype's precision."""
     quantized = {n for g in groups for n in g.linears}
     mine = replace(stop, calls=stop.calls[::2]) if how.steps.pull else stop
-    changed = share_scale(mine, inside, quantized, how.grid, how.steps, stored=skeleton.stored, tokens=how.tokens)
-    kept = {}
-    for name, value in changed.items():
+    kept, columns = share_scale(mine, inside, quantized, how.grid, how.steps, stored=skeleton.stored, tokens=how.tokens)
+    for name, scale in columns.items():
+        value = stop.layer.get_parameter(name).float() * scale
         if name.removesuffix(".weight") in quantized:
             set_parameter(stop.layer, name, value.to(skeleton.dtype))
         else:
             kept[name] = value.to(skeleton.stored).float()
-            set_parameter(stop.layer, name, ready(skeleton, value))
+    for name, value in kept.items():
+        set_parameter(stop.layer, name, ready(skeleton, value))
     return kept
 
 

@@ -98,11 +98,15 @@ def share_scale(
     *,
     stored: torch.dtype,
     tokens: int,
-) -> dict[str, Tensor]:
-    """Scale the input of the experts of `groups` in the layer at `stop`, where their norm can absorb it: the layer
-    computes what it did. `quantized` are all linears of it that are to be quantized. Returned: by name, the 16-bit
-    parameters that are others now, rounded to the `stored` dtype; the layer's own are left as they were."""
-    changed: dict[str, Tensor] = {}
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A scale of the input of the experts of `groups` in the layer at `stop`, where their norm can absorb it.
+
+    `quantized` are all linears of the layer that are to be quantized, `stored` the norm's dtype on disk. Returned, by
+    name: the norm's parameters as they are to be, float32; and what the columns of each matrix that reads the norm are
+    to be multiplied by, [in]. The layer itself is left as it was.
+    """
+    norms_now: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
     packed = set(quantized)
     first = {g.absorber: g for g in reversed(groups) if g.absorber and len(g.linears) > 1}
     for norm, group in first.items():
@@ -123,7 +127,6 @@ def share_scale(
             continue
         before, now = norms["weight"].float() + group.offset, folded[key] + group.offset
         scale = torch.where(now != 0, before / now, torch.ones_like(now))
-        changed |= folded
-        for name in (f"{n}.weight" for n in (*mine, *group.beside)):
-            changed[name] = layer.get_parameter(name).float() * scale
-    return changed
+        norms_now |= folded
+        columns |= dict.fromkeys((f"{n}.weight" for n in (*mine, *group.beside)), scale)
+    return norms_now, columns
