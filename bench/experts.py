@@ -3,7 +3,8 @@
 Pebble is no mixture, but its MLPs stand in for one: their inputs on the calibration set are sorted into clusters of
 directions, as a router sorts tokens, and the MLP is quantized as each cluster's expert, on so many of the cluster's
 tokens, on all tokens of the layer, or on both (routing.blended). What it then puts out is judged on tokens of the same
-cluster from other samples. Knows no engine and no file format.
+cluster from other samples. And what one scale of the input is worth, taken into the norm for all of them at once
+(quantize/mixture.py), to experts that saw all their tokens. Knows no engine and no file format.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
+from ..quantize.awq import telling_rows
 from ..quantize.family import Group
 from ..quantize.grid import Grid
 from ..quantize.inputs import micro_batches
@@ -25,7 +27,7 @@ from ..quantize.lockstep import Lockstep
 from ..quantize.method import Problem, restored
 from ..quantize.routing import blended, floor_of
 from ..quantize.skeleton import build, embeddings, load, load_layer, release_layer
-from ..quantize.steps import STEPS, solve
+from ..quantize.steps import STEPS, Steps, solve
 from ..recipes.calibration import drawn
 from ..recipes.hub import fetch
 from ..recipes.pebble.tasks import samples
@@ -46,7 +48,7 @@ def study(*, seed: int = 0) -> dict[str, Any]:
     found = {}
     for layer in LAYERS:
         x, weights = calibration[layer]
-        found[f"layer {layer}"] = compare(x, test[layer][0], weights)
+        found[f"layer {layer}"] = compare(x, test[layer][0], weights) | {"scale": scales(x, test[layer][0], weights)}
     return found
 
 
@@ -102,6 +104,34 @@ def compare(x: Tensor, test: Tensor, weights: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
+def scales(x: Tensor, test: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The errors of one layer's MLP as every cluster's expert, without a scale of its input and with one for all."""
+    centres = clusters(x, CLUSTERS)
+    mine, theirs = (nearest(t, centres) for t in (x, test))
+    found: dict[str, Any] = {}
+    for quality in ("fast", "default"):
+        steps = STEPS["awq", quality]
+        ones = torch.ones(x.shape[1])
+        for way, scale in (("none", ones), ("one", one_scale(grams(x, weights)[GATE_UP], weights, steps, len(x)))):
+            packed = {n: w if "down_proj" in n else w * scale for n, w in weights.items()}
+            pairs = []
+            for cluster in range(CLUSTERS):
+                tokens, judged = x[mine == cluster] / scale, test[theirs == cluster] / scale
+                if len(tokens) >= 1000 and len(judged) >= 100:
+                    pairs.append(errors(grams(tokens, packed), judged, packed, tokens=len(x), steps=steps))
+            energy, token = (sum(p[i] for p in pairs) / len(pairs) for i in (0, 1))
+            found.setdefault(quality, {})[way] = {"energy": round(energy, 6), "token": round(token, 6)}
+    return found
+
+
+def one_scale(gram: Tensor, weights: Mapping[str, Tensor], steps: Steps, tokens: int) -> Tensor:
+    """The scale [hidden] that a norm before all experts would be given, on H of every token of the layer."""
+    rows = telling_rows([weights[f"{n}.weight"] for n in GATE_UP.linears], gram, 64)
+    group = Group(("rows",), "norm")
+    parts = {"rows.weight": rows, "norm.weight": torch.ones(len(gram))}
+    return 1 / solve(Problem(parts, (group,), {group: gram}, tokens=tokens), Grid(64), steps).changed["norm.weight"]
+
+
 def clusters(x: Tensor, count: int) -> Tensor:
     """Directions [count, hidden] around which the tokens lie, by k-means on the sphere."""
     points = normalize(x, dim=1)
@@ -127,12 +157,17 @@ def _inner(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def errors(
-    chosen: Mapping[Group, Tensor], judged: Tensor, weights: Mapping[str, Tensor], *, tokens: int
+    chosen: Mapping[Group, Tensor],
+    judged: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    tokens: int,
+    steps: Steps = STEPS["awq", "default"],
 ) -> tuple[float, float]:
     """Of the MLP quantized on `chosen`, on the tokens `judged` [tokens, hidden]: relative squared error of all
     together, and the mean over tokens."""
     problem = Problem(dict(weights), (GATE_UP, DOWN), {g: h.clone() for g, h in chosen.items()}, tokens=tokens)
-    solution = solve(problem, Grid(64), STEPS["awq", "default"])
+    solution = solve(problem, Grid(64), steps)
     packed = {f"{n}.weight": restored(q) for n, q in solution.quantized.items()}
     after, before = (_inner(judged, w) @ w["mlp.down_proj.weight"].T for w in (packed, weights))
     lost, energy = (after - before).square().sum(1), before.square().sum(1).clamp_min(1e-12)
