@@ -128,7 +128,8 @@ def open_remote(folder: Path, config: Mapping[str, Any], *, dtype: torch.dtype) 
                 delattr(made, "quantization_config")
             made._attn_implementation = "eager"
             own = get_class_from_dynamic_module(asked[auto], folder)
-            notes += repair_class(own)
+            own, changed = repair_class(own)
+            notes += changed
             with init_empty_weights(include_buffers=False):
                 module = own._from_config(made, dtype=dtype)
             notes += repair_model(module)
@@ -146,9 +147,17 @@ def _has_processor(folder: Path) -> bool:
     return any((folder / n).is_file() for n in ("preprocessor_config.json", "processor_config.json"))
 
 
-def repair_class(own: Any) -> list[str]:
-    """Make a model class of transformers 4 fit for 5; what was changed."""
+def repair_class(own: Any) -> tuple[Any, list[str]]:
+    """A model class of transformers 4 made fit for 5, and what was changed."""
+    from transformers import GenerationMixin
+
     notes = []
+    if not issubclass(own, GenerationMixin):
+        joined: Any = type(own.__name__, (own, GenerationMixin), {"__module__": own.__module__})
+        own = joined
+        notes.append(
+            f"{own.__name__} has no generate, which a model class had in transformers 4: GenerationMixin was added"
+        )
     tied = getattr(own, "_tied_weights_keys", None)
     if isinstance(tied, list):
         own._tied_weights_keys = {}
@@ -156,7 +165,7 @@ def repair_class(own: Any) -> list[str]:
     if not hasattr(own, "all_tied_weights_keys"):
         own.all_tied_weights_keys = {}
         notes.append(f"{own.__name__} has no all_tied_weights_keys, which transformers 5 reads: an empty one was given")
-    return notes
+    return own, notes
 
 
 def repair_model(module: Any) -> list[str]:

@@ -11,12 +11,13 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
+from mmq.bench.check import check
 from mmq.export.make import make
 from mmq.quantize import remote
 from mmq.quantize.skeleton import build
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import Base, fetch
-from mmq.recipes.recipe import Recipe
+from mmq.recipes.recipe import Limits, Recipe
 
 CONFIG = """
 from transformers.modeling_utils import PretrainedConfig  # where transformers 4 had it
@@ -34,7 +35,7 @@ MODEL = """
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import is_torch_fx_available
 
 from .configuration_ours import GraniteOfOursConfig
@@ -88,6 +89,9 @@ class OursForCausalLM(PreTrainedModel):
 
     def get_output_embeddings(self):
         return self.head
+
+    def forward(self, input_ids, attention_mask=None, **more):
+        return CausalLMOutputWithPast(logits=self.head(self.model(input_ids).last_hidden_state))
 """
 
 
@@ -129,6 +133,16 @@ def test_refused_without_the_flag(folder: Path) -> None:
         build(folder)
 
 
+def test_checked_with_the_flag_too(folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(name="ours", model=str(folder), trust_remote_code=True, samples=2)
+    made = make(recipe, fetch(str(folder)), tmp_path / "out", samples=drawn(2), calibration="drawn")
+    with pytest.raises(ValueError, match="--trust-remote-code"):
+        check(made, folder, samples=drawn(2), limits=Limits())
+    found = check(made, folder, samples=drawn(2), limits=Limits(), max_new_tokens=2, trust=True)
+    assert found.measures["coverage"] == 1.0
+    assert 0 < found.measures["mean_kl"] < 0.1
+
+
 def test_a_hub_must_be_pinned(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe(name="ours", model="me/ours", revision="main", trust_remote_code=True, samples=2)
     with pytest.raises(ValueError, match=r"revision is 'main'.*full hash"):
@@ -142,6 +156,7 @@ def test_with_the_flag_it_is_repaired_told_and_quantized(folder: Path, tmp_path:
     assert "transformers.modeling_utils.PretrainedConfig is gone" in told
     assert "transformers.utils.is_torch_fx_available is gone" in told
     assert "_tied_weights_keys is a list" in told
+    assert "has no generate" in told
     assert len(made.manifest["quantized"]) == 6
     assert (made.path / "modeling_ours.py").is_file()
     import transformers.utils
