@@ -13,7 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -248,6 +249,38 @@ def convert(
     next_step(f"mmq check --engines all {out}")
 
 
+@cli.command("plan")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--vram", metavar="SIZE", help="A card's memory, as 24GiB.  [default: this machine's GPU]")
+@click.option("--card", metavar="NAME", help="A card by name instead: 4090, 3090, a10, l4, h100, ...")
+@click.option("--context", type=int, help="Tokens a sequence.  [default: as many as fit]")
+@click.option("--concurrency", type=int, help="Sequences at once, each as long as the context.")
+@click.option("--images", type=int, help="Pictures a prompt, and no video.  [default: 8, and videos]")
+@click.option("--pixels", type=int, help="The largest picture, for families that scale pictures (Qwen-VL).")
+@click.option("--tp", type=int, default=1, show_default=True, help="GPUs that share each layer.")
+@click.option("--kv-cache-dtype", "kv_dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True)
+@json_option
+def plan_(artifact: Path, vram: str | None, card: str | None, as_json: bool, **asked: Any) -> None:
+    """Tell what serving ARTIFACT under vLLM takes of a card, what fits, and the flags; exit 1 where it does not fit.
+
+    From headers and config alone; nothing starts. An estimate, not yet held against an engine on a GPU.
+    """
+    from .bench.report import parse_bytes
+    from .serve import plan_table
+    from .serve.cards import chosen_card
+    from .serve.machine import this_machine
+
+    gpu, bandwidth = chosen_card(this_machine(), vram=parse_bytes(vram) if vram else None, card=card)
+    facts, rows, lines = plan_table.told(artifact, gpu, bandwidth=bandwidth, **asked)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        show_table(["", "", ""], rows)
+    for line in lines:
+        click.echo(line, err=True)
+    sys.exit(0 if facts["fits"] else 1)
+
+
 @cli.command(context_settings={"ignore_unknown_options": False})
 @click.argument("target")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
@@ -331,33 +364,49 @@ def infer(
     as_json: bool,
     **many: Any,
 ) -> None:
-    """Ask TARGET (an artifact, a model, or the URL of a running server) PROMPT, or every line of --dataset."""
-    if (prompt is None) == (dataset is None):
+    """Ask TARGET (an artifact, a model, or the URL of a running server) PROMPT, or every line of --dataset.
+
+    With neither, chat: `multi-line`, `single-line`, `reset-system`, `clear`, `quit`; <image> in a text asks for one.
+    """
+    if [prompt, dataset].count(None) != 1 and (as_json or prompt is not None):
         raise ValueError(
-            'give a prompt, as in `mmq infer out-awq "What is this?" --image photo.jpg`, or --dataset FILE'
+            'give a prompt, as in `mmq infer out-awq "What is this?" --image photo.jpg`, or --dataset FILE; '
+            "with neither it is a chat, which has no --json"
         )
-    from .serve.client import image_url
-    from .serve.infer import check_dataset, infer_dataset, serving
+    from .recipes.terminal import line_reader
+    from .serve.chat import HELP, begin, talk
+    from .serve.infer import answering, check_dataset, infer_dataset, serving
     from .serve.infer import infer as ask
     from .serve.target import servable
 
-    for picture in images:
-        image_url(picture)  # an unreadable picture or line is told before a server starts
+    write = partial(click.echo, nl=False)
+    chat = begin(images=images)  # an unreadable picture or line is told before a server starts
     if dataset is not None:
         check_dataset(dataset, count=many["count"])
     say: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-    with progress(quiet=as_json) as tell:
-        named = {}
-        if "://" not in target:
-            folder, named["served_model_name"] = servable(target, hub=hub, revision=revision, tell=tell)
-            target = str(folder)
-        with serving(target, engine=engine, tell=tell, **named) as url:
-            if dataset is None:
-                answer = "".join(ask(url, prompt or "", images, **say))
-                click.echo(json.dumps({"answer": answer}, ensure_ascii=False) if as_json else answer)
+    out = result_path or Path(f"{dataset.stem if dataset else 'mmq'}-answers.jsonl")
+    with ExitStack() as stack:
+        with progress(quiet=as_json) as tell:  # ends before answers are written under it
+            named = {}
+            if "://" not in target:
+                folder, named["served_model_name"] = servable(target, hub=hub, revision=revision, tell=tell)
+                target = str(folder)
+            url = stack.enter_context(serving(target, engine=engine, tell=tell, **named))
+            facts = infer_dataset(url, dataset, out, tell=tell, **say, **many) if dataset is not None else {}
+        if prompt is not None:
+            pieces = ask(url, prompt, images, **say)
+            if as_json:
+                click.echo(json.dumps({"answer": "".join(pieces)}, ensure_ascii=False))
                 return
-            out = result_path or Path(f"{dataset.stem}-answers.jsonl")
-            facts = infer_dataset(url, dataset, out, tell=tell, **say, **many)
+            for piece in pieces:
+                write(piece)
+            write("\n")
+        elif dataset is None:
+            click.secho(HELP, dim=True, err=True)
+            answer = stack.enter_context(answering(url, **say))
+            talk(chat, answer, read=line_reader(), write=write, note=partial(click.secho, dim=True, err=True))
+    if dataset is None:
+        return
     if as_json:
         click.echo(json.dumps({"result": str(out), **facts}))
         return

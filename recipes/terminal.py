@@ -1,10 +1,13 @@
-"""What the terminal shows, built and not printed: tables, progress bars, sizes in words.
+"""What the terminal shows, built and not printed: tables, progress bars, sizes in words; and lines read from it.
 
 Knows no command; printing is the command line's. rich is imported on use.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,6 +39,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         found.add_row(*row)
     return found
+
+
+def line_reader() -> Callable[[str], str]:
+    """A function that shows a prompt and returns the line typed, edited and recalled with the usual keys; EOFError at
+    the end. Where nobody types (a pipe, a file) no prompt is shown. Bytes that are no UTF-8 come as lone surrogates.
+    """
+    with contextlib.suppress(ImportError):  # there is none on Windows
+        import readline  # noqa: F401  (imported, it works for `input`)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    typed = sys.stdin.isatty()
+    return lambda prompt: input(prompt if typed else "")
 
 
 def bars() -> Progress:

@@ -1,4 +1,4 @@
-"""Answers: one prompt streamed, or a dataset in and a JSONL of answers out, resumed where it stopped.
+"""Answers: a prompt or a conversation streamed, or a dataset in and a JSONL of answers out, resumed where it stopped.
 
 Talks HTTP only; who serves and how is `plan` and `running`'s business.
 """
@@ -63,6 +63,21 @@ def infer(
     with connect(url, api_key=api_key) as client:
         name = model or served_name(client, url=url)
         yield from stream(client, [*history, message], model=name, max_tokens=max_tokens, temperature=temperature)
+
+
+@contextmanager
+def answering(
+    url: str,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+) -> Iterator[Callable[[Sequence[Message]], Iterator[str]]]:
+    """A function that streams the server's answer to a conversation, over one connection for the length of a `with`."""
+    with connect(url, api_key=api_key) as client:
+        name = model or served_name(client, url=url)
+        yield lambda messages: stream(client, messages, model=name, max_tokens=max_tokens, temperature=temperature)
 
 
 def infer_dataset(

@@ -1,0 +1,233 @@
+"""A chat in the terminal, as a state machine that is fed lines: what the user typed, what is asked next, what is sent.
+
+Knows no server and no terminal: `talk` is handed a function that answers and functions that read and write. The
+commands are those of ms-swift's terminal chat. The only thing looked at outside is a picture or video file named.
+"""
+
+from __future__ import annotations
+
+import base64
+import mimetypes
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .client import Message, image_url
+
+HELP = "commands: multi-line, single-line, reset-system, clear, quit or exit; <image> and <video> ask for a file or URL"
+END_OF_TEXT = "#"  # ends a text of several lines
+DEFAULT_SYSTEM = "default-system"  # said instead of a system message: what the chat template does without one
+_TAG = re.compile(r"\(<(image|video)>\./</\1>\)|<(image|video)>")  # the first is as MiniCPM-V's own prompts have it
+
+Next = Literal["read", "answer", "quit"]
+Medium = tuple[str, dict[str, Any]]  # "image" or "video", and its part of a message
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation and the message that is being written.
+
+    `lines` are those of an unfinished text of several lines; `draft` a finished text whose tags wait for `media`.
+    `naming` is set while the next text is the system message.
+    """
+
+    system: str | None = None
+    turns: tuple[Message, ...] = ()
+    media: tuple[Medium, ...] = ()
+    multiline: bool = False
+    naming: bool = False
+    lines: tuple[str, ...] = ()
+    draft: str | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that a server is sent: the system message, where one is set, and the turns."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
+
+
+def begin(*, system: str | None = None, images: Sequence[str | Path] = ()) -> Chat:
+    """A new chat; `images` belong to its first message. ValueError for a picture that cannot be read."""
+    return Chat(system=system, media=tuple(("image", part("image", str(image))) for image in images))
+
+
+def prompt(chat: Chat) -> str:
+    """What stands before the cursor."""
+    if kind := wanted(chat):
+        return f"Input {'an' if kind == 'image' else 'a'} {kind} path or URL <<< "
+    if chat.lines:
+        return ""
+    mode = ("M" if chat.multiline else "") + ("S" if chat.naming else "")
+    return f"<<<[{mode}] " if mode else "<<< "
+
+
+def wanted(chat: Chat) -> str | None:
+    """ "image" or "video" while the next line names one: the kind of the draft's first tag that has no medium yet."""
+    left = [kind for kind, _ in chat.media]
+    for tag in _TAG.finditer(chat.draft or ""):
+        if (kind := tag[1] or tag[2]) not in left:
+            return kind
+        left.remove(kind)
+    return None
+
+
+def heard(chat: Chat, line: str) -> tuple[Chat, Next, str]:
+    """The chat after one more line (without its newline), what to do now, and a note for the user ("" for none).
+
+    "answer" means that the last turn is a question that is ready to be sent.
+    """
+    if any("\ud800" <= c <= "\udfff" for c in line):  # how Python keeps bytes that are no UTF-8
+        return chat, "read", "that line is not UTF-8; type it again"
+    if wanted(chat):
+        return _medium(chat, line)
+    if not chat.naming and not chat.lines:  # of several lines too: at once, or with the mark that ends a text
+        word = line.removesuffix(END_OF_TEXT) if chat.multiline else line
+        if done := _command(chat, word.strip().lower()):
+            return done
+    if chat.multiline:
+        if not line.endswith(END_OF_TEXT):
+            return replace(chat, lines=(*chat.lines, line)), "read", ""
+        line = "\n".join((*chat.lines, line.removesuffix(END_OF_TEXT))).strip("\n")
+        chat = replace(chat, lines=())
+    if chat.naming:
+        system = None if line.strip() in ("", DEFAULT_SYSTEM) else line
+        told = "the system message is set" if system else "the system message is the chat template's own"
+        return Chat(system=system, multiline=chat.multiline), "read", f"{told}; the conversation starts anew"
+    if not line.strip():
+        return chat, "read", ""
+    return _composed(replace(chat, draft=line))
+
+
+def _command(chat: Chat, word: str) -> tuple[Chat, Next, str] | None:
+    match word:
+        case "quit" | "exit":
+            return chat, "quit", ""
+        case "clear":
+            return Chat(system=chat.system, multiline=chat.multiline), "read", "the conversation starts anew"
+        case "multi-line":
+            return replace(chat, multiline=True), "read", f"a text ends with {END_OF_TEXT}; single-line goes back"
+        case "single-line":
+            return replace(chat, multiline=False), "read", ""
+        case "reset-system":
+            return replace(chat, naming=True), "read", f"type the system message, or {DEFAULT_SYSTEM}"
+    return None
+
+
+def _medium(chat: Chat, line: str) -> tuple[Chat, Next, str]:
+    kind = wanted(chat) or ""
+    if not line.strip():
+        return replace(chat, draft=None, media=()), "read", f"no {kind}: the message is not sent"
+    try:
+        return _composed(replace(chat, media=(*chat.media, (kind, part(kind, line)))))
+    except ValueError as e:
+        return chat, "read", f"{e} (an empty line drops the message)"
+
+
+def _composed(chat: Chat) -> tuple[Chat, Next, str]:
+    """The draft as a turn, once its tags have their media; media without a tag stand before the text."""
+    if wanted(chat) or chat.draft is None:
+        return chat, "read", ""
+    media = list(chat.media)
+    parts: list[dict[str, Any]] = []
+    at = 0
+
+    def text(piece: str) -> None:
+        if piece.strip():
+            parts.append({"type": "text", "text": piece})
+
+    for tag in _TAG.finditer(chat.draft):
+        text(chat.draft[at : tag.start()])
+        first = next(i for i, (kind, _) in enumerate(media) if kind == (tag[1] or tag[2]))
+        parts.append(media.pop(first)[1])
+        at = tag.end()
+    text(chat.draft[at:])
+    content = [*(item for _, item in media), *parts] if chat.media else chat.draft
+    turn = {"role": "user", "content": content}
+    return replace(chat, turns=(*chat.turns, turn), draft=None, media=()), "answer", ""
+
+
+def part(kind: str, address: str) -> dict[str, Any]:
+    """The part of a message for a picture or video: URLs as they are, a file as a data URL. ValueError names a file
+    that is missing or no picture. Quotes that a terminal puts around a file dropped on it are taken off.
+    """
+    address = address.strip()
+    if len(address) > 1 and address[0] == address[-1] and address[0] in "'\"":
+        address = address[1:-1]
+    url = image_url(address) if kind == "image" else _video_url(address)
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+
+
+def _video_url(address: str) -> str:
+    if re.match(r"(https?://|data:)", address):
+        return address
+    path = Path(address).expanduser()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"no video {path}") from None
+    except OSError as e:
+        raise ValueError(f"the video {path} cannot be read: {e.strerror}") from None
+    return f"data:{mimetypes.guess_type(path.name)[0] or 'video/mp4'};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def answered(chat: Chat, text: str) -> Chat:
+    """The chat with the assistant's turn."""
+    return replace(chat, turns=(*chat.turns, {"role": "assistant", "content": text}))
+
+
+def dropped(chat: Chat) -> Chat:
+    """The chat without its last turn: a question that got no answer."""
+    return replace(chat, turns=chat.turns[:-1])
+
+
+def talk(
+    chat: Chat,
+    answer: Callable[[Sequence[Message]], Iterator[str]],
+    *,
+    read: Callable[[str], str],
+    write: Callable[[str], None],
+    note: Callable[[str], None],
+) -> Chat:
+    """Read, answer and write until `quit` or the end of the input (EOFError of `read`); returns the chat as it ended.
+
+    `read(prompt)` gives a line, `write` gets pieces of answers, `note` whole lines for the user. Ctrl-C ends the
+    answer under way and keeps what came of it. A question that the server refuses is told and taken back; OSError
+    when the server is gone.
+    """
+    while True:
+        try:
+            line = read(prompt(chat))
+        except EOFError:
+            if not chat.lines:
+                return chat
+            line = END_OF_TEXT  # the input ended within a text: that is the end of it
+        chat, then, told = heard(chat, line)
+        if told:
+            note(told)
+        if then == "quit":
+            return chat
+        if then == "answer":
+            chat = _answer(chat, answer, write, note)
+
+
+def _answer(chat: Chat, answer: Any, write: Callable[[str], None], note: Callable[[str], None]) -> Chat:
+    pieces: list[str] = []
+    told = ""
+    try:
+        with closing(answer(chat.messages)) as stream:
+            for piece in stream:
+                pieces.append(piece)
+                write(piece)
+        chat = answered(chat, "".join(pieces))
+    except KeyboardInterrupt:
+        told = "stopped" if pieces else "stopped before an answer; the question is taken back"
+        chat = answered(chat, "".join(pieces)) if pieces else dropped(chat)
+    except (ValueError, RuntimeError) as e:
+        told = f"{e}; the question is taken back"
+        chat = dropped(chat)
+    write("\n")
+    if told:
+        note(told)
+    return chat
