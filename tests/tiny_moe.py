@@ -124,7 +124,11 @@ def _config(kind: str, words: Any, changes: dict[str, Any]) -> Any:
             vision_start_token_id=number("<|vision_start|>"),
             vision_end_token_id=number("<|vision_end|>"),
         )
-    text |= {"use_qk_norm": False, **grouped, "rope_parameters": {**rope, "mrope_section": [8, 12, 12], "partial_rotary_factor": 1.0}}
+    text |= {
+        "use_qk_norm": False,
+        **grouped,
+        "rope_parameters": {**rope, "mrope_section": [8, 12, 12], "partial_rotary_factor": 1.0},
+    }
     vision |= {"patch_size": 14, "image_size": 112, "intermediate_size": HIDDEN}
     return t.Glm4vMoeConfig(
         text_config={**text, **changes},
