@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..recipes.folder import headers, shard_names
+from ..export.subject import read_subject
 from ..serve.footprint import Footprint
-from ..serve.shape import context_length, kv_token_bytes, read_config
+from ..serve.shape import context_length, kv_token_bytes, read_config, tokens_in
+from ..serve.weights import read_weights
 from .report import Figure
 
 RESERVE = 0.10  # of the budget: activations, CUDA graphs and the driver
@@ -29,10 +30,8 @@ class Fit:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all tensors by the headers of the folder's safetensors files. OSError as `headers`."""
-    files = (headers(folder / name) for name in shard_names(folder))
-    sizes = (tensor["data_offsets"] for header in files for n, tensor in header.items() if n != "__metadata__")
-    return sum(end - begin for begin, end in sizes)
+    """Bytes of all tensors as an engine keeps them, by the files' headers. Errors as `read_subject`'s."""
+    return read_weights(read_subject(folder)).total
 
 
 def fit(folder: Path, *, budget: int, context: int, cache_tokens: int | None = None) -> Fit:
@@ -46,7 +45,7 @@ def fit(folder: Path, *, budget: int, context: int, cache_tokens: int | None = N
     config = read_config(folder)
     weights, kv_token = weight_bytes(folder), kv_token_bytes(config)
     cache = max(0, int(budget * (1 - RESERVE)) - weights)
-    tokens = cache_tokens if cache_tokens is not None else cache // max(kv_token, 1)
+    tokens = cache_tokens if cache_tokens is not None else tokens_in(cache, kv_token)
     if cache_tokens is not None:
         cache = cache_tokens * kv_token
     return Fit(weights, kv_token, cache, min(tokens, context_length(config)), tokens // context, context)

@@ -14,25 +14,26 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from ..export.subject import read_subject
+from .bill import PICTURES, read_model
 from .flags import Flag, Launch, given, merged, number
 from .machine import GIB, Machine
+from .plan_flags import asked_in
+from .planner import MIN_CONTEXT, planned
 from .rules.rule import judge
 from .rules.verdicts import PLACES, setting_of
-from .shape import Shape, read_shape
+from .shape import Shape, context_length, read_shape, tokens_in
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CPU_CONTEXT = 8192  # tokens; a CPU prefills slowly, and eight such sequences bound the cache
 CPU_SEQUENCES = 8
 FEW_CORES = 4
 CPU_RUNTIME = 2 * GIB  # what vLLM's two processes take beside weights and cache (2.3 GiB seen with a tiny model)
-GPU_SHARE = 0.90  # of the card's memory; the rest is for the driver and the display
-MIN_CONTEXT = 512  # tokens; less does not hold one picture and its question
-PICTURES = 8
 
 
 def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
@@ -112,13 +113,13 @@ def vllm(
     ]
     variables: dict[str, tuple[str, str]] = {}
     if device == "cuda":
-        flags += _cuda_flags(shape, machine, max_model_len, extra)
+        flags += _cuda_flags(target, machine, max_model_len, extra)
     else:
         more, variables = _cpu_flags(shape, machine, max_model_len, extra)
         flags += more
-    if shape.vision:
-        limit = json.dumps({"image": PICTURES}, separators=(",", ":"))
-        flags.append(Flag("--limit-mm-per-prompt", limit, f"up to {PICTURES} pictures in one request"))
+        if shape.vision:
+            limit = json.dumps({"image": PICTURES}, separators=(",", ":"))
+            flags.append(Flag("--limit-mm-per-prompt", limit, f"up to {PICTURES} pictures in one request"))
     if trust_remote_code:
         flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
     variables["HF_HUB_OFFLINE"] = ("1", "every file is in the folder; no hub is asked")
@@ -201,12 +202,12 @@ def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
         )
 
 
-def _context(shape: Shape, wanted: int | None, room: int, where: str, most: int) -> tuple[int, str]:
+def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:
     """(tokens, reason) for --max-model-len: what was asked, else what fits into `room` bytes of cache."""
     if wanted is not None:
         return wanted, "you asked for it"
-    top = min(shape.context, most)
-    fits = room // shape.kv_token if shape.kv_token else top
+    top = min(shape.context, CPU_CONTEXT)
+    fits = tokens_in(room, shape.kv_token) if shape.kv_token else top
     if fits >= top:
         return (
             top,
@@ -214,43 +215,35 @@ def _context(shape: Shape, wanted: int | None, room: int, where: str, most: int)
         )
     if fits < MIN_CONTEXT:
         raise ValueError(
-            f"{where}: {shape.weights / GIB:.2f} GiB of weights leave room for {max(0, fits)} tokens of context; "
-            "quantize the model to 4 bits, free memory, or use a larger machine"
+            f"this machine's memory: {shape.weights / GIB:.2f} GiB of weights leave room for {fits} tokens of "
+            "context; quantize the model to 4 bits, free memory, or use a larger machine"
         )
     fits = fits // 256 * 256
     return fits, f"of {shape.context} tokens this many fit beside the weights"
 
 
-def _cuda_flags(shape: Shape, machine: Machine, wanted: int | None, extra: Sequence[str]) -> list[Flag]:
-    cards = 1
-    for names in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
-        cards *= int(number(extra, *names) or 1)
-    card = machine.gpus[0]
-    free = card.free / card.memory
-    share, why = GPU_SHARE, "the rest of the card is for the driver and the display"
-    if free - 0.02 < share:
-        share = max(0.05, math.floor((free - 0.02) * 100) / 100)
-        why = f"{(card.memory - card.free) / GIB:.1f} GiB of the card is in use by others"
-    share = number(extra, "--gpu-memory-utilization") or share
-    # activations, CUDA graphs and the encoder's profiling run: 5% of a card, at least 1 GiB
-    reserve = max(GIB, int(0.05 * card.memory))
-    room = int(share * card.memory) * cards - shape.weights - reserve * cards
-    tokens, reason = _context(shape, wanted, room, card.name, shape.context)
-    flags = [
-        Flag("--max-model-len", str(tokens), reason),
-        Flag("--gpu-memory-utilization", f"{share:.2f}", why),
-    ]
-    if card.capability < 8.0 and shape.dtype != "float16":
-        why = f"{card.name} (compute capability {card.capability}) has no bfloat16"
-        flags.append(Flag("--dtype", "float16", why))
-    return flags
+def _cuda_flags(target: Path, machine: Machine, wanted: int | None, extra: Sequence[str]) -> tuple[Flag, ...]:
+    """The plan's flags for this machine's first card. What a user asks for by number is never refused here: the plan
+    is an estimate, and the engine knows better."""
+    model, card = read_model(target), machine.gpus[0]
+    ask = asked_in(extra, context=wanted)
+    if ask.context is not None:
+        ask = replace(ask, context=min(ask.context, context_length(model.config)))
+    found = planned(model, card, ask)
+    if found.problem and ask.context is None:
+        raise ValueError(
+            f"{card.name}: {found.problem}; what would fit: {'; or '.join(found.changes)} "
+            f"(`mmq plan {target}` shows where the memory goes)"
+        )
+    asked = [Flag("--max-model-len", str(wanted), "you asked for it")] if wanted is not None else []
+    return (*asked, *(flag for flag in found.flags if not (asked and flag.name == "--max-model-len")))
 
 
 def _cpu_flags(
     shape: Shape, machine: Machine, wanted: int | None, extra: Sequence[str]
 ) -> tuple[list[Flag], dict[str, tuple[str, str]]]:
     room = machine.available - shape.weights - CPU_RUNTIME
-    tokens, reason = _context(shape, wanted, room, "this machine's memory", CPU_CONTEXT)
+    tokens, reason = _context(shape, wanted, room)
     sequences = int(number(extra, "--max-num-seqs") or CPU_SEQUENCES)
     tokens = int(number(extra, "--max-model-len") or tokens)
     # one more sequence than fits is no harm: vLLM queues; one sequence must fit

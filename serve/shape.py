@@ -5,6 +5,7 @@ Reads config.json and the weight files' sizes with the standard library. Knows n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..recipes.folder import shard_names
 
 # layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
 CACHED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+BLOCK = 16  # tokens; vLLM's cache is handed out in blocks of so many on a GPU
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -28,13 +30,15 @@ class Shape:
     quantized: str | None  # quantization_config's quant_method, None for 16 bit
     vision: bool
     dtype: str
+    heads: int = 1  # attention heads of the decoder, which tensor parallelism deals out
 
 
-def kv_token_bytes(config: Mapping[str, Any], *, itemsize: int = 2) -> int:
+def kv_token_bytes(config: Mapping[str, Any], *, itemsize: int = 2, tp: int = 1) -> int:
     """Bytes of key-value cache that one token takes over all layers, at `itemsize` bytes an element.
 
-    Multi-head latent attention (`kv_lora_rank`) keeps one compressed vector instead of keys and values. Sliding
-    layers count in full: an upper bound. ValueError where the config does not tell.
+    On each of `tp` GPUs: heads are dealt out, and copied where there are fewer. Multi-head latent attention
+    (`kv_lora_rank`) keeps one compressed vector instead of keys and values, whole on each GPU. Sliding layers count
+    in full: an upper bound. ValueError where the config does not tell.
     """
     text = text_config(config)
     try:
@@ -49,12 +53,23 @@ def kv_token_bytes(config: Mapping[str, Any], *, itemsize: int = 2) -> int:
         head_dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
     except (KeyError, TypeError, ZeroDivisionError) as e:
         raise ValueError(f"config.json does not tell the cache's size: {e} is missing or not a number") from None
-    return layers * 2 * kv_heads * head_dim * itemsize
+    return layers * 2 * math.ceil(kv_heads / tp) * head_dim * itemsize
+
+
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether each token reads only some of the decoder's weights."""
+    text = text_config(config)
+    return any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def context_length(config: Mapping[str, Any]) -> int:
     """The longest context the model was made for, in tokens; 2048 where the config does not say."""
     return int(text_config(config).get("max_position_embeddings") or 2048)
+
+
+def tokens_in(room: int, kv_token: int) -> int:
+    """Tokens of cache that `room` bytes hold, in whole blocks of `BLOCK`; a model without a cache counts as a byte."""
+    return max(0, room) // (max(kv_token, 1) * BLOCK) * BLOCK
 
 
 def weight_bytes(folder: Path) -> int:
@@ -76,4 +91,5 @@ def read_shape(folder: Path) -> Shape:
         quantized=method,
         vision="vision_config" in config or "visual" in config or "vision_tower" in config,
         dtype=dtype,
+        heads=int(text.get("num_attention_heads") or 1),
     )

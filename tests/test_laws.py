@@ -195,7 +195,15 @@ def test_the_peers_scripts_import_nothing_of_ours():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["quantize", "--help"], ["serve", "--help"], ["recipes"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["quantize", "--help"],
+        ["serve", "--help"],
+        ["recipes"],
+        ["plan", str(ROOT / "recipes" / "pebble" / "model"), "--card", "4090"],
+    ],
 )
 def test_a_light_command_imports_nothing_heavy(arguments):
     code = """

@@ -20,6 +20,7 @@ import pytest
 
 from mmq.recipes.pebble.tasks import exact, samples
 from mmq.recipes.samples import Sample, as_openai
+from mmq.serve.bill import Ask, read_model
 from mmq.serve.client import ask, cache_tokens, connect, image_url, metrics, parse_metrics, stream, user_message
 from mmq.serve.engines import ENGINES, find_vllm, packages_beside, plan
 from mmq.serve.flags import Launch, shell_line
@@ -27,6 +28,7 @@ from mmq.serve.footprint import footprint, group_members
 from mmq.serve.launch import Server, check_port, foreground, free_port, running
 from mmq.serve.log import loaded_bytes, useful_lines, why_it_died
 from mmq.serve.machine import GIB, Gpu, Machine, parse_gpus, this_machine
+from mmq.serve.planner import planned
 from mmq.serve.shape import kv_token_bytes, read_shape
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -56,13 +58,16 @@ def program(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, pebble: Path) -> Callable[..., Path]:
-    """`checkpoint(weights=BYTES, **config)`: pebble's folder with other keys in its config, and sparse weights."""
+    """`checkpoint(weights=BYTES, **config)`: pebble's folder with other keys in its config, and one sparse tensor."""
 
     def make(*, weights: int = 1 << 20, **changes: object) -> Path:
         folder = tmp_path / "checkpoint"
         shutil.copytree(pebble, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        tensor = {"dtype": "BF16", "shape": [weights // 2], "data_offsets": [0, weights]}
+        header = json.dumps({"model.language_model.layers.0.mlp.up_proj.weight": tensor}).encode()
         with (folder / "model.safetensors").open("wb") as f:
-            f.truncate(weights)
+            f.write(len(header).to_bytes(8, "little") + header)
+            f.truncate(8 + len(header) + weights)
         config = json.loads((folder / "config.json").read_text())
         config["text_config"] |= changes.pop("text_config", {})  # type: ignore[arg-type, operator]
         (folder / "config.json").write_text(json.dumps(config | changes))
@@ -150,15 +155,16 @@ def test_a_card_gets_the_context_that_fits(program: Callable[..., Path], checkpo
     launch = plan("vllm", folder, machine=DESK, environ=environ)
     assert launch.device == "cuda"
     assert "VLLM_CPU_KVCACHE_SPACE" not in launch.env
-    # 28 layers * 2 * 4 heads * 128 * 2 bytes a token; 90% of the card less weights less 1.2 GiB
+    # 28 layers * 2 * 4 heads * 128 * 2 bytes a token; the flags are the planner's
     assert kv_token_bytes(json.loads((folder / "config.json").read_text())) == 57344
-    room = int(0.9 * RTX_4090.memory) - 15 * GIB - int(0.05 * RTX_4090.memory)
-    assert int(value(launch, "--max-model-len")) == room // 57344 // 256 * 256
+    found = planned(read_model(folder), RTX_4090, Ask())
+    assert int(value(launch, "--max-model-len")) == found.context == found.tokens // 256 * 256
+    assert {flag.name for flag in found.flags} < {word for word in launch.argv if word.startswith("--")}
     assert "--dtype" not in launch.argv
     two = plan("vllm", folder, machine=DESK, environ=environ, extra=("-tp", "2"))
     assert int(value(two, "--max-model-len")) == 131072
     busy = replace(DESK, gpus=(replace(RTX_4090, free=20 * GIB),))
-    assert float(value(plan("vllm", folder, machine=busy, environ=environ), "--gpu-memory-utilization")) == 0.81
+    assert float(value(plan("vllm", folder, machine=busy, environ=environ), "--gpu-memory-utilization")) == 0.80
     old = replace(DESK, gpus=(replace(RTX_4090, capability=7.5),))
     assert value(plan("vllm", folder, machine=old, environ=environ), "--dtype") == "float16"
 
@@ -167,7 +173,7 @@ def test_a_card_gets_the_context_that_fits(program: Callable[..., Path], checkpo
 def test_a_model_too_large_is_told(
     machine: Machine, program: Callable[..., Path], checkpoint: Callable[..., Path]
 ) -> None:
-    with pytest.raises(ValueError, match="quantize the model to 4 bits"):
+    with pytest.raises(ValueError, match=r"30.00 GiB of weights leave room for 0 tokens of context"):
         plan("vllm", checkpoint(weights=30 * GIB), machine=machine, environ={"MMQ_VLLM": str(program(vllm="0.32.0"))})
 
 

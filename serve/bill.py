@@ -1,0 +1,143 @@
+"""What serving takes of each card, line by line: weights, the passes vLLM profiles with, graphs, libraries.
+
+Counts for one ask and one context; `planner` looks for what fits. Knows no flags.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..export.subject import read_subject
+from . import overhead
+from .machine import Gpu
+from .pictures import Vision, read_vision
+from .shape import Shape, kv_token_bytes, read_shape
+from .weights import Weights, read_weights
+
+PICTURES = 8  # in one request, where nobody asked
+LEAST = {"images": 0, **dict.fromkeys(("context", "concurrency", "sequences", "tp", "pp", "pixels", "batched"), 1)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan needs to know of a checkpoint, read once."""
+
+    config: Mapping[str, Any]
+    shape: Shape
+    weights: Weights
+    vision: Vision | None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked for; None where the plan may choose. `images` None: up to `PICTURES`, and videos as in vLLM."""
+
+    context: int | None = None
+    concurrency: int | None = None  # sequences that are to be there at once, each as long as the context
+    sequences: int | None = None  # --max-num-seqs where there is no concurrency: more than fit only wait
+    images: int | None = None
+    tp: int = 1
+    pp: int = 1
+    kv_dtype: str = "auto"  # auto or fp8
+    pixels: int | None = None  # of the largest picture, for families that have the setting
+    share: float | None = None  # of the card, else as much as is safe
+    batched: int | None = None  # --max-num-batched-tokens, else vLLM's own
+    eager: bool = False  # no CUDA graphs
+    video: bool | None = None  # None: not where `images` is given
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise ValueError(f"the cache's dtype is {self.kv_dtype!r}; auto and fp8 are known")
+
+    @property
+    def pictures(self) -> int:
+        """Pictures in one request, at most."""
+        return PICTURES if self.images is None else self.images
+
+    @property
+    def videos(self) -> bool:
+        """Whether videos are served too."""
+        return self.images is None if self.video is None else self.video
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the bill, bytes on each card. Passes that do not run at the same time share their memory: only the
+    largest is `counted`."""
+
+    name: str
+    size: int
+    why: str
+    counted: bool = True
+
+
+def read_model(folder: Path) -> Model:
+    """Read config and headers of the checkpoint in `folder`. OSError or ValueError as they are broken."""
+    subject = read_subject(folder)
+    config = subject.config
+    return Model(config, read_shape(folder), read_weights(subject), read_vision(folder, config))
+
+
+def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...]:
+    """The bill for each card, without the cache. Weights are dealt out over `tp` cards, layers over `pp`."""
+    sequences, batched = sequences_of(card, ask), ask.batched or overhead.batched_tokens(card.memory)
+    found = []
+    tower = model.vision.heads % ask.tp == 0 if model.vision else False
+    for name, size in model.weights.parts.items():
+        if size:
+            whole = name == "projector" or (name == "vision tower" and not tower)
+            cards = 1 if whole else ask.tp * (ask.pp if name == "decoder" else 1)
+            found.append(Part(f"weights: {name}", math.ceil(size / cards), "the files' headers"))
+    passes = {}
+    features = 0
+    if model.vision is not None:
+        options: dict[str, Any] = {"images": ask.pictures, "video": ask.videos, "context": context}
+        features = overhead.profiled_tokens(model.vision, batched=batched, sequences=sequences, **options)
+        why = f"{int(features * model.vision.per_token)} patches, the largest input that vLLM profiles with"
+        passes["vision tower at work"] = (overhead.tower_bytes(model.vision, features, tp=ask.tp), why)
+    elif model.shape.vision:
+        passes["vision tower at work"] = (overhead.UNKNOWN_TOWER, "a family whose pictures are not known here: assumed")
+    hidden, _, vocabulary = overhead.widths(model.config)
+    forward = overhead.decoder_bytes(model.config, batched, tp=ask.tp)
+    passes["decoder at work"] = (forward, f"one layer over {batched} tokens, vLLM's largest step")
+    drawn = overhead.sampler_bytes(model.config, sequences)
+    passes["sampling"] = (drawn, f"{sequences} sequences x {vocabulary} words x {overhead.SAMPLED} bytes")
+    most = max(size for size, _ in passes.values())
+    largest = next(name for name, (size, _) in passes.items() if size == most)
+    found += [Part(name, size, why, counted=name == largest) for name, (size, why) in passes.items()]
+    if features and model.vision is not None:
+        size = features * model.vision.outputs * hidden * overhead.ITEM
+        found.append(Part("picture features", size, f"{features} tokens, kept while the decoder runs"))
+    if not ask.eager:
+        graphs = overhead.graph_count(sequences, batched)
+        size = overhead.GRAPHS + graphs * overhead.GRAPH
+        found.append(Part("CUDA graphs", size, f"{graphs} graphs; constants laid above published logs"))
+    found.append(Part("libraries", overhead.LIBRARIES, "cuBLAS and attention workspaces: assumed"))
+    if ask.tp * ask.pp > 1:
+        found.append(Part("NCCL", overhead.NCCL, "buffers between cards: assumed"))
+    found.append(Part("margin", int(overhead.MARGIN * card.memory), f"{overhead.MARGIN:.0%} of the card: assumed"))
+    return tuple(found)
+
+
+def room(parts: tuple[Part, ...], card: Gpu, share: float) -> int:
+    """Bytes that are left for the cache on each card; negative where the parts alone are too much."""
+    return int(share * card.memory) - sum(p.size for p in parts if p.counted)
+
+
+def kv_token_of(model: Model, ask: Ask) -> int:
+    """Bytes a token on each card; layers of a pipeline are dealt out, the longest stage counts."""
+    whole = kv_token_bytes(model.config, itemsize=1 if ask.kv_dtype == "fp8" else 2, tp=ask.tp)
+    return math.ceil(whole / ask.pp)
+
+
+def sequences_of(card: Gpu, ask: Ask) -> int:
+    """--max-num-seqs: what was asked, else vLLM's own."""
+    return ask.concurrency or ask.sequences or overhead.default_sequences(card.memory)

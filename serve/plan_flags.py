@@ -1,0 +1,88 @@
+"""vLLM's flags for a plan, each with its reason; and what a user's own flags ask of the plan. Knows no arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .bill import Ask, Model
+from .flags import Flag, given, number
+from .machine import Gpu
+from .shape import context_length
+
+
+def flags_of(
+    model: Model, ask: Ask, card: Gpu, *, context: int, share: tuple[float, str], image_tokens: int
+) -> tuple[Flag, ...]:
+    """The engine's flags, each with its reason."""
+    top = context_length(model.config)
+    if ask.context is not None:
+        why = "you asked for it"
+    elif context == top:
+        why = "the model's whole context fits"
+    else:
+        why = f"of {top} tokens this many fit beside the weights"
+    if ask.context is None and ask.concurrency:
+        why += f", {ask.concurrency} times"
+    flags = [Flag("--max-model-len", str(context), why)]
+    flags.append(Flag("--gpu-memory-utilization", f"{share[0]:.2f}", share[1]))
+    if ask.concurrency:
+        why = "you asked for it; fewer than vLLM's own make sampling and CUDA graphs smaller"
+        flags.append(Flag("--max-num-seqs", str(ask.concurrency), why))
+    if ask.kv_dtype != "auto":
+        flags.append(Flag("--kv-cache-dtype", ask.kv_dtype, "half the bytes a token; costs accuracy, so check it"))
+    if ask.tp > 1:
+        flags.append(Flag("--tensor-parallel-size", str(ask.tp), "each layer over so many cards", ("-tp",)))
+    if ask.pixels is not None and model.vision is not None:
+        value = json.dumps({"max_pixels": ask.pixels}, separators=(",", ":"))
+        flags.append(Flag("--mm-processor-kwargs", value, f"a picture takes {image_tokens} tokens at most"))
+    if model.shape.vision:
+        flags.append(picture_limit(model, ask))
+    if card.capability < 8.0 and model.shape.dtype != "float16":
+        why = f"{card.name} (compute capability {card.capability}) has no bfloat16"
+        flags.append(Flag("--dtype", "float16", why))
+    return tuple(flags)
+
+
+def picture_limit(model: Model, ask: Ask) -> Flag:
+    """How many pictures a request may hold; videos are shut out where they are not wanted, for what they would take."""
+    limit, why = {"image": ask.pictures}, f"up to {ask.pictures} pictures in one request"
+    if not ask.videos and model.vision is not None and model.vision.steps > 1:
+        limit["video"] = 0
+        why += "; no video, for which vLLM would keep memory free"
+    return Flag("--limit-mm-per-prompt", json.dumps(limit, separators=(",", ":")), why)
+
+
+def asked_in(extra: Sequence[str], *, context: int | None) -> Ask:
+    """What the engine's flags in `extra` ask of the plan; `context` where they say nothing of it."""
+    wanted: dict[str, Any] = {"context": _whole(extra, "--max-model-len") or context}
+    limit = _json(extra, "--limit-mm-per-prompt")
+    if isinstance(limit.get("image"), int):
+        wanted |= {"images": limit["image"], "video": limit.get("video") != 0}
+    pixels = _json(extra, "--mm-processor-kwargs").get("max_pixels")
+    return Ask(
+        sequences=_whole(extra, "--max-num-seqs"),
+        tp=_whole(extra, "--tensor-parallel-size", "-tp") or 1,
+        pp=_whole(extra, "--pipeline-parallel-size", "-pp") or 1,
+        kv_dtype="fp8" if (given(extra, "--kv-cache-dtype") or "").startswith("fp8") else "auto",
+        pixels=pixels if isinstance(pixels, int) else None,
+        share=number(extra, "--gpu-memory-utilization"),
+        batched=_whole(extra, "--max-num-batched-tokens"),
+        eager=given(extra, "--enforce-eager") is not None,
+        **wanted,
+    )
+
+
+def _whole(extra: Sequence[str], *names: str) -> int | None:
+    found = number(extra, *names)
+    return None if found is None else int(found)
+
+
+def _json(extra: Sequence[str], name: str) -> dict[str, Any]:
+    """The flag's JSON object; {} where there is none, or it is in another of the engine's spellings."""
+    try:
+        found = json.loads(given(extra, name) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

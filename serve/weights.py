@@ -1,0 +1,79 @@
+"""Where a checkpoint's bytes are: decoder, embeddings, head, vision tower, projector; by the headers' names and shapes.
+
+Counts what an engine keeps: float32 and float64 tensors in 16 bit, the rest as stored. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..export.subject import HEADS, Subject
+
+PARTS = ("decoder", "embeddings", "head", "vision tower", "projector", "other")
+ITEM = {
+    **dict.fromkeys(("F64", "F32", "BF16", "F16", "I16", "U16"), 2),  # engines cast wider floats to 16 bit
+    **dict.fromkeys(("I64", "U64"), 8),
+    **dict.fromkeys(("I32", "U32"), 4),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+PROJECTOR = re.compile(
+    r"(^|\.)(merger|deepstack_merger_list|multi_modal_projector|mm_projector|multimodal_projector|resampler|mlp1|"
+    r"connector|aligner|projector|vision_projector|vision_language_adapter|patch_merger)(\.|$)"
+)
+VISION = re.compile(
+    r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|vision|vpm|image_encoder|image_tower|vit)(\.|$)"
+)
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in)\.weight$")
+LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+INT4_BITS = 4 + (16 + 4) / 128  # a weight in groups of 128 with a 16-bit scale and a 4-bit zero point
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes by part, all parts present. `loose` is the number of weights in the decoder's 16-bit matrices, which int4
+    would take; `packed` says that something is packed already."""
+
+    parts: Mapping[str, int]
+    loose: int
+    packed: bool
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def as_int4(self) -> Weights:
+        """The same with the decoder's 16-bit matrices packed to int4 in groups of 128."""
+        less = int(self.loose * (16 - INT4_BITS) / 8)
+        return Weights({**self.parts, "decoder": self.parts["decoder"] - less}, 0, True)
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor of this name belongs to."""
+    if PROJECTOR.search(name) and not (LAYER.search(name) and not VISION.search(name)):
+        return "projector"
+    if VISION.search(name):
+        return "vision tower"
+    if EMBEDDINGS.search(name):
+        return "embeddings"
+    if HEADS.search(name.rpartition(".")[0]) and not LAYER.search(name):
+        return "head"
+    return "decoder" if LAYER.search(name) else "other"
+
+
+def read_weights(subject: Subject) -> Weights:
+    """Count the subject's tensors. ValueError for a dtype whose size is not known."""
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    loose = 0
+    for name, tensor in subject.tensors.items():
+        if tensor.dtype not in ITEM:
+            raise ValueError(f"{subject.folder}: {name} is {tensor.dtype}, whose size is not known: {', '.join(ITEM)}")
+        part, size = part_of(name), math.prod(tensor.shape)
+        parts[part] += size * ITEM[tensor.dtype]
+        if part == "decoder" and len(tensor.shape) >= 2 and tensor.dtype in ("F64", "F32", "BF16", "F16"):
+            loose += 0 if name.endswith(("scales", "weight_scale")) else size
+    return Weights(parts, loose, bool(subject.packed))

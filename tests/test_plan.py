@@ -1,0 +1,387 @@
+"""The planner: bytes counted and estimated, against sums by hand for three shapes; what it says where nothing fits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
+
+from mmq.serve import overhead
+from mmq.serve.bill import Ask, Model, parts_of, read_model
+from mmq.serve.cards import CARDS, card_named
+from mmq.serve.launch import Server
+from mmq.serve.machine import GIB, this_machine
+from mmq.serve.plan_flags import asked_in
+from mmq.serve.plan_table import decode_bound, facts, rows
+from mmq.serve.planner import Plan, planned
+from mmq.serve.shape import kv_token_bytes, tokens_in
+from mmq.serve.weights import part_of
+
+CARD = card_named("4090").gpu
+QWEN2 = {  # the decoder of Qwen2.5-VL-7B and of MiniCPM-V 2.6
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "torch_dtype": "bfloat16",
+}
+QWEN = QWEN2 | {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "vocab_size": 152064,
+    "max_position_embeddings": 128000,
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+MINICPM = QWEN2 | {
+    "architectures": ["MiniCPMV"],
+    "model_type": "minicpmv",
+    "vocab_size": 151666,
+    "max_position_embeddings": 32768,
+    "query_num": 64,
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 980,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+}
+
+
+def decoder(at: str, *, head: str, vocabulary: int) -> dict[str, list[int]]:
+    found = {f"{at}embed_tokens.weight": [vocabulary, 3584], f"{at}norm.weight": [3584], head: [vocabulary, 3584]}
+    for n in range(28):
+        layer = f"{at}layers.{n}."
+        for name, width in (("q", 3584), ("k", 512), ("v", 512)):
+            found[f"{layer}self_attn.{name}_proj.weight"] = [width, 3584]
+            found[f"{layer}self_attn.{name}_proj.bias"] = [width]
+        found[f"{layer}self_attn.o_proj.weight"] = [3584, 3584]
+        found |= {f"{layer}mlp.{name}_proj.weight": [18944, 3584] for name in ("gate", "up")}
+        found[f"{layer}mlp.down_proj.weight"] = [3584, 18944]
+        found |= {f"{layer}{name}_layernorm.weight": [3584] for name in ("input", "post_attention")}
+    return found
+
+
+def qwen_tensors() -> dict[str, list[int]]:
+    found = decoder("model.", head="lm_head.weight", vocabulary=152064)
+    found["visual.patch_embed.proj.weight"] = [1280, 3, 2, 14, 14]
+    for n in range(32):
+        block = f"visual.blocks.{n}."
+        found |= {f"{block}norm{i}.weight": [1280] for i in (1, 2)}
+        for name, out, into in (
+            ("attn.qkv", 3840, 1280),
+            ("attn.proj", 1280, 1280),
+            ("mlp.gate_proj", 3420, 1280),
+            ("mlp.up_proj", 3420, 1280),
+            ("mlp.down_proj", 1280, 3420),
+        ):
+            found |= {f"{block}{name}.weight": [out, into], f"{block}{name}.bias": [out]}
+    found["visual.merger.ln_q.weight"] = [1280]
+    for name, out in (("0", 5120), ("2", 3584)):
+        found |= {f"visual.merger.mlp.{name}.weight": [out, 5120], f"visual.merger.mlp.{name}.bias": [out]}
+    return found
+
+
+def minicpm_tensors() -> dict[str, list[int]]:
+    found = decoder("llm.model.", head="llm.lm_head.weight", vocabulary=151666)
+    found |= {"vpm.embeddings.patch_embedding.weight": [1152, 3, 14, 14], "vpm.post_layernorm.weight": [1152]}
+    found |= {f"vpm.encoder.layers.{n}.mlp.fc1.weight": [4304, 1152] for n in range(27)}
+    found |= {"resampler.kv_proj.weight": [3584, 1152], "resampler.query": [64, 3584]}
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """`folder(config, tensors)`: a checkpoint of headers alone; the weights are a hole in a sparse file."""
+
+    def make(config: Mapping[str, Any], tensors: Mapping[str, list[int]], **files: Any) -> Path:
+        place = tmp_path / "checkpoint"
+        place.mkdir(exist_ok=True)
+        header, end = {}, 0
+        for name, shape in tensors.items():
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (place / "model.safetensors").open("wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            f.truncate(8 + len(text) + end)
+        for name, content in {"config": config, **files}.items():
+            (place / f"{name}.json").write_text(json.dumps(content))
+        return place
+
+    return make
+
+
+@pytest.fixture
+def qwen(folder: Callable[..., Path]) -> Model:
+    """Qwen2.5-VL-7B as it is published, by its shapes."""
+    return read_model(folder(QWEN, qwen_tensors(), preprocessor_config={"max_pixels": 12845056}))
+
+
+@pytest.fixture
+def minicpm(folder: Callable[..., Path]) -> Model:
+    """MiniCPM-V 2.6's decoder and the larger part of its tower."""
+    return read_model(folder(MINICPM, minicpm_tensors()))
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    return {part.name: part.size for part in plan.parts}
+
+
+def flags(plan: Plan) -> dict[str, str | None]:
+    assert all(flag.why for flag in plan.flags)
+    return {flag.name: flag.value for flag in plan.flags}
+
+
+# three shapes, by hand
+
+
+def test_qwen_2_5_vl_7b(qwen: Model) -> None:
+    # q and o, k and v with their biases, three of the MLP, two norms
+    layer = 2 * 3584 * 3584 + 3584 + 2 * (512 * 3584 + 512) + 3 * 3584 * 18944 + 2 * 3584
+    assert qwen.weights.parts["decoder"] == 2 * 28 * layer == 13_051_236_352
+    assert qwen.weights.parts["embeddings"] == qwen.weights.parts["head"] == 2 * 152064 * 3584
+    assert qwen.weights.parts["projector"] == 2 * (1280 + 5120 * 5120 + 5120 + 3584 * 5120 + 3584)
+    assert qwen.weights.total == 16_584_333_312  # total_size in the published checkpoint's index
+    plan = planned(qwen, CARD, Ask(images=2))
+    assert plan.kv_token == 28 * 2 * 4 * 128 * 2
+    # 12,845,056 pixels are 65,536 patches of 14 x 14, four to a token
+    assert plan.image_tokens == 16384
+    bill = sizes(plan)
+    # a patch: 3 x 2 x 14 x 14 pixels, residual and norm, then the larger of 8 widths and 3 x 3420; two bytes each
+    assert bill["vision tower at work"] == 65536 * 2 * (1176 + 2 * 1280 + 3 * 3420)
+    assert bill["decoder at work"] == 2048 * 2 * (3 * 3584 + 3 * 18944)
+    assert bill["sampling"] == 256 * 152064 * 24
+    assert bill["picture features"] == 16384 * 3584 * 2
+    assert bill["CUDA graphs"] == 2**28 + 86 * 2**23  # 51 in pieces up to 512 tokens, 35 whole up to 256
+    counted = sum(part.size for part in plan.parts if part.counted)
+    assert [part.name for part in plan.parts if not part.counted] == ["decoder at work", "sampling"]
+    assert plan.cache == int(0.9 * 24 * GIB) - counted
+    assert plan.tokens == plan.cache // 57344 // 16 * 16
+    assert plan.context == plan.max_context == plan.tokens // 256 * 256
+    assert (plan.max_batch, plan.images) == (1, (plan.context - 256) // 16384)
+    assert not plan.problem
+    assert flags(plan) == {
+        "--max-model-len": str(plan.context),
+        "--gpu-memory-utilization": "0.90",
+        "--limit-mm-per-prompt": '{"image":2,"video":0}',
+    }
+
+
+def test_minicpm_v_2_6(minicpm: Model) -> None:
+    parts = minicpm.weights.parts
+    assert parts["embeddings"] == parts["head"] == 2 * 151666 * 3584
+    assert parts["vision tower"] == 2 * (1152 * 3 * 14 * 14 + 1152 + 27 * 4304 * 1152)
+    assert parts["projector"] == 2 * (3584 * 1152 + 64 * 3584)
+    plan = planned(minicpm, CARD, Ask(context=4096, concurrency=4, images=3))
+    assert plan.kv_token == 57344
+    assert plan.image_tokens == 640  # nine slices and the whole, 64 each
+    bill = sizes(plan)
+    # 2048 batched tokens hold three such pictures: 3 x 10 slices of 32 x 32 patches; the MLP is not gated
+    assert bill["vision tower at work"] == 3 * 10240 * 2 * (3 * 14 * 14 + 2 * 1152 + max(8 * 1152, 2 * 4304))
+    assert bill["sampling"] == 4 * 151666 * 24
+    assert bill["CUDA graphs"] == 2**28 + (4 + 3) * 2**23  # 1, 2, 4, 8 in pieces; 1, 2, 4 whole
+    assert plan.images == (4096 - 256) // 640
+    assert plan.max_batch == plan.tokens // 4096 >= 4
+    assert plan.max_context == min(32768, plan.tokens // 4 // 256 * 256)
+    assert not plan.problem
+    assert flags(plan)["--max-num-seqs"] == "4"
+    assert flags(plan)["--limit-mm-per-prompt"] == '{"image":3}'  # no video is counted for this family
+
+
+def test_pebble(pebble: Path) -> None:
+    model = read_model(pebble)
+    assert model.weights.parts["embeddings"] == 2 * 2048 * 256
+    assert model.weights.parts["head"] == 0  # tied
+    plan = planned(model, CARD, Ask())
+    assert plan.kv_token == 5 * 2 * 2 * 64 * 2
+    assert plan.image_tokens == 50176 // 28**2
+    # a video of 14 frames in 7 steps of 64 tokens; 2048 batched tokens hold 4 of them
+    assert sizes(plan)["picture features"] == 4 * 7 * 64 * 256 * 2
+    assert plan.context == plan.max_context == 4096
+    assert flags(plan)["--limit-mm-per-prompt"] == '{"image":8}'
+    assert "the model's whole context fits" in {flag.why for flag in plan.flags}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.skipif(bool(this_machine().gpus), reason="the cache's size is set in bytes on a CPU alone")
+def test_the_engines_own_count_of_tokens(served: Server, pebble: Path) -> None:
+    """vLLM's log on a CPU: the cache given in GiB, and how many tokens it says that it holds."""
+    log = served.log_path.read_text(encoding="utf-8", errors="replace")
+    said = next(line for line in log.splitlines() if "KV cache size:" in line and "tokens" in line)
+    tokens = int(said.split("KV cache size:")[1].split("tokens")[0].replace(",", ""))
+    space = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * GIB
+    assert tokens == pytest.approx(tokens_in(space, read_model(pebble).shape.kv_token), rel=0.001)
+
+
+# what an ask changes
+
+
+def test_a_long_video_takes_from_the_cache(qwen: Model) -> None:
+    """Seven steps in time of 16,384 tokens are what vLLM would profile with where the context allows."""
+    large = card_named("h100").gpu
+    at = {n: {p.name: p.size for p in parts_of(qwen, large, Ask(), n)} for n in (16384, 65536, 128000)}
+    tower = [bill["vision tower at work"] for bill in at.values()]
+    assert [size // tower[0] for size in tower] == [1, 4, 7]
+    assert sizes(planned(qwen, large, Ask(images=1)))["vision tower at work"] == tower[0]
+
+
+def test_fp8_and_two_cards(qwen: Model) -> None:
+    one = planned(qwen, CARD, Ask(context=2048, images=0))
+    half = planned(qwen, CARD, Ask(context=2048, images=0, kv_dtype="fp8"))
+    assert half.kv_token * 2 == one.kv_token
+    assert half.tokens == pytest.approx(2 * one.tokens, abs=32)
+    assert flags(half)["--kv-cache-dtype"] == "fp8"
+    two = planned(qwen, CARD, Ask(context=2048, images=0, tp=2))
+    assert two.kv_token * 2 == one.kv_token
+    assert sizes(two)["weights: decoder"] * 2 == sizes(one)["weights: decoder"]
+    assert sizes(two)["weights: projector"] == sizes(one)["weights: projector"]
+    assert sizes(two)["NCCL"] == overhead.NCCL
+    assert flags(two)["--tensor-parallel-size"] == "2"
+    assert kv_token_bytes(QWEN, tp=8) == 28 * 2 * 1 * 128 * 2  # four heads over eight cards: copied
+    with pytest.raises(ValueError, match="28 attention heads cannot be dealt to 3 GPUs"):
+        planned(qwen, CARD, Ask(tp=3))
+
+
+def test_more_asked_never_fits_better(qwen: Model) -> None:
+    for images in (1, None):
+        found = [planned(qwen, CARD, Ask(concurrency=n, images=images)).max_context for n in (1, 2, 4, 8)]
+        assert found == sorted(found, reverse=True)
+        assert found[0] > found[-1]
+
+
+def test_where_nothing_fits_the_smallest_change_is_told(qwen: Model) -> None:
+    small = card_named("4080").gpu
+    plan = planned(qwen, small, Ask(images=1))
+    assert "15.45 GiB of weights leave room for 0 tokens" in plan.problem
+    assert any(line.startswith("int4 weights") for line in plan.changes)
+    assert any(line.startswith("two cards (--tp 2)") for line in plan.changes)
+    assert not any(line.startswith("an FP8 cache (--kv-cache-dtype fp8):") for line in plan.changes)
+    many = planned(qwen, CARD, Ask(context=32768, images=3))
+    assert "3 pictures of 16384 tokens" in many.problem
+    assert many.changes[0].startswith("fewer pictures (--images 1)")
+    assert any(line.startswith(f"smaller pictures (--pixels {1280 * 28 * 28})") for line in many.changes)
+    # what is told is what happens
+    smaller = planned(qwen, CARD, Ask(context=32768, images=3, pixels=1280 * 28 * 28))
+    assert (smaller.problem, smaller.image_tokens) == ("", 1280)
+    assert flags(smaller)["--mm-processor-kwargs"] == '{"max_pixels":1003520}'
+    none = planned(qwen, replace(CARD, memory=2 * GIB, free=2 * GIB), Ask())
+    assert none.changes == ("a smaller model or a larger card; none of the smaller changes is enough",)
+
+
+def test_an_int4_estimate_is_what_an_artifact_weighs(pebble: Path, artifact: Callable[..., Path]) -> None:
+    assert read_model(pebble).weights.as_int4.total == pytest.approx(
+        read_model(artifact("awq")).weights.total, rel=0.01
+    )
+
+
+def test_a_busy_card_and_an_unknown_family(pebble: Path) -> None:
+    model = read_model(pebble)
+    busy = planned(model, replace(CARD, free=20 * GIB), Ask())
+    assert busy.share == 0.80  # (20 - 0.625) / 24
+    assert busy.flags[1].why == "4.0 GiB of the card is in use by others"
+    strange = replace(model, vision=None)
+    part = next(p for p in planned(strange, CARD, Ask()).parts if p.name == "vision tower at work")
+    assert part.size == GIB
+    assert "not known here: assumed" in part.why
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 0}, "context is 0; it must be at least 1"),
+        ({"images": -1}, "images is -1; it must be at least 0"),
+        ({"kv_dtype": "int4"}, "auto and fp8 are known"),
+        ({"context": 5000}, "made for 4096 tokens of context, 5000"),
+    ],
+)
+def test_what_cannot_be_asked(options: dict[str, Any], message: str, pebble: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(read_model(pebble), CARD, Ask(**options))
+
+
+def test_an_engines_flags_are_asked_of_the_plan() -> None:
+    extra = ["--max-num-seqs=16", "-tp", "2", "--kv-cache-dtype", "fp8_e4m3", "--enforce-eager"]
+    extra += ["--limit-mm-per-prompt", '{"image":2,"video":0}', "--mm-processor-kwargs", '{"max_pixels":501760}']
+    found = asked_in(extra, context=4096)
+    assert found == Ask(
+        context=4096, sequences=16, tp=2, kv_dtype="fp8", eager=True, images=2, video=False, pixels=501760
+    )
+    assert asked_in(["--limit-mm-per-prompt", "image=2"], context=None) == Ask()
+
+
+def test_parts_by_name() -> None:
+    names = {
+        "model.language_model.layers.3.mlp.up_proj.qweight": "decoder",
+        "model.visual.merger.mlp.0.weight": "projector",
+        "model.visual.blocks.0.attn.qkv.weight": "vision tower",
+        "vision_tower.vision_model.embeddings.position_embedding.weight": "vision tower",
+        "mlp1.1.weight": "projector",
+        "model.connector.modality_projection.proj.weight": "projector",
+        "language_model.lm_head.weight": "head",
+        "language_model.output.weight": "head",
+        "language_model.model.tok_embeddings.weight": "embeddings",
+        "model.norm.weight": "other",
+    }
+    assert {name: part_of(name) for name in names} == names
+
+
+def test_cards() -> None:
+    assert card_named("NVIDIA RTX 4090") is CARDS["4090"]
+    assert card_named("l4").memory == int(22.5 * GIB)
+    with pytest.raises(ValueError, match="no card '9090' in the table; known are 3060, 3090"):
+        card_named("9090")
+
+
+def test_the_table_and_the_facts(qwen: Model) -> None:
+    plan = planned(qwen, CARD, Ask(images=1))
+    told = facts(plan, bandwidth=CARDS["4090"].bandwidth)
+    assert json.loads(json.dumps(told)) == told
+    assert told["status"] == "estimate, not yet held against an engine on a GPU"
+    bound = 1008e9 / (13_051_236_352 + 2 * 152064 * 3584)
+    assert decode_bound(plan, CARDS["4090"].bandwidth) == pytest.approx(bound)
+    text = ["  ".join(row) for row in rows(plan, bandwidth=1008e9)]
+    assert any(line.startswith("one sequence  < 71 tok/s") for line in text)
+    assert any(line.startswith("--limit-mm-per-prompt") for line in text)
+
+
+def test_the_command(mmq: Run, pebble: Path) -> None:  # noqa: F811
+    code, out, err = mmq("plan", str(pebble), "--card", "4090", "--context", "2048", "--concurrency", "4")
+    assert code == 0, err
+    assert "not yet held against an engine on a GPU" in err
+    assert "--max-num-seqs" in out
+    code, out, err = mmq("plan", str(pebble), "--vram", "1GiB", "--json")
+    assert code == 1
+    assert json.loads(out)["fits"] is False
+    assert "mmq: would fit with a smaller model" in err
+    for words, message in (
+        (("--card", "4090", "--vram", "24GiB"), "--vram or --card, not both"),
+        (("--vram", "24GiB", "--tp", "3"), "cannot be dealt to 3 GPUs; [1, 2, 4] can be used"),
+        (("--card", "9090"), "no card '9090'"),
+    ):
+        code, _, err = mmq("plan", str(pebble), *words)
+        assert code == 2
+        assert message in one_line(err)
+    code, _, err = mmq("plan", "nowhere", "--card", "4090")
+    assert (code, "no folder nowhere" in err) == (2, True)
