@@ -346,6 +346,7 @@ def serve(
 @click.option("--max-tokens", type=int, default=512, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True)
 @click.option("--concurrency", type=int, default=8, show_default=True, help="Requests under way at once.")
+@click.option("--logprobs", is_flag=True, help="With --dataset: each answer's tokens with their log-probabilities.")
 @click.option("--count", type=int, help="Only the first COUNT lines of --dataset.")
 @click.option("--overwrite", is_flag=True, help="Ask again what --result-path has answers for.")
 @several(hub_options)
@@ -375,7 +376,7 @@ def infer(
         )
     from .recipes.terminal import line_reader
     from .serve.chat import HELP, begin, talk
-    from .serve.infer import answering, check_dataset, infer_dataset, serving
+    from .serve.infer import answering, check_dataset, infer_dataset, refused, serving
     from .serve.infer import infer as ask
     from .serve.target import servable
 
@@ -411,6 +412,8 @@ def infer(
         click.echo(json.dumps({"result": str(out), **facts}))
         return
     show_table(["", ""], [[name, f"{value:g}"] for name, value in facts.items()])
+    for line in refused(out):
+        click.secho(line, fg="yellow", err=True)
     click.echo(f"answers: {out}")
 
 

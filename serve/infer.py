@@ -90,6 +90,7 @@ def infer_dataset(
     api_key: str | None = None,
     max_tokens: int = 512,
     temperature: float = 0.0,
+    logprobs: bool = False,
     concurrency: int = 8,
     overwrite: bool = False,
     tell: Tell = silent,
@@ -98,7 +99,8 @@ def infer_dataset(
 
     A line is {"index", "sample" (its digest), "model", "answer", "prompt_tokens", "tokens", "finish", "seconds"}, with
     "task" and "reference" where the sample has them; or "error" instead of an answer where the server refused the one
-    request. What `out` has already is not asked again, refused requests are. Returns the figures of this run.
+    request, and "logprobs" of the answer's tokens, as the server gives them, where they are asked for. What `out` has
+    already is not asked again; refused requests are, and answers whose logprobs are missing. Returns this run's figures.
     ValueError for a broken input or an `out` of another input, OSError when the server is gone; written lines stay.
     """
     if concurrency < 1:
@@ -106,7 +108,7 @@ def infer_dataset(
     marks = check_dataset(source, count=count)
     with connect(url, api_key=api_key) as client:
         name = model or served_name(client, url=url)
-    done = {} if overwrite else _finished(out, marks, name)
+    done = {} if overwrite else _finished(out, marks, name, logprobs=logprobs)
     _write(out, done.values())
     fresh: list[Record] = []
     begun = time.perf_counter()
@@ -121,7 +123,7 @@ def infer_dataset(
             tell(Step("infer", len(done) + len(fresh), len(marks), f"{rate:.0f} tok/s"))
 
         todo = ((i, marks[i], sample) for i, sample in _numbered(source, count) if i not in done)
-        options = {"model": name, "max_tokens": max_tokens, "temperature": temperature}
+        options = {"model": name, "max_tokens": max_tokens, "temperature": temperature, "logprobs": logprobs}
         tell(Step("infer", len(done), len(marks)))
         _run(_ask_all(url, api_key, todo, keep, min(concurrency, len(marks)), options))
     runtime = time.perf_counter() - begun
@@ -155,6 +157,12 @@ def summary(records: Sequence[Record], runtime: float) -> dict[str, float]:
         "tokens/s": round(tokens / runtime, 3) if answered else 0.0,
         "failed": len(records) - len(answered),
     }
+
+
+def refused(out: Path) -> list[str]:
+    """The samples of `out` that the server refused, a line each: the number in the input, from 1, and why."""
+    records = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
+    return [f"sample {r['index'] + 1}: {r['error']}" for r in records if "error" in r]
 
 
 def _numbered(source: Path, count: int | None) -> Iterator[tuple[int, Sample]]:
@@ -207,6 +215,9 @@ async def _one(client: Any, index: int, mark: str, sample: Sample, options: dict
     except ValueError as e:  # this one request; a server that is gone is OSError and ends the run
         return record | {"error": str(e)}
     answer = answer_of(reply, time.perf_counter() - begun)
+    if options["logprobs"]:
+        given = reply.choices[0].logprobs
+        record["logprobs"] = given.model_dump() if given else None
     return record | {
         "answer": answer.text,
         "prompt_tokens": answer.prompt_tokens,
@@ -216,7 +227,7 @@ async def _one(client: Any, index: int, mark: str, sample: Sample, options: dict
     }
 
 
-def _finished(out: Path, marks: Sequence[str], model: str) -> dict[int, Record]:
+def _finished(out: Path, marks: Sequence[str], model: str, *, logprobs: bool) -> dict[int, Record]:
     """Answered records of an earlier run, by index. ValueError where they belong to other samples or another model."""
     found: dict[int, Record] = {}
     if not out.is_file():
@@ -234,7 +245,7 @@ def _finished(out: Path, marks: Sequence[str], model: str) -> dict[int, Record]:
             raise ValueError(f"{out} holds answers to other samples (line {number}); give another file or --overwrite")
         if record.get("model") != model:
             raise ValueError(f"{out} holds answers of {record.get('model')}, not {model}; another file or --overwrite")
-        if "error" not in record:
+        if "error" not in record and ("logprobs" in record or not logprobs):
             found[index] = record
     return found
 

@@ -12,7 +12,7 @@ import pytest
 
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
-from mmq.serve.infer import check_dataset, infer, infer_dataset, serving, summary
+from mmq.serve.infer import check_dataset, infer, infer_dataset, refused, serving, summary
 from mmq.serve.launch import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -105,6 +105,20 @@ def test_an_interrupted_run_is_taken_up(served: Server, dataset: Path, tmp_path:
 
 
 @needs_vllm
+def test_logprobs_stand_in_the_rows(served: Server, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    infer_dataset(served.url, dataset, out, count=3, max_tokens=8)
+    assert infer_dataset(served.url, dataset, out, count=3, max_tokens=8, logprobs=True)["resumed"] == 0
+    for record in records(out):
+        tokens = record["logprobs"]["content"]
+        assert len(tokens) == record["tokens"]
+        assert all(token["logprob"] <= 0 for token in tokens)
+        assert "".join(token["token"] for token in tokens).startswith(record["answer"][:4])
+    assert infer_dataset(served.url, dataset, out, count=3, max_tokens=8)["resumed"] == 3
+    assert infer_dataset(served.url, dataset, out, count=3, max_tokens=8, logprobs=True)["resumed"] == 3
+
+
+@needs_vllm
 def test_one_refused_request_does_not_end_the_run(served: Server, dataset: Path, tmp_path: Path) -> None:
     lines = dataset.read_text(encoding="utf-8").splitlines()
     lines[1] = json.dumps({"query": "word " * 20000})
@@ -113,6 +127,7 @@ def test_one_refused_request_does_not_end_the_run(served: Server, dataset: Path,
     figures = infer_dataset(served.url, dataset, out, max_tokens=8)
     assert (figures["num_samples"], figures["failed"]) == (2, 1)
     found = records(out)
+    assert refused(out) == [f"sample 2: {found[1]['error']}"]
     assert "answer" not in found[1]
     assert "context length" in found[1]["error"] or "max_model_len" in found[1]["error"]
     assert infer_dataset(served.url, dataset, out, max_tokens=8)["failed"] == 1  # asked again, the two others are not
