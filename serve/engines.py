@@ -235,8 +235,11 @@ def _cuda_flags(target: Path, machine: Machine, wanted: int | None, extra: Seque
             f"{card.name}: {found.problem}; what would fit: {'; or '.join(found.changes)} "
             f"(`mmq plan {target}` shows where the memory goes)"
         )
-    asked = [Flag("--max-model-len", str(wanted), "you asked for it")] if wanted is not None else []
-    return (*asked, *(flag for flag in found.flags if not (asked and flag.name == "--max-model-len")))
+    if wanted is None:
+        return found.flags
+    doubt = f"; by the plan's estimate it does not fit: {found.problem}" if found.problem else ""
+    asked = Flag("--max-model-len", str(wanted), f"you asked for it{doubt}")
+    return (asked, *(flag for flag in found.flags if flag.name != asked.name))
 
 
 def _cpu_flags(

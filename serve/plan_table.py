@@ -56,7 +56,7 @@ def rows(plan: Plan, *, bandwidth: float | None = None) -> list[list[str]]:
     for part in plan.parts:
         size = human(part.size) if part.counted else f"({human(part.size)})"
         found.append(
-            [f"  {part.name}", size, part.why + ("" if part.counted else "; not beside the larger one, so not counted")]
+            [f"  {part.name}", size, part.why + ("" if part.counted else "; not counted beside a larger pass")]
         )
     found.append(["  KV cache", human(plan.cache), f"what is left: {plan.tokens:,} tokens of {plan.kv_token:,} bytes"])
     found.append(["", "", ""])

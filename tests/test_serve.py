@@ -161,6 +161,11 @@ def test_a_card_gets_the_context_that_fits(program: Callable[..., Path], checkpo
     assert int(value(launch, "--max-model-len")) == found.context == found.tokens // 256 * 256
     assert {flag.name for flag in found.flags} < {word for word in launch.argv if word.startswith("--")}
     assert "--dtype" not in launch.argv
+    more = plan("vllm", folder, machine=DESK, environ=environ, max_model_len=131072)
+    assert value(more, "--max-model-len") == "131072"
+    assert "you asked for it; by the plan's estimate it does not fit: 1 x 131072" in dict(more.reasons).get(
+        "--max-model-len 131072", ""
+    )
     two = plan("vllm", folder, machine=DESK, environ=environ, extra=("-tp", "2"))
     assert int(value(two, "--max-model-len")) == 131072
     busy = replace(DESK, gpus=(replace(RTX_4090, free=20 * GIB),))
