@@ -129,23 +129,39 @@ def _composed(chat: Chat) -> tuple[Chat, Next, str]:
     """The draft as a turn, once its tags have their media; media without a tag stand before the text."""
     if wanted(chat) or chat.draft is None:
         return chat, "read", ""
-    media = list(chat.media)
+    content, _ = compose(chat.draft, chat.media, alone=True)
+    turn = {"role": "user", "content": content}
+    return replace(chat, turns=(*chat.turns, turn), draft=None, media=()), "answer", ""
+
+
+def compose(text: str, media: Sequence[Medium], *, alone: bool) -> tuple[str | list[dict[str, Any]], list[Medium]]:
+    """A message's content, its tags replaced by the next media of their kind, and the media left over; where the
+    message is `alone` with them those stand before the text. ValueError for a tag without a medium.
+    """
+    if not media:
+        return text, []
+    left = list(media)
     parts: list[dict[str, Any]] = []
     at = 0
 
-    def text(piece: str) -> None:
+    def say(piece: str) -> None:
         if piece.strip():
             parts.append({"type": "text", "text": piece})
 
-    for tag in _TAG.finditer(chat.draft):
-        text(chat.draft[at : tag.start()])
-        first = next(i for i, (kind, _) in enumerate(media) if kind == (tag[1] or tag[2]))
-        parts.append(media.pop(first)[1])
+    for tag in _TAG.finditer(text):
+        kind = tag[1] or tag[2]
+        first = next((i for i, (of, _) in enumerate(left) if of == kind), None)
+        if first is None:
+            raise ValueError(f"there are more <{kind}> tags than {kind}s")
+        say(text[at : tag.start()])
+        parts.append(left.pop(first)[1])
         at = tag.end()
-    text(chat.draft[at:])
-    content = [*(item for _, item in media), *parts] if chat.media else chat.draft
-    turn = {"role": "user", "content": content}
-    return replace(chat, turns=(*chat.turns, turn), draft=None, media=()), "answer", ""
+    say(text[at:])
+    if alone:
+        parts, left = [item for _, item in left] + parts, []
+    if all(item["type"] == "text" for item in parts):
+        return text, left
+    return parts, left
 
 
 def part(kind: str, address: str) -> dict[str, Any]:

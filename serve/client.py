@@ -30,13 +30,17 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `finish` is the server's reason: stop, or length where max_tokens cut it; seconds to the last."""
+    """One answer. `finish` is the server's reason: stop, or length where max_tokens cut it; seconds to the last.
+
+    `logprobs`, where they were asked for: OpenAI's {"token", "logprob", "bytes", "top_logprobs"} for each token.
+    """
 
     text: str
     prompt_tokens: int
     tokens: int
     finish: str
     seconds: float
+    logprobs: list[dict[str, Any]] | None = None
 
 
 def root(url: str) -> str:
@@ -159,6 +163,7 @@ def answer_of(reply: Any, seconds: float) -> Answer:
         tokens=usage.completion_tokens if usage else 0,
         finish=choice.finish_reason or "",
         seconds=seconds,
+        logprobs=choice.logprobs.model_dump()["content"] if choice.logprobs else None,
     )
 
 

@@ -100,7 +100,7 @@ def infer_dataset(
     A line is {"index", "sample" (its digest), "model", "answer", "prompt_tokens", "tokens", "finish", "seconds"}, with
     "task" and "reference" where the sample has them; or "error" instead of an answer where the server refused the one
     request, and "logprobs" of the answer's tokens, as the server gives them, where they are asked for. What `out` has
-    already is not asked again; refused requests are, and answers whose logprobs are missing. Returns this run's figures.
+    already is not asked again; refused requests are, and answers without the logprobs wanted. Returns the figures.
     ValueError for a broken input or an `out` of another input, OSError when the server is gone; written lines stay.
     """
     if concurrency < 1:
@@ -173,8 +173,15 @@ def _numbered(source: Path, count: int | None) -> Iterator[tuple[int, Sample]]:
 
 
 def _run(work: Any) -> None:
-    try:
+    with first_error():
         asyncio.run(work)
+
+
+@contextmanager
+def first_error() -> Iterator[None]:
+    """The first error of a task group instead of the group."""
+    try:
+        yield
     except BaseExceptionGroup as group:  # the first worker to fail ends the others; its error is the story
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
@@ -216,8 +223,7 @@ async def _one(client: Any, index: int, mark: str, sample: Sample, options: dict
         return record | {"error": str(e)}
     answer = answer_of(reply, time.perf_counter() - begun)
     if options["logprobs"]:
-        given = reply.choices[0].logprobs
-        record["logprobs"] = given.model_dump() if given else None
+        record["logprobs"] = {"content": answer.logprobs}
     return record | {
         "answer": answer.text,
         "prompt_tokens": answer.prompt_tokens,
