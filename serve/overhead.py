@@ -56,7 +56,7 @@ def profiled_tokens(vision: Vision, *, batched: int, sequences: int, images: int
     of items `_get_max_items` in multimodal/encoder_budget.py; the item is a video where one is longer than a picture.
     """
     item, most = vision.tokens, images
-    if video and vision.steps > 1 and vision.video_tokens(context) >= item:
+    if video and vision.video_tokens(context) >= item:
         item, most = vision.video_tokens(context), 999  # vLLM's limit where none is set
     if most < 1:
         return 0

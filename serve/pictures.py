@@ -16,8 +16,12 @@ from typing import Any
 
 QWEN_PIXELS = 28 * 28 * 1280  # Qwen2VLImageProcessor's own default, where no file says otherwise
 QWEN_FRAMES = 14  # _MAX_FRAMES_PER_VIDEO in vLLM's qwen2_vl.py; two frames make one step in time
+QWEN3_VIDEO_PIXELS = 32 * 32 * 768  # Qwen3VLVideoProcessor's default, over all frames
 QWEN_ASPECT = 200  # a picture longer than this is refused by the processor
 MINICPM_SIDE = 448  # pixels of a slice
+MINICPM_FRAMES = 16  # _MAX_FRAMES_PER_VIDEO in vLLM's minicpmv.py
+MINICPM_VIDEOS = ("2.6", "4.0", "4.5")  # the versions that vLLM serves videos of
+ENDLESS = 1 << 30  # InternVL's video has as many frames as the context holds
 KINDS = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), "qwen"),
     **dict.fromkeys(("minicpmv", "minicpmo", "minicpmv4_6"), "minicpm"),
@@ -39,12 +43,14 @@ class Vision:
     patches: int  # of the largest picture
     tokens: int  # that it takes in the context
     outputs: int = 1
-    steps: int = 1  # in time that a video may have, each as large as the largest picture; 1: no video counted
+    step: int = 0  # tokens of one step in time of a video, 0 where videos are not served
+    steps: int = 0  # that a video may have at most
+    before: int = 0  # tokens of the context that a video leaves to pictures
     side: int = 0  # pixels of the edge of what one token stands for, 0 where pixels cannot be set
 
     def video_tokens(self, context: int) -> int:
-        """Tokens of the longest video that is profiled at this context; one step in time at least."""
-        return self.tokens * max(1, min(self.steps, context // self.tokens))
+        """Tokens of the longest video that is profiled at this context: one step in time at least, 0 for no videos."""
+        return self.step * max(1, min(self.steps, (context - self.before) // self.step)) if self.step else 0
 
     @property
     def per_token(self) -> float:
@@ -56,7 +62,8 @@ class Vision:
         if not self.side:
             raise ValueError("this family's pictures have a fixed size; max_pixels is for Qwen-VL")
         tokens = _most_tokens(pixels // self.side**2)
-        return replace(self, tokens=tokens, patches=int(tokens * self.per_token))
+        step = tokens if self.step == self.tokens else self.step  # Qwen3-VL's videos have pixels of their own
+        return replace(self, tokens=tokens, patches=int(tokens * self.per_token), step=step)
 
 
 def read_vision(folder: Path, config: Mapping[str, Any]) -> Vision | None:
@@ -81,6 +88,10 @@ def _qwen(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) ->
     pixels = processor.get("max_pixels") or (processor.get("size") or {}).get("longest_edge") or QWEN_PIXELS
     tokens = _most_tokens(int(pixels) // side**2)
     temporal = int(vision.get("temporal_patch_size", 2))
+    step, steps = tokens, QWEN_FRAMES // temporal
+    if str(config["model_type"]).lower() not in ("qwen2_vl", "qwen2_5_vl"):  # two frames that share all the pixels
+        most = (_processor(folder, "video").get("size") or {}).get("longest_edge") or QWEN3_VIDEO_PIXELS
+        step, steps = _most_tokens(int(most) // temporal // side**2), 1
     return Vision(
         hidden=hidden,
         inner=inner,
@@ -90,7 +101,8 @@ def _qwen(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) ->
         patches=tokens * merge**2,
         tokens=tokens,
         outputs=1 + len(vision.get("deepstack_visual_indexes") or ()),
-        steps=QWEN_FRAMES // temporal,
+        step=step,
+        steps=steps,
         side=side,
     )
 
@@ -98,9 +110,11 @@ def _qwen(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) ->
 def _minicpm(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) -> Vision:
     edge = int(vision["patch_size"])
     slices = int(config.get("max_slice_num") or _processor(folder).get("max_slice_nums") or 9) + 1  # and the whole
-    return _tower(
-        vision, patches=slices * (MINICPM_SIDE // edge) ** 2, tokens=slices * int(config.get("query_num") or 64)
-    )
+    query = int(config.get("query_num") or 64)
+    found = _tower(vision, patches=slices * (MINICPM_SIDE // edge) ** 2, tokens=slices * query)
+    if str(config.get("version")) not in MINICPM_VIDEOS:
+        return found
+    return replace(found, step=query, steps=MINICPM_FRAMES, before=found.tokens)
 
 
 def _tiles(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) -> Vision:
@@ -109,7 +123,9 @@ def _tiles(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) -
     tiles = int(most) + 1  # and the thumbnail
     patches = (int(config.get("force_image_size") or size) // edge) ** 2
     kept = float(config.get("downsample_ratio") or 0.5) ** 2
-    return _tower(vision, patches=tiles * patches, tokens=tiles * int(patches * kept))
+    tile = int(patches * kept)
+    found = _tower(vision, patches=tiles * patches, tokens=tiles * tile)
+    return replace(found, step=tile, steps=ENDLESS, before=found.tokens)
 
 
 def _fixed(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) -> Vision:
@@ -146,15 +162,16 @@ def _most_tokens(most: int) -> int:
     raise ValueError("the largest picture is smaller than one token; give more pixels")
 
 
-def _processor(folder: Path) -> Mapping[str, Any]:
-    """What the folder says of its picture processor, {} where it says nothing. OSError where it is not JSON."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
+def _processor(folder: Path, kind: str = "image") -> Mapping[str, Any]:
+    """What the folder says of its picture (or video) processor, {} where nothing. OSError where it is not JSON."""
+    own = "preprocessor_config.json" if kind == "image" else "video_preprocessor_config.json"
+    for name in (own, "processor_config.json"):
         path = folder / name
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as e:
                 raise OSError(f"{path}: not JSON: {e}") from None
-            if found := (found if name.startswith("pre") else found.get("image_processor")):
+            if found := (found if name == own else found.get(f"{kind}_processor")):
                 return found
     return {}

@@ -48,7 +48,7 @@ def flags_of(
 def picture_limit(model: Model, ask: Ask) -> Flag:
     """How many pictures a request may hold; videos are shut out where they are not wanted, for what they would take."""
     limit, why = {"image": ask.pictures}, f"up to {ask.pictures} pictures in one request"
-    if not ask.videos and model.vision is not None and model.vision.steps > 1:
+    if not ask.videos and model.vision is not None and model.vision.step:
         limit["video"] = 0
         why += "; no video, for which vLLM would keep memory free"
     return Flag("--limit-mm-per-prompt", json.dumps(limit, separators=(",", ":")), why)

@@ -6,7 +6,10 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from mmq.serve.bill import Ask, Model, parts_of, read_model
 from mmq.serve.cards import CARDS, card_named
 from mmq.serve.launch import Server
 from mmq.serve.machine import GIB, this_machine
+from mmq.serve.pictures import read_vision
 from mmq.serve.plan_flags import asked_in
 from mmq.serve.plan_table import decode_bound, facts, rows
 from mmq.serve.planner import Plan, planned
@@ -235,6 +239,40 @@ def test_the_engines_own_count_of_tokens(served: Server, pebble: Path) -> None:
     assert tokens == pytest.approx(tokens_in(space, read_model(pebble).shape.kv_token), rel=0.001)
 
 
+ASK_VLLM = """
+import json, sys
+from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+info = MULTIMODAL_REGISTRY.get_processing_info(ModelConfig(model=sys.argv[1], max_model_len=int(sys.argv[2])))
+counts = {"image": 1, "video": 1}
+print(json.dumps([dict(info.get_mm_max_tokens_per_item(seq_len=int(n), mm_counts=counts)) for n in sys.argv[2:]]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_engines_own_largest_picture_and_video(pebble: Path, tmp_path: Path) -> None:
+    """vLLM asked, without weights, for pebble with the pixels of a published Qwen2.5-VL."""
+    place = tmp_path / "large"
+    shutil.copytree(pebble, place)
+    for name, key, value in (
+        ("config", "text_config", {"max_position_embeddings": 128000}),
+        ("processor_config", "image_processor", {"size": {"longest_edge": 12845056, "shortest_edge": 3136}}),
+    ):
+        content = json.loads((place / f"{name}.json").read_text())
+        content[key] |= value
+        (place / f"{name}.json").write_text(json.dumps(content))
+    vision = read_model(place).vision
+    assert vision is not None
+    lengths = (128000, 65536, 32768, 4096)
+    command = [sys.executable, "-c", ASK_VLLM, str(place), *map(str, lengths)]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    assert said == [{"image": vision.tokens, "video": vision.video_tokens(n)} for n in lengths]
+    assert said[0] == {"image": 16384, "video": 114688}
+
+
 # what an ask changes
 
 
@@ -319,6 +357,24 @@ def test_a_busy_card_and_an_unknown_family(pebble: Path) -> None:
 def test_what_cannot_be_asked(options: dict[str, Any], message: str, pebble: Path) -> None:
     with pytest.raises(ValueError, match=message):
         planned(read_model(pebble), CARD, Ask(**options))
+
+
+def test_the_longest_video_of_other_families(folder: Callable[..., Path], minicpm: Model) -> None:
+    assert minicpm.vision is not None
+    assert minicpm.vision.video_tokens(32768) == 0  # a config without a version is 2.5's
+    new = read_vision(folder(MINICPM | {"version": 2.6}, {}), MINICPM | {"version": 2.6})
+    assert new is not None
+    assert [new.video_tokens(n) for n in (32768, 1280, 512)] == [16 * 64, 10 * 64, 64]
+    config = QWEN | {"model_type": "qwen3_vl", "vision_config": QWEN["vision_config"] | {"patch_size": 16}}
+    place = folder(config, {}, video_preprocessor_config={"size": {"longest_edge": 25165824}})
+    third = read_vision(place, config)
+    assert third is not None
+    assert third.video_tokens(1000) == third.video_tokens(10**6) == 25165824 // 2 // 32**2
+    tower = MINICPM["vision_config"] | {"image_size": 448}
+    tiled = read_vision(place, {"model_type": "internvl_chat", "max_dynamic_patch": 12, "vision_config": tower})
+    assert tiled is not None
+    assert tiled.tokens == 13 * 256
+    assert tiled.video_tokens(8192) == (8192 - 13 * 256) // 256 * 256
 
 
 def test_an_engines_flags_are_asked_of_the_plan() -> None:
