@@ -198,6 +198,12 @@ def dropped(chat: Chat) -> Chat:
     return replace(chat, turns=chat.turns[:-1])
 
 
+def unwritten(chat: Chat) -> Chat:
+    """The chat without the message, or system message, that is being written."""
+    media = () if chat.draft is not None else chat.media
+    return replace(chat, lines=(), draft=None, naming=False, media=media)
+
+
 def talk(
     chat: Chat,
     answer: Callable[[Sequence[Message]], Iterator[str]],
@@ -209,8 +215,8 @@ def talk(
     """Read, answer and write until `quit` or the end of the input (EOFError of `read`); returns the chat as it ended.
 
     `read(prompt)` gives a line, `write` gets pieces of answers, `note` whole lines for the user. Ctrl-C ends the
-    answer under way and keeps what came of it. A question that the server refuses is told and taken back; OSError
-    when the server is gone.
+    answer under way and keeps what came of it, or drops the message that is being written, or ends the chat. A
+    question that the server refuses is told and taken back. OSError when the server is gone.
     """
     while True:
         try:
@@ -219,6 +225,12 @@ def talk(
             if not chat.lines:
                 return chat
             line = END_OF_TEXT  # the input ended within a text: that is the end of it
+        except KeyboardInterrupt:
+            write("\n")
+            if chat == (emptied := unwritten(chat)):
+                return chat
+            chat = emptied
+            continue
         chat, then, told = heard(chat, line)
         if told:
             note(told)

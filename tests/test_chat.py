@@ -141,6 +141,9 @@ class Played:
     def read(self, prompt: str) -> str:
         if not self.lines:
             raise EOFError
+        if self.lines[0] == "^C":
+            self.lines.pop(0)
+            raise KeyboardInterrupt
         return self.lines.pop(0)
 
     def write(self, piece: str) -> None:
@@ -163,6 +166,17 @@ def test_a_stop_and_a_refusal_leave_the_chat_usable() -> None:
     assert played.written == "1 \n\n3 last\n"
     assert played.notes[0] == "stopped"
     assert "(400); the question is taken back" in played.notes[1]
+
+
+def test_ctrl_c_drops_a_message_and_then_ends_the_chat() -> None:
+    def answer(messages: Sequence) -> Iterator[str]:
+        yield "yes"
+
+    lines = ("reset-system", "^C", "<image>?", "^C", "multi-line", "half", "^C", "whole#", "^C", "never#")
+    played = Played(*lines)
+    chat = talk(begin(), answer, read=played.read, write=played.write, note=played.notes.append)
+    assert [t["content"] for t in chat.turns] == ["whole", "yes"]
+    assert (chat.system, played.lines) == (None, ["never#"])
 
 
 def test_a_server_that_dies_while_it_answers() -> None:
