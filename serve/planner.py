@@ -22,6 +22,7 @@ GPU_SHARE = 0.90  # of the card's memory; the rest is for the driver and the dis
 MIN_CONTEXT = 512  # tokens; less does not hold one picture and its question
 TEXT = 256  # tokens of a prompt that are not pictures: template, question, answer
 FP8_CAPABILITY = 8.9  # below, the hardware has no float8
+FEW = 8  # sequences, to be tried where vLLM's own number takes too much
 FEWER_PIXELS = (1280, 512)  # tokens a picture, to be tried where the largest picture is too large
 
 
@@ -78,7 +79,7 @@ def _planned(model: Model, card: Gpu, ask: Ask) -> Plan:
     tokens = tokens_in(cache, kv_token)
     each = model.vision.tokens if model.vision and model.vision.tokens else 0
     images = max(0, (context - TEXT) // each) if each else 0
-    problem = _problem(model, ask, share, card, context, tokens, images, abreast)
+    problem = _problem(model, ask, share, card, parts, context, tokens, images)
     plan = Plan(
         ask=ask,
         card=card,
@@ -132,14 +133,16 @@ def _longest(model: Model, card: Gpu, ask: Ask, share: float, kv_token: int, abr
 
 
 def _problem(
-    model: Model, ask: Ask, share: float, card: Gpu, context: int, tokens: int, images: int, abreast: int
+    model: Model, ask: Ask, share: float, card: Gpu, parts: tuple[Part, ...], context: int, tokens: int, images: int
 ) -> str:
     """What does not fit, "" where all does."""
-    held = min(context_length(model.config), MIN_CONTEXT)
+    held, abreast = min(context_length(model.config), MIN_CONTEXT), ask.concurrency or 1
     if tokens < held:
+        weights = sum(p.size for p in parts if p.name.startswith("weights"))
+        beside = sum(p.size for p in parts if p.counted) - weights
         return (
-            f"{model.weights.total / GIB:.2f} GiB of weights leave room for {tokens} tokens of context "
-            f"in {share * card.memory / GIB:.1f} GiB"
+            f"{weights / GIB:.2f} GiB of weights leave room for {tokens} tokens of context "
+            f"in {share * card.memory / GIB:.1f} GiB, with {beside / GIB:.2f} GiB for what runs beside them"
         )
     if context < held and ask.context is None:
         return f"{abreast} sequences at once leave each fewer than {held} tokens of context"
@@ -166,7 +169,7 @@ def _changes(model: Model, card: Gpu, ask: Ask, images: int) -> tuple[str, ...]:
             plan = _planned(packed, card, other)
             if not plan.problem:
                 words = " and ".join(name for name, _, _ in chosen)
-                found[frozenset(kinds)] = f"{words}: {plan.max_batch} sequences of {plan.context:,} tokens"
+                found[frozenset(kinds)] = f"{words}: {plan.max_batch} x {plan.context:,} tokens"
         if found:
             return tuple(found.values())
     return ("a smaller model or a larger card; none of the smaller changes is enough",)
@@ -185,6 +188,8 @@ def _candidates(model: Model, card: Gpu, ask: Ask, images: int) -> list[tuple[st
             pixels = tokens * vision.side**2
             if vision.side and tokens < vision.tokens and (ask.pixels is None or pixels < ask.pixels):
                 found.append((f"smaller pictures (--pixels {pixels})", {"pixels": pixels}, False))
+    if ask.concurrency is None and ask.sequences is None:
+        found.append((f"fewer sequences at once (--concurrency {FEW})", {"concurrency": FEW}, False))
     if ask.kv_dtype == "auto" and card.capability >= FP8_CAPABILITY:
         found.append(("an FP8 cache (--kv-cache-dtype fp8)", {"kv_dtype": "fp8"}, False))
     if model.weights.loose and not model.weights.packed:
