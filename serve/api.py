@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
-from .chat import Medium, compose, part
 from .client import Answer, Message, answer_of, connect, connect_async, plain_errors, served_name
 from .client import stream as stream_messages
 from .infer import first_error, serving, summary
+from .media import Medium, compose, part
 from .target import servable
 
 

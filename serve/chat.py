@@ -1,29 +1,25 @@
 """A chat in the terminal, as a state machine that is fed lines: what the user typed, what is asked next, what is sent.
 
 Knows no server and no terminal: `talk` is handed a function that answers and functions that read and write. The
-commands are those of ms-swift's terminal chat. The only thing looked at outside is a picture or video file named.
+commands are those of ms-swift's terminal chat. Looks at nothing outside but a picture or video file that is named.
 """
 
 from __future__ import annotations
 
-import base64
-import mimetypes
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .client import Message, image_url
+from .client import Message
+from .media import TAG, Medium, compose, part
 
 HELP = "commands: multi-line, single-line, reset-system, clear, quit or exit; <image> and <video> ask for a file or URL"
 END_OF_TEXT = "#"  # ends a text of several lines
 DEFAULT_SYSTEM = "default-system"  # said instead of a system message: what the chat template does without one
-_TAG = re.compile(r"\(<(image|video)>\./</\1>\)|<(image|video)>")  # the first is as MiniCPM-V's own prompts have it
 
 Next = Literal["read", "answer", "quit"]
-Medium = tuple[str, dict[str, Any]]  # "image" or "video", and its part of a message
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def prompt(chat: Chat) -> str:
 def wanted(chat: Chat) -> str | None:
     """ "image" or "video" while the next line names one: the kind of the draft's first tag that has no medium yet."""
     left = [kind for kind, _ in chat.media]
-    for tag in _TAG.finditer(chat.draft or ""):
+    for tag in TAG.finditer(chat.draft or ""):
         if (kind := tag[1] or tag[2]) not in left:
             return kind
         left.remove(kind)
@@ -132,60 +128,6 @@ def _composed(chat: Chat) -> tuple[Chat, Next, str]:
     content, _ = compose(chat.draft, chat.media, alone=True)
     turn = {"role": "user", "content": content}
     return replace(chat, turns=(*chat.turns, turn), draft=None, media=()), "answer", ""
-
-
-def compose(text: str, media: Sequence[Medium], *, alone: bool) -> tuple[str | list[dict[str, Any]], list[Medium]]:
-    """A message's content, its tags replaced by the next media of their kind, and the media left over; where the
-    message is `alone` with them those stand before the text. ValueError for a tag without a medium.
-    """
-    if not media:
-        return text, []
-    left = list(media)
-    parts: list[dict[str, Any]] = []
-    at = 0
-
-    def say(piece: str) -> None:
-        if piece.strip():
-            parts.append({"type": "text", "text": piece})
-
-    for tag in _TAG.finditer(text):
-        kind = tag[1] or tag[2]
-        first = next((i for i, (of, _) in enumerate(left) if of == kind), None)
-        if first is None:
-            raise ValueError(f"there are more <{kind}> tags than {kind}s")
-        say(text[at : tag.start()])
-        parts.append(left.pop(first)[1])
-        at = tag.end()
-    say(text[at:])
-    if alone:
-        parts, left = [item for _, item in left] + parts, []
-    if all(item["type"] == "text" for item in parts):
-        return text, left
-    return parts, left
-
-
-def part(kind: str, address: str) -> dict[str, Any]:
-    """The part of a message for a picture or video: URLs as they are, a file as a data URL. ValueError names a file
-    that is missing or no picture. Quotes that a terminal puts around a file dropped on it are taken off.
-    """
-    address = address.strip()
-    if len(address) > 1 and address[0] == address[-1] and address[0] in "'\"":
-        address = address[1:-1]
-    url = image_url(address) if kind == "image" else _video_url(address)
-    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
-
-
-def _video_url(address: str) -> str:
-    if re.match(r"(https?://|data:)", address):
-        return address
-    path = Path(address).expanduser()
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"no video {path}") from None
-    except OSError as e:
-        raise ValueError(f"the video {path} cannot be read: {e.strerror}") from None
-    return f"data:{mimetypes.guess_type(path.name)[0] or 'video/mp4'};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def answered(chat: Chat, text: str) -> Chat:
