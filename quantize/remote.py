@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -151,9 +151,9 @@ def repair_class(own: Any) -> tuple[Any, list[str]]:
     """A model class of transformers 4 made fit for 5, and what was changed."""
     from transformers import GenerationMixin
 
-    notes = []
-    if not issubclass(own, GenerationMixin):
-        joined: Any = type(own.__name__, (own, GenerationMixin), {"__module__": own.__module__})
+    notes, mixin = [], cast(Any, GenerationMixin)  # a type checker would narrow `own` to it
+    if not issubclass(own, mixin):
+        joined: Any = type(own.__name__, (own, mixin), {"__module__": own.__module__})
         own = joined
         notes.append(
             f"{own.__name__} has no generate, which a model class had in transformers 4: GenerationMixin was added"
