@@ -250,7 +250,7 @@ def convert(
 
 
 @cli.command("plan")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("target")
 @click.option("--vram", metavar="SIZE", help="A card's memory, as 24GiB.  [default: this machine's GPU]")
 @click.option("--card", metavar="NAME", help="A card by name instead: 4090, 3090, a10, l4, h100, ...")
 @click.option("--context", type=int, help="Tokens a sequence.  [default: as many as fit]")
@@ -259,9 +259,13 @@ def convert(
 @click.option("--pixels", type=int, help="The largest picture, for families that scale pictures (Qwen-VL).")
 @click.option("--tp", type=int, default=1, show_default=True, help="GPUs that share each layer.")
 @click.option("--kv-cache-dtype", "kv_dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True)
+@several(hub_options)
 @json_option
-def plan_(artifact: Path, vram: str | None, card: str | None, as_json: bool, **asked: Any) -> None:
-    """Tell what serving ARTIFACT under vLLM takes of a card, what fits, and the flags; exit 1 where it does not fit.
+def plan_(
+    target: str, vram: str | None, card: str | None, hub: str, revision: str | None, as_json: bool, **asked: Any
+) -> None:
+    """Tell what serving TARGET (an artifact, or a model as `serve` takes it) under vLLM takes of a card, what fits, and
+    the flags; exit 1 where it does not fit.
 
     From headers and config alone; nothing starts. An estimate, not yet held against an engine on a GPU.
     """
@@ -269,9 +273,12 @@ def plan_(artifact: Path, vram: str | None, card: str | None, as_json: bool, **a
     from .serve import plan_table
     from .serve.cards import chosen_card
     from .serve.machine import this_machine
+    from .serve.target import servable
 
     gpu, bandwidth = chosen_card(this_machine(), vram=parse_bytes(vram) if vram else None, card=card)
-    facts, rows, lines = plan_table.told(artifact, gpu, bandwidth=bandwidth, **asked)
+    with progress(quiet=as_json) as tell:
+        folder, _ = servable(target, hub=hub, revision=revision, tell=tell)
+    facts, rows, lines = plan_table.told(folder, gpu, bandwidth=bandwidth, **asked)
     if as_json:
         click.echo(json.dumps(facts))
     else:

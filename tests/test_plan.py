@@ -439,5 +439,14 @@ def test_the_command(mmq: Run, pebble: Path) -> None:  # noqa: F811
         code, _, err = mmq("plan", str(pebble), *words)
         assert code == 2
         assert message in one_line(err)
-    code, _, err = mmq("plan", "nowhere", "--card", "4090")
-    assert (code, "no folder nowhere" in err) == (2, True)
+    code, _, err = mmq("plan", "./nowhere", "--card", "4090")
+    assert (code, "no recipe, folder or hub id" in err) == (2, True)
+
+
+def test_a_recipe_is_planned_for_by_its_name(mmq: Run, pebble: Path) -> None:  # noqa: F811
+    """As `serve` would take it: the embedded model needs no download."""
+    code, named, err = mmq("plan", "pebble", "--card", "4090", "--json")
+    assert code == 0, err
+    _, there, _ = mmq("plan", str(pebble), "--card", "4090", "--json")
+    one, two = (json.loads(out) for out in (named, there))
+    assert one["cache_tokens"] == two["cache_tokens"] > 0
