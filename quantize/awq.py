@@ -67,16 +67,14 @@ def candidates(rms: Tensor, weights: Sequence[Tensor], group_size: int) -> list[
     return found
 
 
-def best_scale(
-    weights: Sequence[Tensor], gram: Tensor, grid: Grid, *, tie: int = 1, tie_block: int = 1, finalists: int = FINALISTS
-) -> Tensor:
+def best_scale(weights: Sequence[Tensor], gram: Tensor, grid: Grid, *, tie: int = 1, tie_block: int = 1) -> Tensor:
     """The per-channel scale, float32 [in], that loses least over `weights`, each [out, in], given their input's
     Gram matrix [in, in].
 
     All candidates are tried on some of the rows, the best few on all: the order of candidates shows on a few hundred
     rows, and the loss of a row costs in^2. With `tie` > 1 channels are query heads of width `tie_block`
     and each `tie` neighbouring heads read one value head: their scales must agree, so their statistics are averaged
-    first. With one of `finalists` the first look decides.
+    first.
     """
     rms = gram.diagonal().clamp_min(0).sqrt()
     pool = torch.stack(
@@ -84,8 +82,8 @@ def best_scale(
     )
     if sum(w.shape[0] for w in weights) > FIRST_ROWS:
         first = scale_losses([telling_rows(weights, gram, grid.group_size)], gram, pool, grid)
-        pool = pool[first.argsort(stable=True)[:finalists]]
-    return pool[0] if len(pool) == 1 else pool[scale_losses(weights, gram, pool, grid).argmin()]
+        pool = pool[first.argsort(stable=True)[:FINALISTS]]
+    return pool[scale_losses(weights, gram, pool, grid).argmin()]
 
 
 def telling_rows(weights: Sequence[Tensor], gram: Tensor, group_size: int) -> Tensor:

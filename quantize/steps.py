@@ -80,7 +80,6 @@ def solve(
     pull = fresh if steps.pull else None
     if pull:
         problem.grams.clear()  # each group's is taken anew when its turn comes
-        factors.clear()
     ready = _by_owner(moved, problem, owners, factors, grid, steps) if world() > 1 and not pull else {}
     # the largest H first, where no group waits for another: what it takes is gone when the others are rounded
     for group in problem.groups if pull else sorted(problem.groups, key=lambda g: -_width(problem, g)):
@@ -152,11 +151,14 @@ def _factors(
         weights = [problem.weights[f"{n}.weight"] for n in group.linears]
         start = first_scale(weights, gram, **tied) if tied else None
         try:
-            found[group] = factored(gram, start, damp=_damp(problem, group, steps))
+            factor = factored(gram, start, damp=_damp(problem, group, steps))
         except ValueError:  # rounding meets it again, and says so
             continue
         if tied:
-            scales[group] = descended(weights, found[group], grid, **tied)
+            scales[group] = descended(weights, factor, grid, **tied)
+        if not steps.pull:  # else H is taken anew when the group's turn comes
+            found[group] = factor
+        del factor
     for group, tie in ties.items():
         none = torch.ones(len(problem.grams[group]), device=problem.grams[group].device)
         fold(moved, group, sent(scales.get(group, none), owners[group]), tie, problem)
