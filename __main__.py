@@ -207,7 +207,7 @@ def check(
 
 def check_engines(folder: Path, engines: str, tp: int, *, as_json: bool) -> None:
     """Verdicts of the engines named; exit 1 where one of them would not load it."""
-    from .serve.engines import installed
+    from .serve.programs import installed
     from .serve.rules.verdicts import chosen, facts, refused, rows, verdicts
 
     found = verdicts(folder, chosen(engines), tp=tp, packages=installed())

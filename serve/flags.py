@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -97,6 +99,41 @@ def merged(flags: Iterable[Flag], extra: Sequence[str]) -> tuple[list[str], list
     if extra:
         reasons.append((_secret_hidden(extra), "yours, given after --"))
     return [*words, *extra], reasons
+
+
+def host_reason(host: str, *, secret: bool) -> str:
+    """Why the server listens at `host`; `secret`: whether it asks for an API key."""
+    if host in LOOPBACK:
+        return "only this machine can connect"
+    if secret:
+        return "other machines can connect, with the API key"
+    return "WARNING: every machine that reaches this port can use the model; give `-- --api-key SECRET`"
+
+
+def launch_of(
+    head: Sequence[str],
+    flags: Iterable[Flag],
+    extra: Sequence[str],
+    variables: Mapping[str, tuple[str, str]],
+    environ: Mapping[str, str],
+    *,
+    host: str,
+    port: int,
+    name: str,
+    device: str,
+) -> Launch:
+    """The launch of the command `head` with these flags and variables (name -> value, reason); what `extra` gives and
+    what `environ` sets already wins over ours."""
+    words, reasons = merged(flags, extra)
+    env = {}
+    for key, (value, why) in variables.items():
+        if key in environ:
+            reasons.append((f"{key}={environ[key]}", "as your environment sets it"))
+        else:
+            env[key] = value
+            reasons.append((f"{key}={value}", why))
+    reach = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    return Launch((*head, *words), env, tuple(reasons), f"http://{reach}:{port}", name, host, port, device)
 
 
 def shell_line(launch: Launch) -> str:

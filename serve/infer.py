@@ -37,7 +37,7 @@ def serving(
 ) -> Iterator[str]:
     """The root URL of a server for `target`: the address itself, or a folder served for the length of a `with`.
 
-    Options as `engines.vllm`. A free port of loopback is taken.
+    Options as `vllm.vllm`. A free port of loopback is taken.
     """
     if "://" in target:
         yield root(target)

@@ -22,13 +22,14 @@ from mmq.recipes.pebble.tasks import exact, samples
 from mmq.recipes.samples import Sample, as_openai
 from mmq.serve.bill import Ask, read_model
 from mmq.serve.client import ask, cache_tokens, connect, image_url, metrics, parse_metrics, stream, user_message
-from mmq.serve.engines import ENGINES, find_vllm, packages_beside, plan
+from mmq.serve.engines import ENGINES, plan
 from mmq.serve.flags import Launch, shell_line
 from mmq.serve.footprint import footprint, group_members
 from mmq.serve.launch import Server, check_port, foreground, free_port, running
 from mmq.serve.log import loaded_bytes, useful_lines, why_it_died
 from mmq.serve.machine import GIB, Gpu, Machine, parse_gpus, this_machine
 from mmq.serve.planner import planned
+from mmq.serve.programs import find_program, packages_beside
 from mmq.serve.shape import kv_token_bytes, read_shape
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -207,7 +208,7 @@ def test_errors_before_any_start(pebble: Path, tmp_path: Path, monkeypatch: pyte
         plan("vllm", pebble, machine=LAPTOP, environ={"MMQ_VLLM": str(tmp_path / "vllm")})
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     with pytest.raises(OSError, match="not installed: `pip install vllm`"):
-        find_vllm({"PATH": str(tmp_path)})
+        find_program("vllm", {"PATH": str(tmp_path)})
 
 
 def test_nvidia_smi_is_read() -> None:

@@ -12,7 +12,7 @@ from mmq.bench.served import check_served
 from mmq.export.artifact import open_artifact
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.recipe import Limits
-from mmq.serve.engines import find_vllm
+from mmq.serve.programs import find_program
 
 # starts vLLM with everything it is told but the checkpoint: it serves another one under the same name
 OTHERWISE = """#!{python}
@@ -34,7 +34,7 @@ def test_an_engine_that_loads_16_bit_fails(
     artifact: Callable[..., Path], pebble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "vllm"
-    program.write_text(OTHERWISE.format(python=sys.executable, vllm=str(find_vllm()), base=str(pebble)))
+    program.write_text(OTHERWISE.format(python=sys.executable, vllm=str(find_program("vllm")), base=str(pebble)))
     program.chmod(0o755)
     monkeypatch.setenv("MMQ_VLLM", str(program))
     opened = open_artifact(artifact("awq"))

