@@ -15,11 +15,15 @@ from ..export.subject import read_subject
 from . import overhead
 from .machine import Gpu
 from .pictures import Vision, read_vision
-from .shape import Shape, kv_token_bytes, read_shape
+from .shape import Shape, is_mixture, kv_token_bytes, read_shape
+from .shares import decoder_bytes, fullest
 from .weights import Weights, read_weights
 
 PICTURES = 8  # in one request, where nobody asked
-LEAST = {"images": 0, **dict.fromkeys(("context", "concurrency", "sequences", "tp", "pp", "pixels", "batched"), 1)}
+LEAST = {
+    "images": 0,
+    **dict.fromkeys(("context", "concurrency", "sequences", "tp", "pp", "dp", "pixels", "batched"), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ class Ask:
     """What is asked for; None where the plan may choose. `images` None: up to `PICTURES`, and videos as in vLLM."""
 
     context: int | None = None
-    concurrency: int | None = None  # sequences that are to be there at once, each as long as the context
+    concurrency: int | None = None  # sequences that are to be there at once, each as long as the context, over all `dp`
     sequences: int | None = None  # --max-num-seqs where there is no concurrency: more than fit only wait
     images: int | None = None
     tp: int = 1
     pp: int = 1
+    dp: int = 1  # replicas
     kv_dtype: str = "auto"  # auto or fp8
     pixels: int | None = None  # of the largest picture, for families that have the setting
     share: float | None = None  # of the card, else as much as is safe
@@ -56,6 +61,16 @@ class Ask:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         if self.kv_dtype not in ("auto", "fp8"):
             raise ValueError(f"the cache's dtype is {self.kv_dtype!r}; auto and fp8 are known")
+
+    @property
+    def cards(self) -> int:
+        """Cards in all."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def abreast(self) -> int | None:
+        """Of the sequences that are to be there at once, those of one replica."""
+        return None if self.concurrency is None else math.ceil(self.concurrency / self.dp)
 
     @property
     def pictures(self) -> int:
@@ -87,15 +102,24 @@ def read_model(folder: Path) -> Model:
 
 
 def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...]:
-    """The bill for each card, without the cache. Weights are dealt out over `tp` cards, layers over `pp`."""
+    """The bill for the fullest card, without the cache. Weights are dealt out over `tp` cards, layers over `pp` stages,
+    of which the first has the embeddings and the last the head; each has the vision tower. Each of `dp` replicas has
+    all of it, but for a mixture's experts."""
     sequences, batched = sequences_of(card, ask), ask.batched or overhead.batched_tokens(card.memory)
     found = []
     tower = model.vision.heads % ask.tp == 0 if model.vision else False
+    ends = ("embeddings", "head")
+    larger = max(ends, key=lambda name: model.weights.parts[name])
+    dealt = {"tp": ask.tp, "pp": ask.pp, "dp": ask.dp}
     for name, size in model.weights.parts.items():
-        if size:
+        if name == "decoder" and size:
+            each = decoder_bytes(model.config, size, experts=model.weights.experts, **dealt)
+            found.append(Part(f"weights: {name}", each, "the files' headers"))
+        elif size:
             whole = name == "projector" or (name == "vision tower" and not tower)
-            cards = 1 if whole else ask.tp * (ask.pp if name == "decoder" else 1)
-            found.append(Part(f"weights: {name}", math.ceil(size / cards), "the files' headers"))
+            elsewhere = ask.pp > 1 and name in ends and name != larger
+            why = "another stage's of the pipeline" if elsewhere else "the files' headers"
+            found.append(Part(f"weights: {name}", math.ceil(size / (1 if whole else ask.tp)), why, not elsewhere))
     passes = {}
     features = 0
     if model.vision is not None:
@@ -121,7 +145,7 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
         size = overhead.GRAPHS + graphs * overhead.GRAPH
         found.append(Part("CUDA graphs", size, f"{graphs} graphs; constants laid above published logs"))
     found.append(Part("libraries", overhead.LIBRARIES, "cuBLAS and attention workspaces: assumed"))
-    if ask.tp * ask.pp > 1:
+    if ask.tp * ask.pp > 1 or (ask.dp > 1 and is_mixture(model.config)):  # replicas of a dense model never talk
         found.append(Part("NCCL", overhead.NCCL, "buffers between cards: assumed"))
     found.append(Part("margin", int(overhead.MARGIN * card.memory), f"{overhead.MARGIN:.0%} of the card: assumed"))
     return tuple(found)
@@ -133,11 +157,11 @@ def room(parts: tuple[Part, ...], card: Gpu, share: float) -> int:
 
 
 def kv_token_of(model: Model, ask: Ask) -> int:
-    """Bytes a token on each card; layers of a pipeline are dealt out, the longest stage counts."""
+    """Bytes a token on each card; layers of a pipeline are dealt out, the fullest stage counts."""
     whole = kv_token_bytes(model.config, itemsize=1 if ask.kv_dtype == "fp8" else 2, tp=ask.tp)
-    return math.ceil(whole / ask.pp)
+    return math.ceil(whole * fullest(model.config, ask.pp))
 
 
 def sequences_of(card: Gpu, ask: Ask) -> int:
-    """--max-num-seqs: what was asked, else vLLM's own."""
-    return ask.concurrency or ask.sequences or overhead.default_sequences(card.memory)
+    """--max-num-seqs, which is each replica's: what was asked, else vLLM's own."""
+    return ask.abreast or ask.sequences or overhead.default_sequences(card.memory)

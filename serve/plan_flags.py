@@ -27,13 +27,18 @@ def flags_of(
         why += f", {ask.concurrency} times"
     flags = [Flag("--max-model-len", str(context), why)]
     flags.append(Flag("--gpu-memory-utilization", f"{share[0]:.2f}", share[1]))
-    if ask.concurrency:
+    if ask.abreast:
         why = "you asked for it; fewer than vLLM's own make sampling and CUDA graphs smaller"
-        flags.append(Flag("--max-num-seqs", str(ask.concurrency), why))
+        why += f"; {ask.concurrency} over {ask.dp} replicas" if ask.dp > 1 else ""
+        flags.append(Flag("--max-num-seqs", str(ask.abreast), why))
     if ask.kv_dtype != "auto":
         flags.append(Flag("--kv-cache-dtype", ask.kv_dtype, "half the bytes a token; costs accuracy, so check it"))
     if ask.tp > 1:
         flags.append(Flag("--tensor-parallel-size", str(ask.tp), "each layer over so many cards", ("-tp",)))
+    if ask.pp > 1:
+        flags.append(Flag("--pipeline-parallel-size", str(ask.pp), "the layers in so many stages", ("-pp",)))
+    if ask.dp > 1:
+        flags.append(Flag("--data-parallel-size", str(ask.dp), "so many replicas behind one address", ("-dp",)))
     if ask.pixels is not None and model.vision is not None:
         value = json.dumps({"max_pixels": ask.pixels}, separators=(",", ":"))
         flags.append(Flag("--mm-processor-kwargs", value, f"a picture takes {image_tokens} tokens at most"))
@@ -65,6 +70,7 @@ def asked_in(extra: Sequence[str], *, context: int | None) -> Ask:
         sequences=_whole(extra, "--max-num-seqs"),
         tp=_whole(extra, "--tensor-parallel-size", "-tp") or 1,
         pp=_whole(extra, "--pipeline-parallel-size", "-pp") or 1,
+        dp=_whole(extra, "--data-parallel-size", "-dp") or 1,
         kv_dtype="fp8" if (given(extra, "--kv-cache-dtype") or "").startswith("fp8") else "auto",
         pixels=pixels if isinstance(pixels, int) else None,
         share=number(extra, "--gpu-memory-utilization"),

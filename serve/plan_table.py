@@ -33,7 +33,7 @@ def facts(plan: Plan, *, bandwidth: float | None = None) -> dict[str, Any]:
         "problem": plan.problem or None,
         "changes": list(plan.changes),
         "status": UNVERIFIED,
-        "card": {"name": plan.card.name, "memory": plan.card.memory, "count": plan.ask.tp * plan.ask.pp},
+        "card": {"name": plan.card.name, "memory": plan.card.memory, "count": plan.ask.cards},
         "parts": [{"name": p.name, "bytes": p.size, "counted": p.counted, "why": p.why} for p in plan.parts],
         "kv_token_bytes": plan.kv_token,
         "cache_bytes": plan.cache,
@@ -41,6 +41,7 @@ def facts(plan: Plan, *, bandwidth: float | None = None) -> dict[str, Any]:
         "context": plan.context,
         "max_context": plan.max_context,
         "max_batch": plan.max_batch,
+        "replicas": plan.ask.dp,
         "image_tokens": plan.image_tokens or None,
         "max_images": plan.images if plan.image_tokens else None,
         "decode_bound": decode_bound(plan, bandwidth),
@@ -50,19 +51,19 @@ def facts(plan: Plan, *, bandwidth: float | None = None) -> dict[str, Any]:
 
 def rows(plan: Plan, *, bandwidth: float | None = None) -> list[list[str]]:
     """(what, how much, why): the bill, then what fits, then the flags."""
-    cards = plan.ask.tp * plan.ask.pp
+    cards = plan.ask.cards
     found = [["card", human(plan.card.memory), plan.card.name + (f", each of {cards}" if cards > 1 else "")]]
     found.append(["for the engine", human(plan.share * plan.card.memory), f"{plan.share:.0%} of it"])
     for part in plan.parts:
         size = human(part.size) if part.counted else f"({human(part.size)})"
-        found.append(
-            [f"  {part.name}", size, part.why + ("" if part.counted else "; not counted beside a larger pass")]
-        )
+        beside = not part.counted and not part.name.startswith("weights")
+        found.append([f"  {part.name}", size, part.why + ("; not counted beside a larger pass" if beside else "")])
     found.append(["  KV cache", human(plan.cache), f"what is left: {plan.tokens:,} tokens of {plan.kv_token:,} bytes"])
     found.append(["", "", ""])
     abreast = f"{plan.ask.concurrency} sequences at once" if plan.ask.concurrency else "one sequence"
     found.append(["max context", f"{plan.max_context:,}", f"tokens, for {abreast}"])
-    found.append(["max batch", f"{plan.max_batch:,}", f"sequences of {plan.context:,} tokens"])
+    each = f", for each of {plan.ask.dp} replicas" if plan.ask.dp > 1 else ""
+    found.append(["max batch", f"{plan.max_batch:,}", f"sequences of {plan.context:,} tokens{each}"])
     if plan.image_tokens:
         found.append(
             ["pictures a prompt", f"{plan.images:,}", f"of the largest size, {plan.image_tokens:,} tokens each"]

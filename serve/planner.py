@@ -17,6 +17,7 @@ from .flags import Flag
 from .machine import GIB, Gpu
 from .plan_flags import flags_of
 from .shape import context_length, is_mixture, tokens_in
+from .shares import undealt
 
 GPU_SHARE = 0.90  # of the card's memory; the rest is for the driver and the display
 MIN_CONTEXT = 512  # tokens; less does not hold one picture and its question
@@ -30,8 +31,8 @@ FEWER_PIXELS = (1280, 512)  # tokens a picture, to be tried where the largest pi
 class Plan:
     """`parts` and `cache` in bytes on each card; `tokens` is what the cache holds, `context` what the flags say.
 
-    `max_context` is for the concurrency asked (else one sequence), `max_batch` for `context`; `problem` is "" where
-    what was asked fits, and `changes` are then empty.
+    `max_context` is for the concurrency asked (else one sequence), `max_batch` for `context`, of each of `ask.dp`
+    replicas; `problem` is "" where what was asked fits, and `changes` are then empty.
     """
 
     ask: Ask
@@ -56,9 +57,9 @@ class Plan:
 def planned(model: Model, card: Gpu, ask: Ask) -> Plan:
     """The plan of serving `model` on cards of this kind. ValueError for an ask that no card could meet."""
     top = context_length(model.config)
-    if not _dealt(model, ask.tp):
-        fine = [n for n in (1, 2, 4, 8, 16) if _dealt(model, n)]
-        raise ValueError(f"{model.shape.heads} attention heads cannot be dealt to {ask.tp} GPUs; {fine} can be used")
+    if why := undealt(model.config, tp=ask.tp, pp=ask.pp):
+        fine = [n for n in (1, 2, 4, 8, 16) if not undealt(model.config, tp=n)]
+        raise ValueError(f"{why}; {fine} can be used" if "stages" not in why else f"{why}; use a smaller --pp")
     if ask.context is not None and ask.context > top:
         raise ValueError(f"the model was made for {top} tokens of context, {ask.context} were asked for")
     found = _planned(model, card, ask)
@@ -71,7 +72,7 @@ def _planned(model: Model, card: Gpu, ask: Ask) -> Plan:
         model = replace(model, vision=model.vision.at_pixels(ask.pixels))
     share, share_why = _share(card) if ask.share is None else (ask.share, "you asked for it")
     kv_token = kv_token_of(model, ask)
-    abreast = ask.concurrency or 1
+    abreast = ask.abreast or 1
     longest = _longest(model, card, ask, share, kv_token, abreast)
     context = ask.context or longest
     parts = parts_of(model, card, ask, max(context, 1))
@@ -136,9 +137,9 @@ def _problem(
     model: Model, ask: Ask, share: float, card: Gpu, parts: tuple[Part, ...], context: int, tokens: int, images: int
 ) -> str:
     """What does not fit, "" where all does."""
-    held, abreast = min(context_length(model.config), MIN_CONTEXT), ask.concurrency or 1
+    held, abreast = min(context_length(model.config), MIN_CONTEXT), ask.abreast or 1
     if tokens < held:
-        weights = sum(p.size for p in parts if p.name.startswith("weights"))
+        weights = sum(p.size for p in parts if p.name.startswith("weights") and p.counted)
         beside = sum(p.size for p in parts if p.counted) - weights
         return (
             f"{weights / GIB:.2f} GiB of weights leave room for {tokens} tokens of context "
@@ -194,11 +195,6 @@ def _candidates(model: Model, card: Gpu, ask: Ask, images: int) -> list[tuple[st
         found.append(("an FP8 cache (--kv-cache-dtype fp8)", {"kv_dtype": "fp8"}, False))
     if model.weights.loose and not model.weights.packed:
         found.append(("int4 weights (`mmq quantize`)", {}, True))
-    if ask.tp == 1 and _dealt(model, 2):
+    if ask.tp == 1 and not undealt(model.config, tp=2):
         found.append(("two cards (--tp 2)", {"tp": 2}, False))
     return found
-
-
-def _dealt(model: Model, tp: int) -> bool:
-    """Whether the decoder's heads can be dealt to `tp` cards evenly; vLLM does not start otherwise."""
-    return model.shape.heads % tp == 0

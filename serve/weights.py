@@ -28,17 +28,20 @@ VISION = re.compile(
 )
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in)\.weight$")
 LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+EXPERT = re.compile(r"\.experts\.")  # of a mixture; shared experts have another name
 INT4_BITS = 4 + (16 + 4) / 128  # a weight in groups of 128 with a 16-bit scale and a 4-bit zero point
 
 
 @dataclass(frozen=True)
 class Weights:
     """Bytes by part, all parts present. `loose` is the number of weights in the decoder's 16-bit matrices, which int4
-    would take; `packed` says that something is packed already."""
+    would take; `packed` says that something is packed already; `experts` are the bytes of a mixture's routed experts,
+    which are among the decoder's."""
 
     parts: Mapping[str, int]
     loose: int
     packed: bool
+    experts: int = 0
 
     @property
     def total(self) -> int:
@@ -49,7 +52,9 @@ class Weights:
     def as_int4(self) -> Weights:
         """The same with the decoder's 16-bit matrices packed to int4 in groups of 128."""
         less = int(self.loose * (16 - INT4_BITS) / 8)
-        return Weights({**self.parts, "decoder": self.parts["decoder"] - less}, 0, True)
+        whole = self.parts["decoder"]
+        experts = int(self.experts * (1 - less / whole)) if whole else 0  # nearly all of a mixture is experts
+        return Weights({**self.parts, "decoder": whole - less}, 0, True, experts)
 
 
 def part_of(name: str) -> str:
@@ -68,12 +73,14 @@ def part_of(name: str) -> str:
 def read_weights(subject: Subject) -> Weights:
     """Count the subject's tensors. ValueError for a dtype whose size is not known."""
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
-    loose = 0
+    loose = experts = 0
     for name, tensor in subject.tensors.items():
         if tensor.dtype not in ITEM:
             raise ValueError(f"{subject.folder}: {name} is {tensor.dtype}, whose size is not known: {', '.join(ITEM)}")
         part, size = part_of(name), math.prod(tensor.shape)
         parts[part] += size * ITEM[tensor.dtype]
+        if part == "decoder" and EXPERT.search(name):
+            experts += size * ITEM[tensor.dtype]
         if part == "decoder" and len(tensor.shape) >= 2 and tensor.dtype in ("F64", "F32", "BF16", "F16"):
             loose += 0 if name.endswith(("scales", "weight_scale")) else size
-    return Weights(parts, loose, bool(subject.packed))
+    return Weights(parts, loose, bool(subject.packed), experts)

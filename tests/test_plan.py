@@ -28,6 +28,7 @@ from mmq.serve.plan_flags import asked_in
 from mmq.serve.plan_table import decode_bound, facts, rows
 from mmq.serve.planner import Plan, planned
 from mmq.serve.shape import kv_token_bytes, tokens_in
+from mmq.serve.shares import stages
 from mmq.serve.weights import part_of
 
 CARD = card_named("4090").gpu
@@ -300,6 +301,37 @@ def test_fp8_and_two_cards(qwen: Model) -> None:
     assert kv_token_bytes(QWEN, tp=8) == 28 * 2 * 1 * 128 * 2  # four heads over eight cards: copied
     with pytest.raises(ValueError, match="28 attention heads cannot be dealt to 3 GPUs"):
         planned(qwen, CARD, Ask(tp=3))
+
+
+def test_stages_and_replicas(qwen: Model) -> None:
+    """Of a pipeline the fullest stage is planned for; replicas of a dense model hold everything again."""
+    assert stages(28, 2) == (14, 14)
+    assert stages(28, 3) == (9, 10, 9)  # what is over goes to the middle, as in vLLM's get_pp_indices
+    assert stages(7, 4) == (2, 2, 2, 1)
+    one = planned(qwen, CARD, Ask(context=2048, images=0))
+    piped = planned(qwen, CARD, Ask(context=2048, images=0, pp=3))
+    assert sizes(piped)["weights: decoder"] == math.ceil(sizes(one)["weights: decoder"] * 10 / 28)
+    assert piped.kv_token == one.kv_token * 10 // 28
+    assert [p.counted for p in piped.parts if p.name in ("weights: embeddings", "weights: head")] == [True, False]
+    assert flags(piped)["--pipeline-parallel-size"] == "3"
+    twice = planned(qwen, CARD, Ask(context=2048, images=0, concurrency=9, dp=2))
+    assert sizes(twice)["weights: decoder"] == sizes(one)["weights: decoder"]
+    assert "NCCL" not in sizes(twice)
+    assert (flags(twice)["--data-parallel-size"], flags(twice)["--max-num-seqs"]) == ("2", "5")
+    assert (facts(twice)["card"]["count"], facts(twice)["replicas"]) == (2, 2)
+    with pytest.raises(ValueError, match="28 layers cannot be dealt to 29 stages of a pipeline; use a smaller --pp"):
+        planned(qwen, CARD, Ask(pp=29))
+
+
+def test_a_mixtures_experts_are_dealt_over_the_replicas_too(folder: Callable[..., Path]) -> None:
+    config = QWEN2 | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 1000}
+    config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 1}
+    tensors = {"model.embed_tokens.weight": [1000, 3584], "model.layers.0.self_attn.q_proj.weight": [3584, 3584]}
+    tensors |= {f"model.layers.0.mlp.experts.{n}.up_proj.weight": [64, 3584] for n in range(4)}
+    model = read_model(folder(config, tensors))
+    assert model.weights.experts == 4 * 64 * 3584 * 2
+    decoder = [sizes(planned(model, CARD, Ask(tp=2, dp=n)))["weights: decoder"] for n in (1, 2)]
+    assert decoder[0] - decoder[1] == model.weights.experts // 4
 
 
 def test_more_asked_never_fits_better(qwen: Model) -> None:
