@@ -20,20 +20,15 @@ LAYERS = {"3b": 36, "7b": 28, "32b": 64, "72b": 80}
 VOCABULARY = 152064
 
 
-def write_shape(size: str, out: Path, *, layers: int | None = None, device: str = "cpu", seed: int = 0) -> Path:
-    """Write a Qwen2.5-VL checkpoint of `size` with `layers` decoder layers (None: as many as the real one) into `out`.
-
-    bfloat16, normal weights of deviation 0.02. ValueError for an unknown size.
-    """
-    import torch
+def config_of(size: str, *, layers: int | None = None) -> Any:
+    """Qwen2.5-VL's config of this size, for the embedded model's tokenizer. ValueError for an unknown size."""
     import transformers as t
 
     if size not in TEXT:
         raise ValueError(f"no shape {size!r}; there are {', '.join(TEXT)}")
-    words = t.AutoTokenizer.from_pretrained(model_folder())
-    number = words.convert_tokens_to_ids
+    number = t.AutoTokenizer.from_pretrained(model_folder()).convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    config = t.Qwen2_5_VLConfig(
+    return t.Qwen2_5_VLConfig(
         text_config={
             **TEXT[size],
             "num_hidden_layers": layers or LAYERS[size],
@@ -59,10 +54,22 @@ def write_shape(size: str, out: Path, *, layers: int | None = None, device: str 
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
+
+
+def write_shape(size: str, out: Path, *, layers: int | None = None, device: str = "cpu", seed: int = 0) -> Path:
+    """Write a Qwen2.5-VL checkpoint of `size` with `layers` decoder layers (None: as many as the real one) into `out`.
+
+    bfloat16, normal weights of deviation 0.02. ValueError for an unknown size.
+    """
+    import torch
+    import transformers as t
+
+    config = config_of(size, layers=layers)
     torch.manual_seed(seed)
     with torch.device(device):
         model = t.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model.generation_config.eos_token_id = number("<|im_end|>")
+    words = t.AutoTokenizer.from_pretrained(model_folder())
+    model.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
     model.save_pretrained(out, max_shard_size="4GB")
     template = t.AutoProcessor.from_pretrained(model_folder()).chat_template
     t.Qwen2_5_VLProcessor(

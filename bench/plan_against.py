@@ -1,0 +1,203 @@
+"""The planner held against an engine: `python -m mmq.bench.plan_against FOLDER ... --budget 8GiB --budget 24GiB`.
+
+For each checkpoint and budget the plan of a card of that size, then vLLM started as `mmq serve` starts it, with as much
+of this card as the plan gives it of its own, and what it says: memory for weights, tokens of cache. One start at a
+time, on a card that nothing else uses: the engine measures the whole card. bench.hollow writes checkpoints for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..serve.bill import read_model
+from ..serve.engines import plan
+from ..serve.flags import Launch
+from ..serve.footprint import footprint
+from ..serve.launch import free_port, running
+from ..serve.machine import GIB, Gpu, Machine, this_machine
+from ..serve.overhead import batched_tokens, default_sequences
+from ..serve.plan_flags import asked_in
+from ..serve.planner import Plan, planned
+from .report import parse_bytes
+
+WEIGHTS = 0.03  # the largest relative error that is accepted
+TOKENS = 0.10
+SHARE = "--gpu-memory-utilization"
+TOLD = {  # GiB, as vLLM's log has them; the second to fourth with VLLM_LOGGING_LEVEL=DEBUG alone
+    "for the cache": r"Available KV cache memory: ([\d.]+) GiB",
+    "passes": r"torch peak memory increase: ([\d.]+)GiB",
+    "libraries": r"non-torch forward increase memory: ([\d.]+)GiB",
+    "weights": r"weights memory: ([\d.]+)GiB",
+    "graphs, estimated": r"Estimated CUDA graph memory: ([\d.]+) GiB",
+    "graphs": r"Graph capturing finished in .* took ([\d.]+) GiB",
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """One plan and what became of it. Bytes and tokens; `told` is GiB by the engine's log, `parts` by the plan.
+
+    `problem` is why the plan says it does not fit, and then nothing was started; `error` is why no engine came up.
+    """
+
+    folder: str
+    budget: int
+    weights: int
+    tokens: int
+    parts: dict[str, float]
+    problem: str = ""
+    error: str = ""
+    engine_weights: int | None = None
+    engine_tokens: int | None = None
+    startup_s: float | None = None
+    told: dict[str, float] = field(default_factory=dict)
+    argv: tuple[str, ...] = ()
+
+    @property
+    def off(self) -> tuple[float | None, float | None]:
+        """The plan's relative errors: weights, tokens."""
+        return _off(self.weights, self.engine_weights), _off(self.tokens, self.engine_tokens)
+
+    @property
+    def failure(self) -> str:
+        """What the plan got wrong, "" for nothing."""
+        if self.problem:
+            return ""
+        if self.error:
+            return f"the plan says it fits, and the engine did not start: {self.error}"
+        wrong = [
+            f"{name} {off:+.1%}" if off is not None else f"the engine does not tell its {name}"
+            for name, off, most in zip(("weights", "tokens"), self.off, (WEIGHTS, TOKENS), strict=True)
+            if off is None or abs(off) > most
+        ]
+        return ", ".join(wrong)
+
+
+def _off(foretold: int, seen: int | None) -> float | None:
+    return foretold / seen - 1 if seen else None
+
+
+def hold(folder: Path, budget: int, *, extra: Sequence[str] = (), machine: Machine, log: Path | None = None) -> Held:
+    """Plan `folder` for `budget` bytes and start it so on this machine's first card. ValueError where that is smaller.
+
+    What vLLM chooses by the card's size is told to it, as it would choose on a card of the budget's size.
+    """
+    here = machine.gpus[0]
+    if budget > here.memory:
+        raise ValueError(f"{here.name} has {here.memory / GIB:.1f} GiB; a budget cannot be larger")
+    card = Gpu("a card of this size", budget, budget, here.capability)
+    settled = (
+        "--max-num-batched-tokens",
+        str(batched_tokens(budget)),
+        "--max-num-seqs",
+        str(default_sequences(budget)),
+    )
+    extra = (*settled, *extra)
+    told = planned(read_model(folder), card, asked_in(extra, context=None))
+    held = Held(
+        folder=folder.name,
+        budget=budget,
+        weights=sum(p.size for p in told.parts if p.name.startswith("weights")),
+        tokens=told.tokens,
+        parts=_gib(told),
+        problem=told.problem,
+    )
+    if told.problem:
+        return held
+    launch = plan("vllm", folder, machine=replace(machine, gpus=(card,)), port=free_port(), extra=extra)
+    launch = scaled(launch, budget / _seen_by_torch(here))
+    held = replace(held, argv=launch.argv[1:])
+    try:
+        with running(launch, log_path=log) as server:
+            found = footprint(server)
+            text = server.log_path.read_text(encoding="utf-8", errors="replace")
+            seen = {name: float(hit[-1]) for name, words in TOLD.items() if (hit := re.findall(words, text))}
+            return replace(
+                held,
+                engine_weights=found.weights,
+                engine_tokens=found.cache_tokens,
+                startup_s=round(server.startup_s, 1),
+                told=seen,
+            )
+    except RuntimeError as e:
+        return replace(held, error=str(e))
+
+
+def scaled(launch: Launch, factor: float) -> Launch:
+    """The launch with its share of the card times `factor`: as much memory of a larger card."""
+    at = launch.argv.index(SHARE) + 1
+    share = f"{float(launch.argv[at]) * factor:.6f}"
+    return replace(launch, argv=(*launch.argv[:at], share, *launch.argv[at + 1 :]))
+
+
+def _seen_by_torch(card: Gpu) -> int:
+    """Bytes of the card as CUDA tells them, which vLLM takes its share of; nvidia-smi counts what the driver keeps."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else card.memory
+
+
+def _gib(told: Plan) -> dict[str, float]:
+    return {p.name: round(p.size / GIB, 3) for p in told.parts if p.counted}
+
+
+def row(held: Held) -> str:
+    """One line of a table in Markdown."""
+    if held.problem:
+        end = f"does not fit: {held.problem} | | | | "
+    elif held.error:
+        end = f"**did not start**: {held.error} | | | | "
+    else:
+        weights, tokens = held.off
+        end = " | ".join(
+            (
+                f"{held.weights / GIB:.2f}",
+                f"{(held.engine_weights or 0) / GIB:.2f} ({weights or 0:+.1%})",
+                f"{held.tokens:,}",
+                f"{held.engine_tokens or 0:,} ({tokens or 0:+.1%})",
+                f"{held.startup_s} s",
+            )
+        )
+    return f"| {held.folder} | {held.budget / GIB:g} GiB | {end} |"
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--budget", "budgets", multiple=True, default=("8GiB", "16GiB", "24GiB"), show_default=True)
+@click.option("--engine-flags", default="", help="More flags for the engine, which the plan heeds: --enforce-eager.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here, a line each.")
+@click.option("--logs", type=click.Path(path_type=Path), help="Keep the engines' logs in this folder.")
+def main(folders: tuple[Path, ...], budgets: tuple[str, ...], engine_flags: str, out: Path | None, logs: Path | None):
+    """Hold the plans of FOLDERS for each budget against vLLM; exit 1 where one is off."""
+    machine = this_machine()
+    if not machine.gpus:
+        raise click.ClickException("this machine has no GPU")
+    click.echo("| checkpoint | card | weights, plan (GiB) | engine | cache, plan (tokens) | engine | up after |")
+    click.echo("|---|---|---|---|---|---|---|")
+    failures: list[str] = []
+    for folder in folders:
+        for budget in map(parse_bytes, budgets):
+            log = logs / f"{folder.name}-{budget // GIB}.log" if logs else None
+            held = hold(folder, budget, extra=engine_flags.split(), machine=machine, log=log)
+            click.echo(row(held))
+            if out is not None:
+                facts: dict[str, Any] = {**asdict(held), "off": held.off, "failure": held.failure}
+                with out.open("a", encoding="utf-8") as f:
+                    f.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            if held.failure:
+                failures.append(f"{held.folder}, {budget / GIB:g} GiB: {held.failure}")
+    for line in failures:
+        click.echo(f"mmq: {line}", err=True)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
