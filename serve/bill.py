@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.subject import read_subject
+from ..export.subject import Subject, read_subject
 from . import overhead
+from .lora import lora_bytes
 from .machine import Gpu
 from .pictures import Vision, read_vision
 from .shape import Shape, is_mixture, kv_token_bytes, read_shape
@@ -34,6 +35,7 @@ class Model:
     shape: Shape
     weights: Weights
     vision: Vision | None
+    subject: Subject
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Ask:
     batched: int | None = None  # --max-num-batched-tokens, else vLLM's own
     eager: bool = False  # no CUDA graphs
     video: bool | None = None  # None: not where `images` is given
+    lora_rank: int = 0  # that room is laid out for, 0 without adapters
+    lora_slots: int = 0  # adapters on the card at once
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -98,7 +102,7 @@ def read_model(folder: Path) -> Model:
     """Read config and headers of the checkpoint in `folder`. OSError or ValueError as they are broken."""
     subject = read_subject(folder)
     config = subject.config
-    return Model(config, read_shape(folder), read_weights(subject), read_vision(folder, config))
+    return Model(config, read_shape(folder), read_weights(subject), read_vision(folder, config), subject)
 
 
 def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...]:
@@ -120,6 +124,10 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
             elsewhere = ask.pp > 1 and name in ends and name != larger
             why = "another stage's of the pipeline" if elsewhere else "the files' headers"
             found.append(Part(f"weights: {name}", math.ceil(size / (1 if whole else ask.tp)), why, not elsewhere))
+    if ask.lora_slots:
+        size = lora_bytes(model.subject, rank=ask.lora_rank, slots=ask.lora_slots, tp=ask.tp)
+        why = f"{ask.lora_slots} x rank {ask.lora_rank}, beside every linear of the decoder"
+        found.append(Part("LoRA", math.ceil(size * fullest(model.config, ask.pp)), why))
     passes = {}
     features = 0
     if model.vision is not None:
@@ -141,7 +149,7 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
         size = features * model.vision.outputs * hidden * overhead.ITEM
         found.append(Part("picture features", size, f"{features} tokens, kept while the decoder runs"))
     if not ask.eager:
-        graphs = overhead.graph_count(sequences, batched)
+        graphs = overhead.graph_count(sequences, batched) * (2 if ask.lora_slots else 1)  # with adapters and without
         size = overhead.GRAPHS + graphs * overhead.GRAPH
         found.append(Part("CUDA graphs", size, f"{graphs} graphs; constants laid above published logs"))
     found.append(Part("libraries", overhead.LIBRARIES, "cuBLAS and attention workspaces: assumed"))

@@ -5,7 +5,7 @@ Starts nothing and imports no engine: an engine is a program found on this machi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from ..export.subject import read_subject
 from .flags import Launch, number
 from .programs import packages_beside
+from .pytorch import pytorch
 from .rules.rule import judge
 from .rules.verdicts import PLACES, setting_of
 from .shape import read_shape
 from .vllm import vllm
 
-ENGINES: dict[str, Callable[..., Launch]] = {"vllm": vllm}
+ENGINES: dict[str, Callable[..., Launch]] = {"vllm": vllm, "pytorch": pytorch}
 
 
 def plan(
@@ -38,17 +39,17 @@ def plan(
         served_model_name = served_model_name or open_artifact(target).manifest.get("name")
     launch = ENGINES[engine](target, served_model_name=served_model_name, **options)
     if not ignore_rules:
-        _refuse(engine, target, launch, options.get("extra", ()))
+        _refuse(engine, target, launch)
     return launch
 
 
-def _refuse(engine: str, target: Path, launch: Launch, extra: Sequence[str]) -> None:
+def _refuse(engine: str, target: Path, launch: Launch) -> None:
     """ValueError with the reason and the remedy where the engine would load `target` not at all, or wrongly."""
     if read_shape(target).quantized is None:
         return
     subject = read_subject(target)
     packages = packages_beside(Path(launch.argv[0]))
-    tp = int(number(extra, "--tensor-parallel-size", "-tp") or 1)
+    tp = int(number(launch.argv, "--tensor-parallel-size", "-tp", "--tp") or 1)
     for place in PLACES:
         if place.engine == engine and place.device == launch.device:
             fatal = [f for f in judge(subject, place, setting_of(place, tp, packages)).findings if f.fatal]

@@ -25,16 +25,25 @@ class Launch:
     host: str
     port: int
     device: str  # cuda or cpu
+    serves: bool = True  # one of several machines that only computes answers at `url` through the first
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One engine flag and why; `value` is None for a switch, `aliases` are its other spellings."""
+    """One engine flag and why; `value` is None for a switch, several words where the flag takes several; `aliases` are
+    its other spellings."""
 
     name: str
-    value: str | None
+    value: str | tuple[str, ...] | None
     why: str
     aliases: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """As typed."""
+        if self.value is None:
+            return [self.name]
+        return [self.name, *((self.value,) if isinstance(self.value, str) else self.value)]
 
 
 def spelled(flag: str) -> str:
@@ -93,9 +102,8 @@ def merged(flags: Iterable[Flag], extra: Sequence[str]) -> tuple[list[str], list
     for flag in flags:
         if theirs & {flag.name, *flag.aliases}:
             continue
-        typed = [flag.name] if flag.value is None else [flag.name, flag.value]
-        words += typed
-        reasons.append((shlex.join(typed), flag.why))
+        words += flag.words
+        reasons.append((shlex.join(flag.words), flag.why))
     if extra:
         reasons.append((_secret_hidden(extra), "yours, given after --"))
     return [*words, *extra], reasons

@@ -32,6 +32,7 @@ class Machine:
     available: int
     amx: bool
     gpus: tuple[Gpu, ...] = ()
+    core_ids: tuple[int, ...] = ()  # as the kernel counts them; of a container, those that it may use
 
     @property
     def words(self) -> str:
@@ -115,5 +116,5 @@ def this_machine() -> Machine:
     """Look at this machine now. Never fails: what cannot be read is left at zero or empty."""
     cpu, amx = _cpu(_read("/proc/cpuinfo"))
     memory, available = _container(*_memory(_read("/proc/meminfo")))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cpu, cores, memory, available, amx, _gpus())
+    ids = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    return Machine(cpu, len(ids) or os.cpu_count() or 1, memory, available, amx, _gpus(), ids)

@@ -9,6 +9,7 @@ from typing import Any
 from .bill import Ask, Model
 from .flags import Flag, given, number
 from .machine import Gpu
+from .parallel import size_flags
 from .shape import context_length
 
 
@@ -33,12 +34,7 @@ def flags_of(
         flags.append(Flag("--max-num-seqs", str(ask.abreast), why))
     if ask.kv_dtype != "auto":
         flags.append(Flag("--kv-cache-dtype", ask.kv_dtype, "half the bytes a token; costs accuracy, so check it"))
-    if ask.tp > 1:
-        flags.append(Flag("--tensor-parallel-size", str(ask.tp), "each layer over so many cards", ("-tp",)))
-    if ask.pp > 1:
-        flags.append(Flag("--pipeline-parallel-size", str(ask.pp), "the layers in so many stages", ("-pp",)))
-    if ask.dp > 1:
-        flags.append(Flag("--data-parallel-size", str(ask.dp), "so many replicas behind one address", ("-dp",)))
+    flags += size_flags(ask.tp, ask.pp, ask.dp)
     if ask.pixels is not None and model.vision is not None:
         value = json.dumps({"max_pixels": ask.pixels}, separators=(",", ":"))
         flags.append(Flag("--mm-processor-kwargs", value, f"a picture takes {image_tokens} tokens at most"))

@@ -72,7 +72,7 @@ def rows(plan: Plan, *, bandwidth: float | None = None) -> list[list[str]]:
         found.append(["one sequence", f"< {bound:.0f} tok/s", "bandwidth / weights read for each token"])
     if not plan.problem:
         found.append(["", "", ""])
-        found += [[flag.name, flag.value or "", flag.why] for flag in plan.flags]
+        found += [[*flag.words[:1], " ".join(flag.words[1:]), flag.why] for flag in plan.flags]
     return found
 
 

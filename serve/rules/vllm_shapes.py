@@ -60,8 +60,14 @@ def experts(subject: Subject, setting: Setting) -> Iterator[Finding]:
 
 def vision_divides(subject: Subject, setting: Setting) -> Iterator[Finding]:
     """The picture encoder's heads are dealt out as well, unless it is kept whole on every GPU."""
-    vision = subject.config.get("vision_config")
-    heads = (vision.get("num_heads") or vision.get("num_attention_heads")) if isinstance(vision, Mapping) else None
-    if heads and int(heads) % setting.tp:
+    heads = vision_heads(subject)
+    if heads % setting.tp:
         why = f"{heads} heads of the picture encoder cannot be dealt to {setting.tp} GPUs"
         yield Finding("heads", False, why, "add --mm-encoder-tp-mode data, which keeps the encoder whole")
+
+
+def vision_heads(subject: Subject) -> int:
+    """Attention heads of the picture encoder, 0 where the config does not tell."""
+    vision = subject.config.get("vision_config")
+    found = (vision.get("num_heads") or vision.get("num_attention_heads")) if isinstance(vision, Mapping) else None
+    return int(found or 0)

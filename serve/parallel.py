@@ -1,0 +1,200 @@
+"""One model over several cards and machines: what can be dealt out, and vLLM's flags for each machine.
+
+By vLLM's own launchers: processes on one machine, `--nnodes` where a replica spans machines, `--data-parallel-address`
+where each has whole replicas, Ray where asked for. Checks come before anything starts. Knows no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..export.subject import Subject
+from .flags import Flag, given, number
+from .machine import Machine
+from .rules.vllm_classes import NO_PIPELINE, WHOLE_ENCODER
+from .shares import undealt
+
+PORT = 29501  # of the first machine, where the others find it; vLLM's own for `--master-port`
+RAY_PORT = 6379
+SIZES = (  # field, flag, its short spelling, why
+    ("tp", "--tensor-parallel-size", "-tp", "each layer over so many cards"),
+    ("pp", "--pipeline-parallel-size", "-pp", "the layers in so many stages"),
+    ("dp", "--data-parallel-size", "-dp", "so many replicas behind one address"),
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`dp` replicas of `tp` x `pp` cards each, over `nodes` machines, of which this is number `rank`, counted from 0.
+
+    `head`: the address of number 0. `ray`: the machines are a Ray cluster, which deals out the cards itself.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    nodes: int = 1
+    rank: int = 0
+    head: str | None = None
+    port: int = PORT
+    ray: bool = False
+
+    def __post_init__(self) -> None:
+        for name, option in (("tp", "--tp"), ("pp", "--pp"), ("dp", "--dp"), ("nodes", "--nodes")):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{option} is {getattr(self, name)}; it must be a number >= 1")
+        if self.nodes == 1 and (self.rank or self.head):
+            raise ValueError("--node-rank and --master-addr are for several machines; give --nodes N too")
+        if self.nodes == 1:
+            return
+        if not self.head:
+            raise ValueError(f"--nodes {self.nodes} wants --master-addr, the first machine's address for the others")
+        if not 0 <= self.rank < self.nodes:
+            raise ValueError(f"--node-rank is {self.rank}; of {self.nodes} machines it must be 0 to {self.nodes - 1}")
+        if self.ray:
+            return
+        if self.dp == 1 and self.tp * self.pp % self.nodes:
+            raise ValueError(
+                f"{self.tp * self.pp} cards (--tp {self.tp} x --pp {self.pp}) cannot be dealt evenly to {self.nodes} "
+                "machines; change --nodes, --tp or --pp"
+            )
+        if self.dp % self.nodes and self.dp > 1:
+            raise ValueError(
+                f"{self.dp} replicas cannot be dealt evenly to {self.nodes} machines, and vLLM's span machines "
+                "through Ray alone: a multiple of --nodes as --dp, or --ray"
+            )
+
+    @property
+    def cards(self) -> int:
+        """Cards in all."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def here(self) -> int:
+        """Cards of this machine; with Ray, of all machines together."""
+        return self.cards if self.ray else self.cards // self.nodes
+
+    @property
+    def headless(self) -> bool:
+        """Whether this machine computes only: the first one answers requests."""
+        return self.rank > 0 and not self.ray
+
+
+def spread_of(
+    extra: Sequence[str] = (),
+    *,
+    tp: int | None = None,
+    pp: int | None = None,
+    dp: int | None = None,
+    nodes: int | None = None,
+    node_rank: int | None = None,
+    master_addr: str | None = None,
+    ray: bool = False,
+) -> Spread:
+    """What was asked for, the engine's own flags in `extra` first. ValueError where it contradicts itself."""
+    asked = {"tp": tp, "pp": pp, "dp": dp}
+    sizes = {name: int(number(extra, flag, short) or asked[name] or 1) for name, flag, short, _ in SIZES}
+    ray = ray or given(extra, "--distributed-executor-backend") == "ray"
+    machines, local = number(extra, "--nnodes", "-n"), number(extra, "--data-parallel-size-local", "-dpl")
+    if machines or local:  # the user's own layout, with its own ranks and addresses
+        head = given(extra, "--master-addr") or given(extra, "--data-parallel-address", "-dpa") or "127.0.0.1"
+        first = number(extra, "--data-parallel-start-rank", "-dpr") or 0
+        rank = int(number(extra, "--node-rank", "-r") or first // (local or 1))
+        return Spread(**sizes, nodes=int(machines or sizes["dp"] // (local or 1)), rank=rank, head=head, ray=ray)
+    if nodes is not None and nodes > 1 and node_rank is None and not ray:
+        raise ValueError(
+            f"--nodes {nodes} wants --node-rank: 0 on the first machine, which answers, 1 on the next, ..."
+        )
+    return Spread(**sizes, nodes=nodes or 1, rank=node_rank or 0, head=master_addr, ray=ray)
+
+
+def check_spread(spread: Spread, subject: Subject, machine: Machine, device: str) -> None:
+    """ValueError where the model cannot be dealt out so, or the machine has too few cards or cores."""
+    if why := undealt(subject.config, tp=spread.tp, pp=spread.pp):
+        raise ValueError(f"{why}; use a smaller {'--pp' if 'stages' in why else '--tp'}")
+    if spread.pp > 1 and subject.architecture in NO_PIPELINE:
+        raise ValueError(f"vLLM's {subject.architecture} cannot be cut into stages; use --tp instead of --pp")
+    if device == "cpu":
+        if spread.pp > 1:
+            raise ValueError("vLLM's CPU backend has no pipeline; use --tp or --dp, or GPUs")
+        if spread.ray:
+            raise ValueError("vLLM's CPU backend does not run under Ray; leave --ray out, or use GPUs")
+        if spread.here > machine.cores:
+            raise ValueError(f"{spread.here} processes want a core each; this machine has {machine.cores}")
+    elif spread.here > len(machine.gpus) and not (spread.ray and spread.nodes > 1):
+        raise ValueError(
+            f"--tp {spread.tp} x --pp {spread.pp} x --dp {spread.dp}"
+            + (f" on {spread.nodes} machines" if spread.nodes > 1 else "")
+            + f" wants {spread.here} GPUs here, and there are {len(machine.gpus)}; ask for less, or give more --nodes"
+        )
+
+
+def size_flags(tp: int, pp: int, dp: int) -> list[Flag]:
+    """The flags of the three sizes, as far as they are not 1."""
+    asked = {"tp": tp, "pp": pp, "dp": dp}
+    return [Flag(flag, str(asked[name]), why, (short,)) for name, flag, short, why in SIZES if asked[name] > 1]
+
+
+def node_flags(spread: Spread) -> list[Flag]:
+    """The flags of this machine among several, and Ray's; none where one machine is enough."""
+    flags: list[Flag] = []
+    if spread.ray:
+        flags.append(Flag("--distributed-executor-backend", "ray", "the Ray cluster's cards, wherever they are"))
+        if spread.dp > 1:
+            flags.append(Flag("--data-parallel-backend", "ray", "Ray starts the replicas"))
+    elif spread.nodes > 1 and spread.dp == 1:
+        flags.append(Flag("--nnodes", str(spread.nodes), "machines that share the model", ("-n",)))
+        flags.append(Flag("--node-rank", str(spread.rank), "which of them this is", ("-r",)))
+        flags.append(Flag("--master-addr", str(spread.head), "where the others find the first"))
+        flags.append(Flag("--master-port", str(spread.port), "and its port, which must be open between them"))
+    elif spread.nodes > 1:
+        each = spread.dp // spread.nodes
+        flags.append(Flag("--data-parallel-size-local", str(each), "replicas on this machine", ("-dpl",)))
+        if spread.rank:
+            first = str(spread.rank * each)
+            flags.append(Flag("--data-parallel-start-rank", first, "the first of them, counted over all", ("-dpr",)))
+        flags.append(Flag("--data-parallel-address", str(spread.head), "where the others find the first", ("-dpa",)))
+        flags.append(Flag("--data-parallel-rpc-port", str(spread.port), "and its port, open between them", ("-dpp",)))
+    if spread.headless:
+        flags.append(Flag("--headless", None, "this machine computes; the first one answers requests"))
+    return flags
+
+
+def encoder_flags(spread: Spread, subject: Subject, heads: int) -> list[Flag]:
+    """What keeps a picture encoder whole on each card, where its `heads` cannot be dealt out. ValueError where vLLM's
+    class has no such way."""
+    if heads % spread.tp == 0:
+        return []
+    if subject.architecture in WHOLE_ENCODER:
+        why = f"{heads} heads of the picture encoder cannot be dealt to {spread.tp} cards: each keeps it whole"
+        return [Flag("--mm-encoder-tp-mode", "data", why)]
+    raise ValueError(
+        f"{heads} heads of the picture encoder cannot be dealt to {spread.tp} GPUs, and vLLM's {subject.architecture} "
+        f"cannot keep it whole on each; use a --tp that divides {heads}"
+    )
+
+
+def variables_of(spread: Spread, machine: Machine, device: str) -> dict[str, tuple[str, str]]:
+    """Environment variables (name -> value, reason): each process's cores on a CPU, the first machine's own address."""
+    found: dict[str, tuple[str, str]] = {}
+    if spread.nodes > 1 and spread.rank == 0:
+        found["VLLM_HOST_IP"] = (str(spread.head), "the address that the other machines reach this one at")
+    if device == "cpu" and spread.cards > 1:
+        cores = machine.core_ids or tuple(range(machine.cores))
+        spare = 1 if len(cores) > spread.here else 0
+        each = (len(cores) - spare) // spread.here
+        dealt = (cores[spare + i * each : spare + (i + 1) * each] for i in range(spread.here))
+        bound = "|".join(",".join(map(str, ids)) for ids in dealt)
+        found["VLLM_CPU_OMP_THREADS_BIND"] = (bound, "each process's own cores; vLLM would want a NUMA node for each")
+    return found
+
+
+def ray_lines(spread: Spread) -> list[tuple[str, str]]:
+    """(where, command): what makes the machines a Ray cluster, before the engine starts on the first."""
+    if not spread.ray or spread.nodes == 1:
+        return []
+    return [
+        ("machine 0, first", f"ray start --head --node-ip-address={spread.head} --port={RAY_PORT}"),
+        *((f"machine {n}", f"ray start --address={spread.head}:{RAY_PORT} --block") for n in range(1, spread.nodes)),
+    ]
