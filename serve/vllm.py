@@ -41,9 +41,11 @@ def vllm(
     max_model_len: int | None = None,
     served_model_name: str | None = None,
     trust_remote_code: bool = False,
+    engine_bin: str | Path | None = None,
     lora: Sequence[str] = (),
     extra: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
+    engine_bin: Path | None = None,
     **spread_options: Any,
 ) -> Launch:
     """The command that serves the checkpoint folder `target` under vLLM on this machine.
