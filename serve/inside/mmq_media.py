@@ -1,0 +1,104 @@
+"""The media of a request: where its JSON holds them, whether base64 is whole, which file a file:// URL means.
+
+Knows the shapes that OpenAI's chat and responses, Anthropic's messages and transformers' chat templates give them, and
+takes a medium for one wherever it stands. Fetches nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mmq_settings import Allowance, Refused
+
+# a part's keys that name a medium, and of what kind it is
+KINDS = {
+    **dict.fromkeys(("image_url", "image", "images", "image_pil", "image_embeds"), "image"),
+    **dict.fromkeys(("video_url", "video", "videos"), "video"),
+    **dict.fromkeys(("audio_url", "audio", "audios", "input_audio", "audio_embeds"), "audio"),
+    **dict.fromkeys(("file_url", "file_data"), "application"),
+}
+WITHIN = ("url", "path")  # of a medium: where it is
+BASE64 = ("data", "base64")  # of a medium: its bytes
+RAW = ("image_embeds", "audio_embeds", "input_audio", "file_data")  # strings of these are base64 without `data:`
+# of a request: what describes its answer, never its media ("image" may be a property's name in a tool's schema)
+DESCRIPTIONS = (
+    *("tools", "functions", "tool_choice", "response_format", "structured_outputs", "guided_json", "json_schema"),
+    *("metadata", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs", "logit_bias"),
+)
+MIME = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav", "application": "application/octet-stream"}
+FRAMES = "video/jpeg"  # of a data URL: not a file but pictures in base64, with commas between them
+_PART = re.compile(r"(?:input_)?(image|video|audio)")
+
+
+def media_in(tree: Any) -> Iterator[tuple[Any, Any, str, bool]]:
+    """(holder, key, kind, raw) for each medium of a request: `holder[key]` is its string; raw: base64, and no URL."""
+    todo: list[tuple[Any, str | None]] = [(tree, None)]
+    while todo:
+        node, kind = todo.pop()  # kind: of the medium that this is or lists, None elsewhere
+        if isinstance(node, list):
+            for at, item in enumerate(node):
+                if isinstance(item, str) and kind:
+                    yield node, at, kind, False
+                elif isinstance(item, (dict, list)):
+                    todo.append((item, kind))
+        elif isinstance(node, dict):
+            part = _PART.match(str(node.get("type", "")))
+            kind = part[1] if part else kind
+            for key, value in node.items():
+                if node is tree and key in DESCRIPTIONS:
+                    continue
+                here = KINDS.get(key) or (kind if key in ("source", *WITHIN, *BASE64) else None)
+                if isinstance(value, str):
+                    if here and key != "source":
+                        yield node, key, here, key in RAW or key in BASE64
+                elif isinstance(value, (dict, list)):
+                    todo.append((value, here))
+
+
+def check_base64(value: str, *, raw: bool = False) -> None:
+    """Refused unless a data URL, or bare base64 where `raw`, can be decoded."""
+    pieces = [value]
+    if not raw or value[:5].lower() == "data:":
+        head, comma, data = value.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise Refused(400, f"a data URL has no `;base64,`: {value[:40]!r}")
+        pieces = data.split(",") if head.lower().startswith(f"data:{FRAMES}") else [data]
+    for piece in pieces:
+        if not piece:
+            raise Refused(400, "a medium is empty")
+        try:
+            base64.b64decode(piece, validate=True)
+        except (binascii.Error, ValueError) as e:
+            raise Refused(400, f"a medium's base64 is broken: {e}") from None
+
+
+def read_local(url: str, folder: str | None, allowance: Allowance) -> bytes:
+    """The bytes of the file that a file:// URL names. Refused outside of `folder`, links followed, and without one."""
+    if folder is None:
+        raise Refused(400, "file:// is not taken here; the server's --media-folder names the folder for it")
+    parts = urlsplit(url)
+    named = unquote(parts.path)
+    path = Path(os.path.realpath(named)) if "\0" not in named else None
+    if path is None or parts.netloc not in ("", "localhost") or Path(os.path.realpath(folder)) not in path.parents:
+        raise Refused(400, "a file:// URL points out of the server's media folder")
+    try:
+        if not path.is_file():  # a pipe would keep whoever reads it
+            raise FileNotFoundError
+        allowance.take(path.stat().st_size)
+        return path.read_bytes()
+    except OSError:
+        raise Refused(400, f"no file {path.name!r} that can be read in the server's media folder") from None
+
+
+def as_data_url(data: bytes, mime: str) -> str:
+    """Bytes as a data URL. Refused when there are none."""
+    if not data:
+        raise Refused(400, "a medium is empty")
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

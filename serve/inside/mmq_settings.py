@@ -1,0 +1,64 @@
+"""What a guard is told, and how it says no. `serve/safety.py` writes the settings that are read here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MIB = 1 << 20
+
+
+class Refused(Exception):
+    """A request that is not let in: an HTTP status and why."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is let in.
+
+    `max_body`: bytes of a request, and of all the media that it names; `max_media`: pictures, videos and sounds of it.
+    `domains`: hosts that media may come from (".x.org" for all below x.org), None for any public one; `networks`:
+    private ones that they may come from as well; `folder`: where file:// may point.
+    `hosts`: the names by which the server may be asked, None for any.
+    """
+
+    max_body: int = 64 * MIB
+    max_media: int = 64
+    domains: tuple[str, ...] | None = None
+    networks: tuple[str, ...] = ()
+    folder: str | None = None
+    hosts: tuple[str, ...] | None = None
+
+
+def settings_of(environ: Mapping[str, str]) -> Settings:
+    """The settings that the variable MMQ_GUARD holds as JSON. ValueError for a name that there is none of."""
+    found: dict[str, Any] = json.loads(environ.get("MMQ_GUARD") or "{}")
+    unknown = set(found) - set(Settings.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"MMQ_GUARD has unknown settings: {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return Settings(**values)
+
+
+class Allowance:
+    """Bytes that the media which one request names may have together."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.left = most, most
+
+    def take(self, size: int) -> None:
+        """Refused when they are used up."""
+        self.left -= size
+        if self.left < 0:
+            raise Refused(413, f"the media that a request names may have {mebibytes(self.most)} together")
+
+
+def mebibytes(count: int) -> str:
+    """As people read it: "64 MiB"."""
+    return f"{count / MIB:g} MiB"

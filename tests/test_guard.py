@@ -1,0 +1,453 @@
+"""The guard of a server, before a real one (uvicorn) that echoes what was let in; the web is one of this file's."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import http.client
+import http.server
+import importlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+INSIDE = Path(__file__).resolve().parent.parent / "serve" / "inside"
+PIXEL = base64.b64encode(b"\x89PNG not looked at here").decode()
+LOCAL = ("127.0.0.0/8",)
+
+
+@pytest.fixture(scope="module")
+def guard() -> Iterator[Any]:
+    """The module as an engine imports it: its folder on the path, mmq not in sight."""
+    sys.path.insert(0, str(INSIDE))
+    try:
+        yield importlib.import_module("mmq_guard")
+    finally:
+        sys.path.remove(str(INSIDE))
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers 200 with the body that it was given."""
+    body = b""
+    while scope["type"] == "http":
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    assert len(body) == int(dict(scope["headers"]).get(b"content-length", b"0"))
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture
+def serve(guard: Any) -> Iterator[Callable[..., Client]]:
+    """`serve(key=None, **settings)`: a guarded echo under uvicorn, and a client of it."""
+    uvicorn = pytest.importorskip("uvicorn")
+    servers = []
+
+    def start(key: str | None = None, **settings: Any) -> Client:
+        app = guard.Guard(echo, guard.Settings(**settings), key)
+        config = uvicorn.Config(app, port=0, log_level="error", lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        servers.append((server, thread))
+        return Client(server.servers[0].sockets[0].getsockname()[1], app)
+
+    yield start
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(5)
+
+
+class Client:
+    """Asks the server at a port of loopback."""
+
+    def __init__(self, port: int, app: Any) -> None:
+        self.port, self.app = port, app
+
+    def send(self, body: Any, *, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, str]:
+        """(status, text). A dict is sent as JSON; chunks of an iterator are sent chunked."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = json.dumps(body).encode() if isinstance(body, dict | list) else body
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request("POST", path, data, {"Content-Type": "application/json"} | named)
+        reply = connection.getresponse()
+        try:
+            return reply.status, reply.read().decode()
+        finally:
+            connection.close()
+
+    def refused(self, body: Any, **headers: str) -> str:
+        """What a 400 says."""
+        status, text = self.send(body, **headers)
+        assert status == 400, text
+        return json.loads(text)["error"]["message"]
+
+
+def asking(*urls: str, kind: str = "image_url") -> dict[str, Any]:
+    parts = [{"type": kind, kind: {"url": url}} for url in urls]
+    return {"model": "m", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "图中有什么？"}]}]}
+
+
+@contextmanager
+def web(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[tuple[int, list[str]]]:
+    """An http server on loopback: its port, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            answer(self)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield server.server_address[1], asked
+        finally:
+            server.shutdown()
+
+
+def picture(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "image/webp")
+    handler.end_headers()
+    handler.wfile.write(b"the picture's bytes")
+
+
+def test_it_stands_alone_and_loads_fast() -> None:
+    own = {path.stem for path in INSIDE.glob("mmq_*.py")}
+    for path in INSIDE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            assert {n.split(".")[0] for n in names} <= set(sys.stdlib_module_names) | own, path
+    code = "import time; t = time.perf_counter(); import mmq_guard; print(time.perf_counter() - t)"
+    runs = [
+        subprocess.run([sys.executable, "-S", "-c", code], cwd=INSIDE, capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) < 0.5
+
+
+def test_what_is_fine_arrives_as_it_was_sent(serve: Callable[..., Client]) -> None:
+    client = serve()
+    for body in (
+        b'{"messages":  [{"role": "user", "content": "\xe4\xbd\xa0\xe5\xa5\xbd"}]}',
+        json.dumps(asking(f"data:image/png;base64,{PIXEL}")).encode(),
+        json.dumps({"tools": [{"parameters": {"properties": {"image": {"type": "string"}}, "image": "x"}}]}).encode(),
+        json.dumps({"audio": {"voice": "a", "format": "wav"}, "images": [], "prompt": "a.png"}).encode(),
+        b"",
+    ):
+        assert client.send(body) == (200, body.decode())
+    upload = b"--x\r\n\r\nhttp://127.0.0.1/\r\n--x--"
+    assert client.send(upload, Content_Type="multipart/form-data; boundary=x")[0] == 200
+
+
+def test_a_body_is_counted_as_it_comes(serve: Callable[..., Client]) -> None:
+    client = serve(max_body=1 << 20)
+    assert client.send(b'"' + b"x" * ((1 << 20) - 2) + b'"')[0] == 200
+    assert client.send(b"x" * (1 << 20) + b"y")[0] == 413  # told by its length
+
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(256):
+            sent += 1 << 18
+            yield b"x" * (1 << 18)
+
+    for connection in ("keep-alive", "close"):
+        sent = 0
+        status, text = client.send(endless(), Connection=connection)  # in chunks: no length is told
+        assert (status, sent) == (413, 64 << 20)
+        assert "1 MiB" in json.loads(text)["error"]["message"]
+    assert client.app.arriving == 0
+    assert client.send({})[0] == 200
+
+
+@pytest.mark.parametrize("body", [b"{", b"{'a': 1}", b"\xff\xfe\xfa", b"[" * 100_000, b'{"n": ' + b"1" * 5000 + b"}"])
+def test_broken_json(serve: Callable[..., Client], body: bytes) -> None:
+    assert "JSON" in serve().refused(body)
+
+
+def test_a_request_has_so_many_media(serve: Callable[..., Client]) -> None:
+    client = serve(max_media=5)
+    good = f"data:image/png;base64,{PIXEL}"
+    assert client.send(asking(*[good] * 5))[0] == 200
+    assert "5 pictures" in client.refused(asking(*[good] * 6))
+    assert "5 pictures" in client.refused({"images": [good] * 10_000})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:image/png;base64,%%%%",
+        "data:image/png;base64,abc",  # not padded
+        "data:image/png;base64,",
+        "data:image/png,raw",
+        "data:",
+        "DATA:image/png;base64,?",
+        "data:video/jpeg;base64,QUJD,%%",
+    ],
+)
+def test_broken_base64(serve: Callable[..., Client], url: str) -> None:
+    client = serve()
+    client.refused(asking(url))
+    client.refused({"input": [{"content": [{"type": "input_image", "image_url": url}]}]})
+    if "," in url and "jpeg" not in url:
+        source = {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2] or "%"}
+        if source["data"] != "raw":
+            client.refused({"messages": [{"content": [{"type": "image", "source": source}]}]})
+
+
+SHAPES: tuple[Callable[[str], dict[str, Any]], ...] = (  # how the engines' APIs name a medium by URL
+    asking,
+    lambda url: asking(url, kind="video_url"),
+    lambda url: {"messages": [{"content": [{"type": "image_url", "image_url": url}]}]},
+    lambda url: {"messages": [{"content": [{"image_url": url}]}]},
+    lambda url: {"messages": [{"content": [{"type": "image", "image": url}]}]},
+    lambda url: {"messages": [{"content": [{"type": "image", "url": url}]}]},
+    lambda url: {"messages": [{"content": [{"type": "video", "video": [url]}]}]},
+    lambda url: {"messages": [{"content": [{"type": "image", "source": {"type": "url", "url": url}}]}]},
+    lambda url: {"messages": [[{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": url}}]}]]},
+    lambda url: {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]},
+    lambda url: {"queries": {"content": [{"type": "image_url", "image_url": {"url": url}}]}},
+    lambda url: {"images": [url]},
+    lambda url: {"image": url},
+)
+
+
+@pytest.mark.parametrize("at", range(len(SHAPES)))
+def test_a_medium_is_found_wherever_it_is_named(serve: Callable[..., Client], at: int) -> None:
+    shape = SHAPES[at]
+    with web(picture) as (port, asked):
+        url = f"http://127.0.0.1:{port}/a.webp"
+        assert "not on the public network" in serve().refused(shape(url))
+        assert not asked
+        status, text = serve(networks=LOCAL).send(shape(url))
+        assert status == 200
+        assert asked == ["/a.webp"]
+        assert "http" not in text
+        data = text.partition("base64,")[2].partition('"')[0]
+        assert base64.b64decode(data) == b"the picture's bytes"
+
+
+FORBIDDEN = [
+    "http://127.0.0.1:{port}/",
+    "http://localhost:{port}/",
+    "http://LOCALHOST.:{port}/",
+    "http://2130706433:{port}/",  # 127.0.0.1 in one number
+    "http://0x7f.1:{port}/",
+    "http://0177.0.0.1:{port}/",
+    "http://127.1:{port}/",
+    "http://0.0.0.0:{port}/",
+    "http://0:{port}/",
+    "http://\uff11\uff12\uff17.0.0.1:{port}/",  # full-width digits
+    "http://[::1]:{port}/",
+    "http://[::ffff:127.0.0.1]:{port}/",
+    "http://[::ffff:7f00:1]:{port}/",
+    "http://[::]:{port}/",
+    "http://[::127.0.0.1]:{port}/",
+    "http://[64:ff9b::7f00:1]:{port}/",
+    "http://[2002:7f00:1::]:{port}/",
+    "http://[fe80::1]/",
+    "http://[fd00:ec2::254]/latest/meta-data/",
+    "http://169.254.169.254/latest/meta-data/",
+    "http://100.100.100.200/",
+    "http://168.63.129.16/",
+    "http://10.0.0.1/",
+    "http://192.168.1.1/",
+    "http://172.16.0.1/",
+    "http://224.0.0.1/",
+    "http://255.255.255.255/",
+    "http://no-such-host.invalid/",
+    "http://user@127.0.0.1:{port}/",
+    "http://example.org@127.0.0.1:{port}/",
+    "http://example.org\\@127.0.0.1:{port}/",
+    "http://127.0.0.1:{port}\t/",
+    "http:///etc/passwd",
+    "http://",
+    "http://[::1",
+    "http://a:99999/",
+    "ftp://127.0.0.1/",
+    "gopher://127.0.0.1/",
+    "/etc/passwd",
+    "//127.0.0.1/",
+    "file:///etc/passwd",
+    "FILE:///etc/passwd",
+    "file://localhost/etc/passwd",
+    "",
+]
+
+
+def test_forbidden_places_are_not_asked(serve: Callable[..., Client]) -> None:
+    client = serve()
+    with web(picture) as (port, asked):
+        for url in FORBIDDEN:
+            assert client.refused(asking(url.format(port=port)))
+        assert not asked
+    assert client.send({})[0] == 200
+
+
+def test_every_address_of_a_name_counts(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with a public and a private address is refused; one that changes between two looks is looked up once."""
+    fetch = sys.modules["mmq_fetch"]
+    looks = []
+
+    def two(host: str, port: int, **options: Any) -> list[Any]:
+        looks.append(host)
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, ("93.184.216.34", port)), (*kind, ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    with pytest.raises(guard.Refused, match="not on the public network"):
+        fetch.Target("http://two.example/", guard.Settings()).fetch(guard.Allowance(1), "image")
+    with web(picture) as (port, _):
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: looks.append(a[0]) or two(*a, **k)[1:])
+        looks.clear()
+        target = fetch.Target(
+            f"http://one.example:{port}/图 片.webp".replace(" ", "%20"), guard.Settings(networks=LOCAL)
+        )
+        assert target.fetch(guard.Allowance(100), "image").startswith("data:image/webp;base64,")
+        assert looks.count("one.example") == 2  # once here and once in `two`
+
+
+def test_this_machine_by_a_public_address(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = sys.modules["mmq_fetch"]
+    monkeypatch.setattr(fetch, "may_reach", lambda address, networks: True)
+    with web(picture) as (port, asked):
+        with pytest.raises(guard.Refused, match="this machine itself"):
+            fetch.Target(f"http://127.0.0.1:{port}/", guard.Settings()).fetch(guard.Allowance(100), "image")
+        assert not asked
+
+
+def test_domains(serve: Callable[..., Client]) -> None:
+    with web(picture) as (port, asked):
+        url = f"http://localhost:{port}/"
+        none = serve(domains=(), networks=LOCAL)
+        assert "--media-domain" in none.refused(asking(url))
+        assert none.send(asking(f"data:image/png;base64,{PIXEL}"))[0] == 200
+        assert "may not come from localhost" in serve(domains=("example.org",), networks=LOCAL).refused(asking(url))
+        assert not asked
+        assert serve(domains=("localhost",), networks=(*LOCAL, "::1/128")).send(asking(url))[0] == 200
+        # a name that is allowed opens no private address by itself
+        assert "not on the public" in serve(domains=("localhost",)).refused(asking(url))
+
+
+def test_below_a_domain(guard: Any) -> None:
+    among = sys.modules["mmq_fetch"].among
+    allowed = ("a.org", ".b.org")
+    assert [h for h in ("a.org", "x.a.org", "b.org", "x.b.org", "xb.org") if among(h, allowed)] == ["a.org", "x.b.org"]
+
+
+def test_redirects_and_failures_are_told(serve: Callable[..., Client]) -> None:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if handler.path == "/short":  # promises more than it sends
+            handler.send_response(200)
+            handler.send_header("Content-Length", "100")
+            handler.end_headers()
+            return
+        handler.send_response(int(handler.path[1:]))
+        handler.send_header("Location", "http://169.254.169.254/")
+        handler.end_headers()
+
+    client = serve(networks=LOCAL)
+    with web(answer) as (port, asked):
+        for code in ("301", "302", "307", "308"):
+            said = client.refused(asking(f"http://127.0.0.1:{port}/{code}"))
+            assert "redirects to 'http://169.254.169.254/'" in said
+        assert "answered 404" in client.refused(asking(f"http://127.0.0.1:{port}/404"))
+        assert "did not send the medium (ConnectionError)" in client.refused(asking(f"http://127.0.0.1:{port}/short"))
+        assert "empty" in client.refused(asking(f"http://127.0.0.1:{port}/200"))
+        assert len(asked) == 7
+    assert "did not send the medium (" in client.refused(asking(f"http://127.0.0.1:{port}/"))
+
+
+def test_a_slow_host_and_a_large_medium_end(
+    guard: Any, serve: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = threading.Event()
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        if handler.path == "/large":
+            handler.wfile.write(b"x" * (3 << 20))
+            return
+        with contextlib.suppress(OSError):
+            while not done.wait(0.05):  # a byte now and then
+                handler.wfile.write(b"x")
+        done.set()
+
+    monkeypatch.setattr(guard, "FETCH_SECONDS", 0.5)
+    client = serve(networks=LOCAL, max_body=1 << 20)
+    with web(answer) as (port, _):
+        status, text = client.send(asking(f"http://127.0.0.1:{port}/large"))
+        assert (status, "1 MiB together" in text) == (413, True)
+        begun = time.monotonic()
+        assert "within 0 s" in client.refused(asking(f"http://127.0.0.1:{port}/slow"))
+        assert time.monotonic() - begun < 3
+        assert done.wait(5)  # the connection was ended, not left to the host
+
+
+def test_local_files_only_under_the_folder(serve: Callable[..., Client], tmp_path: Path) -> None:
+    folder = tmp_path / "媒体"
+    folder.mkdir()
+    (folder / "a b.png").write_bytes(b"inside")
+    (tmp_path / "secret").write_bytes(b"outside")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "large").write_bytes(b"x" * (2 << 20))
+    client = serve(folder=str(folder), max_body=1 << 20)
+    status, text = client.send(asking((folder / "a b.png").as_uri()))
+    assert status == 200
+    assert base64.b64encode(b"inside").decode() in text
+    for name in ("link", "../secret", "%2e%2e/secret", "none", "", "a\0b"):
+        said = client.refused(asking(f"file://{folder}/{name}"))
+        assert "media folder" in said
+    client.refused(asking("file://elsewhere/etc/passwd"))
+    assert client.send(asking(f"file://{folder}/large"))[0] == 413
+    assert "--media-folder" in serve().refused(asking((folder / "a b.png").as_uri()))
+
+
+def test_the_key_is_asked_for_everywhere_but_health(serve: Callable[..., Client]) -> None:
+    client = serve(key="schlüssel")
+    for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "geheim"}, {"Authorization": "Basic x"}):
+        for path in ("/v1/models", "/invocations", "/tokenize", "/metrics"):
+            status, text = client.send({}, path=path, **headers)
+            assert (status, json.loads(text)["error"]["type"]) == (401, "authentication_error")
+    assert client.send({}, path="/health")[0] == 200
+    plain = serve(key="s3cret")
+    assert plain.send({}, Authorization="Bearer s3cret")[0] == 200
+    assert plain.send({}, Authorization="bearer  s3cret")[0] == 200
+
+
+def test_other_names_for_this_machine_are_refused_without_a_key(serve: Callable[..., Client]) -> None:
+    client = serve(hosts=("127.0.0.1", "localhost", "::1"))
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:8000"):
+        assert client.send({}, Host=host)[0] == 200
+    for host in ("rebound.example:8000", "127.0.0.1.example", "", "[::2]"):
+        assert client.send({}, Host=host)[0] == 403
+
+
+def test_settings_are_read_and_checked(guard: Any) -> None:
+    settings_of = guard.settings_of
+    assert settings_of({}) == guard.Settings()
+    assert settings_of({"MMQ_GUARD": '{"max_body": 5, "domains": ["a"]}'}) == guard.Settings(5, domains=("a",))
+    with pytest.raises(ValueError, match="unknown settings: nonsense"):
+        settings_of({"MMQ_GUARD": '{"nonsense": 1}'})
