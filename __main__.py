@@ -341,87 +341,140 @@ def serve(
     sys.exit(foreground(launch, log_path=log, on_line=lambda line: click.echo(line, err=True), on_ready=ready))
 
 
+answer_options = (  # how an answer is made: `RequestConfig`'s
+    click.option("--max-tokens", type=int, default=512, show_default=True),
+    click.option("--temperature", type=float, default=0.0, show_default=True),
+    click.option("--top-p", type=float),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text. Repeatable."),
+    click.option("--logprobs", is_flag=True, help="With --dataset or --json: each token's log-probability."),
+    click.option("--stream/--no-stream", default=None, help="Show answers as they come.  [default: but for --dataset]"),
+    click.option("--fps", type=float, help="Of a video look at so many frames a second.  [default: the engine's rule]"),
+    click.option("--frames", type=int, help="Of a video look at no more than so many frames, evenly."),
+    click.option("--extra", metavar="JSON", help="More for the request's body, as '{\"repetition_penalty\": 1.05}'."),
+)
+media_options = tuple(
+    click.option(f"--{kind}", f"{kind}s", multiple=True, metavar="FILE|URL", help=f"{what} to ask about. Repeatable.")
+    for kind, what in (("image", "A picture"), ("video", "A video"), ("audio", "A sound"))
+)
+dataset_options = (
+    click.option(
+        "--dataset", "datasets", multiple=True, metavar="FILE[#N]", help="Ask a JSONL's (first N) rows. Repeatable."
+    ),
+    click.option(
+        "--result-path", type=click.Path(path_type=Path), help="Answers to --dataset.  [default: NAME-answers.jsonl]"
+    ),
+    click.option("--concurrency", type=int, default=8, show_default=True, help="Requests under way at once."),
+    click.option("--overwrite", is_flag=True, help="Ask again what --result-path has answers for."),
+)
+
+
 @cli.command()
 @click.argument("target")
 @click.argument("prompt", required=False)
-@click.option("--image", "images", multiple=True, metavar="FILE|URL", help="A picture to ask about. Repeatable.")
-@click.option("--dataset", type=click.Path(path_type=Path), help="Ask each line of a JSONL file instead of PROMPT.")
-@click.option(
-    "--result-path", type=click.Path(path_type=Path), help="Answers to --dataset.  [default: NAME-answers.jsonl]"
-)
-@click.option("--engine", default="vllm", show_default=True, help="Which engine serves TARGET, where it is a folder.")
-@click.option("--max-tokens", type=int, default=512, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True)
-@click.option("--concurrency", type=int, default=8, show_default=True, help="Requests under way at once.")
-@click.option("--logprobs", is_flag=True, help="With --dataset: each answer's tokens with their log-probabilities.")
-@click.option("--count", type=int, help="Only the first COUNT lines of --dataset.")
-@click.option("--overwrite", is_flag=True, help="Ask again what --result-path has answers for.")
+@click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--system", help="The system message; in a dataset that of rows without one.")
+@several(media_options)
+@several(dataset_options)
+@click.option("--engine", default="vllm", show_default=True, help="Which engine serves TARGET, where it is no URL.")
+@click.option("--model", metavar="NAME", help="Which of the server's models, or LoRA adapters.  [default: its first]")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="The server's key.  [default: $MMQ_API_KEY]")
+@several(answer_options)
 @several(hub_options)
 @json_option
 def infer(
     target: str,
     prompt: str | None,
+    engine_flags: tuple[str, ...],
+    system: str | None,
     images: tuple[str, ...],
-    dataset: Path | None,
+    videos: tuple[str, ...],
+    audios: tuple[str, ...],
+    datasets: tuple[str, ...],
     result_path: Path | None,
+    concurrency: int,
+    overwrite: bool,
     engine: str,
-    max_tokens: int,
-    temperature: float,
+    model: str | None,
+    api_key_file: Path | None,
     hub: str,
     revision: str | None,
     as_json: bool,
-    **many: Any,
+    **how: Any,
 ) -> None:
-    """Ask TARGET (an artifact, a model, or the URL of a running server) PROMPT, or every line of --dataset.
+    """Ask TARGET (an artifact, a model, or the URL of a running server) PROMPT, or every row of --dataset.
 
     With neither, chat: `multi-line`, `single-line`, `reset-system`, `clear`, `quit`; <image> in a text asks for one.
+    Flags after `--` go to the engine that is started. Exit 1 where rows of a dataset got no answer.
     """
-    if [prompt, dataset].count(None) != 1 and (as_json or prompt is not None):
+    if prompt is not None and prompt.startswith("--"):  # there was no prompt, and `--` was before it
+        prompt, engine_flags = None, (prompt, *engine_flags)
+    if bool(prompt) == bool(datasets) and (as_json or prompt is not None):
         raise ValueError(
             'give a prompt, as in `mmq infer out-awq "What is this?" --image photo.jpg`, or --dataset FILE; '
             "with neither it is a chat, which has no --json"
         )
+    if engine_flags and "://" in target:
+        raise ValueError(f"{' '.join(engine_flags)} is for an engine that is started here; {target} runs already")
     from .recipes.terminal import line_reader
-    from .serve.chat import HELP, begin, talk
-    from .serve.infer import answering, check_dataset, infer_dataset, refused, serving
-    from .serve.infer import infer as ask
+    from .serve.chat import HELP, asked, begin, talk
+    from .serve.client import key_in
+    from .serve.dataset import check_dataset, infer_dataset
+    from .serve.infer import answering, asking, serving, video_flags
+    from .serve.request import config_of
+    from .serve.results import failed
     from .serve.target import servable
 
     write = partial(click.echo, nl=False)
-    chat = begin(images=images)  # an unreadable picture or line is told before a server starts
-    if dataset is not None:
-        check_dataset(dataset, count=many["count"])
-    say: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-    out = result_path or Path(f"{dataset.stem if dataset else 'mmq'}-answers.jsonl")
+    config = config_of(**how, by_default=not datasets and not as_json)
+    if config.logprobs and not datasets and not as_json:
+        raise ValueError("--logprobs goes with --dataset, or with a prompt and --json")
+    if datasets and (images or videos or audios):
+        raise ValueError("the rows of --dataset name their own pictures, videos and sounds; leave the options out")
+    chat = begin(system=system, images=images, videos=videos, audios=audios)  # bad input is told before a server starts
+    if prompt is not None:
+        chat = asked(chat, prompt)
+    if datasets:
+        check_dataset(datasets, system=system)
+    who: dict[str, Any] = {"model": model, "api_key": key_in(api_key_file) if api_key_file else None}
+    out = result_path or Path(f"{Path(datasets[0].partition('#')[0]).stem if datasets else 'mmq'}-answers.jsonl")
+    facts: dict[str, float] = {}
     with ExitStack() as stack:
-        with progress(quiet=as_json) as tell:  # ends before answers are written under it
-            named = {}
+        # the bars end before answers are written under them
+        with progress(quiet=as_json or bool(datasets and config.stream)) as tell:
+            more: dict[str, Any] = {}
             if "://" not in target:
-                folder, named["served_model_name"] = servable(target, hub=hub, revision=revision, tell=tell)
+                folder, more["served_model_name"] = servable(target, hub=hub, revision=revision, tell=tell)
                 target = str(folder)
-            url = stack.enter_context(serving(target, engine=engine, tell=tell, **named))
-            facts = infer_dataset(url, dataset, out, tell=tell, **say, **many) if dataset is not None else {}
-        if prompt is not None:
-            pieces = ask(url, prompt, images, **say)
-            if as_json:
-                click.echo(json.dumps({"answer": "".join(pieces)}, ensure_ascii=False))
-                return
-            for piece in pieces:
+                config, flags = video_flags(engine, config)
+                more["extra"] = (*flags, *engine_flags)
+            url = stack.enter_context(serving(target, engine=engine, tell=tell, **more))
+            if datasets:
+                options: dict[str, Any] = {"concurrency": concurrency, "overwrite": overwrite, "tell": tell}
+                options["show"] = lambda number, piece: write(piece)
+                facts = infer_dataset(url, datasets, out, config, system=system, **who, **options)
+        if prompt is not None and as_json:
+            click.echo(
+                json.dumps(stack.enter_context(asking(url, config, **who))(chat.messages).facts(), ensure_ascii=False)
+            )
+        elif prompt is not None:
+            for piece in stack.enter_context(answering(url, config, **who))(chat.messages):
                 write(piece)
             write("\n")
-        elif dataset is None:
+        elif not datasets:
             click.secho(HELP, dim=True, err=True)
-            answer = stack.enter_context(answering(url, **say))
+            answer = stack.enter_context(answering(url, config, **who))
             talk(chat, answer, read=line_reader(), write=write, note=partial(click.secho, dim=True, err=True))
-    if dataset is None:
+    if not datasets:
         return
     if as_json:
         click.echo(json.dumps({"result": str(out), **facts}))
-        return
-    show_table(["", ""], [[name, f"{value:g}"] for name, value in facts.items()])
-    for line in refused(out):
-        click.secho(line, fg="yellow", err=True)
-    click.echo(f"answers: {out}")
+    else:
+        show_table(["", ""], [[name, f"{value:g}"] for name, value in facts.items()])
+        for line in failed(out):
+            click.secho(line, fg="yellow", err=True)
+        click.echo(f"answers: {out}")
+    sys.exit(1 if facts["failed"] else 0)
 
 
 @cli.command()

@@ -10,9 +10,9 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from .samples import ROLES, Sample
@@ -20,43 +20,58 @@ from .samples import ROLES, Sample
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Row = TypeVar("Row")
+DESCRIBE = "Describe this picture."  # what is asked of the pictures of a folder
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMS = '{"messages": [...]}, {"messages": [...], "images": [...]} or {"query": ..., "response": ..., "images": [...]}'
 
 
 def read(source: Path) -> Iterator[Sample]:
     """The samples of a JSONL file or a folder, one by one. ValueError names the file, the line and what is wrong."""
-    if source.is_file():
-        if source.suffix.lower() not in (".jsonl", ".ndjson"):
-            raise ValueError(f"{source} is no .jsonl file; give one JSON object a line, or a folder of pictures")
-        yield from _lines(source)
-    elif source.is_dir():
-        files = sorted(source.glob("*.jsonl"))
-        pictures = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
-        if not files and not pictures:
-            raise ValueError(f"{source} holds no *.jsonl and no pictures ({', '.join(PICTURES)})")
-        for file in files:
-            yield from _lines(file)
-        for picture in () if files else pictures:
-            content = [{"type": "image"}, {"type": "text", "text": "Describe this picture."}]
-            yield Sample([{"role": "user", "content": content}], (_open(str(picture), Path()),))
-    else:
-        raise ValueError(f"no file or folder {source}")
+    files, pictures = files_of(source)
+    for file in files:
+        yield from _lines(file)
+    for picture in pictures:
+        content = [{"type": "image"}, {"type": "text", "text": DESCRIBE}]
+        yield Sample([{"role": "user", "content": content}], (_open(str(picture), Path()),))
 
 
-def _lines(file: Path) -> Iterator[Sample]:
+def rows(file: Path, parse: Callable[[Any], Row]) -> Iterator[tuple[int, Row]]:
+    """What `parse` makes of each line's JSON, with the line's number, from 1; empty lines are left out. ValueError,
+    `parse`'s too, names the file and the line."""
     with file.open("rb") as lines:  # bytes: only \n ends a line, and a line that is no UTF-8 has a number too
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield _sample(json.loads(line.decode("utf-8-sig")), file.parent)
+                parsed = parse(json.loads(line.decode("utf-8-sig")))
             except json.JSONDecodeError as e:
                 raise ValueError(f"{file}, line {number}: broken JSON: {e.msg} at column {e.colno}") from None
             except UnicodeDecodeError as e:
                 raise ValueError(f"{file}, line {number}: not UTF-8 at byte {e.start + 1}") from None
             except ValueError as e:
                 raise ValueError(f"{file}, line {number}: {e}") from None
+            yield number, parsed
+
+
+def _lines(file: Path) -> Iterator[Sample]:
+    for _, sample in rows(file, lambda data: _sample(data, file.parent)):
+        yield sample
+
+
+def files_of(source: Path) -> tuple[list[Path], list[Path]]:
+    """The JSONL files that `source` means, and where it has none the pictures. ValueError where there is neither."""
+    if source.is_file():
+        if source.suffix.lower() not in (".jsonl", ".ndjson"):
+            raise ValueError(f"{source} is no .jsonl file; give one JSON object a line, or a folder of pictures")
+        return [source], []
+    if not source.is_dir():
+        raise ValueError(f"no file or folder {source}")
+    files = sorted(source.glob("*.jsonl"))
+    pictures = [] if files else sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    if not files and not pictures:
+        raise ValueError(f"{source} holds no *.jsonl and no pictures ({', '.join(PICTURES)})")
+    return files, pictures
 
 
 def _sample(data: Any, folder: Path) -> Sample:
@@ -69,7 +84,7 @@ def _sample(data: Any, folder: Path) -> Sample:
     if not isinstance(images, list):
         raise ValueError(f"images is {_short(images)}; it must be a list of paths")
     sources = [_address(image) for image in images]
-    messages = data["messages"] if "messages" in data else _from_query(data, len(sources))
+    messages = data["messages"] if "messages" in data else from_query(data, "<image>" * len(sources))
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages is empty or no list")
     inline = "images" not in data and any(_has_inline(m) for m in messages)
@@ -88,13 +103,13 @@ def _sample(data: Any, folder: Path) -> Sample:
     return Sample(parsed, tuple(pictures), task=task if isinstance(task, str) else None)
 
 
-def _from_query(data: dict[str, Any], images: int) -> list[dict[str, Any]]:
-    """The query and response form as messages. Pictures without any tag stand before the first question."""
+def from_query(data: dict[str, Any], tags: str) -> list[dict[str, Any]]:
+    """The query, response and history form as messages. Without any tag in them `tags` stand before the first query."""
     turns = [*(data.get("history") or []), [data["query"], data.get("response")]]
     if not all(isinstance(t, list) and len(t) == 2 and isinstance(t[0], str) for t in turns):
         raise ValueError("query must be text, and history a list of [query, response]")
-    if images and not any("<image>" in t[0] for t in turns):
-        turns[0] = ["<image>" * images + turns[0][0], turns[0][1]]
+    if tags and not any(tag in t[0] for tag in set(re.findall("<[a-z]+>", tags)) for t in turns):
+        turns[0] = [tags + turns[0][0], turns[0][1]]
     messages = [{"role": "system", "content": data["system"]}] if data.get("system") else []
     for query, response in turns:
         messages.append({"role": "user", "content": query})

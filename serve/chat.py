@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .client import Message
-from .media import TAG, Medium, compose, part
+from .media import TAG, Medium, compose, media_of, part
 
-HELP = "commands: multi-line, single-line, reset-system, clear, quit or exit; <image> and <video> ask for a file or URL"
+HELP = (
+    "commands: multi-line, single-line, reset-system, clear, quit or exit; "
+    "<image>, <video> and <audio> ask for a file or URL"
+)
 END_OF_TEXT = "#"  # ends a text of several lines
 DEFAULT_SYSTEM = "default-system"  # said instead of a system message: what the chat template does without one
 
@@ -44,15 +47,21 @@ class Chat:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
 
-def begin(*, system: str | None = None, images: Sequence[str | Path] = ()) -> Chat:
-    """A new chat; `images` belong to its first message. ValueError for a picture that cannot be read."""
-    return Chat(system=system, media=tuple(("image", part("image", str(image))) for image in images))
+def begin(
+    *,
+    system: str | None = None,
+    images: Sequence[str | Path] = (),
+    videos: Sequence[str | Path] = (),
+    audios: Sequence[str | Path] = (),
+) -> Chat:
+    """A new chat; the media belong to its first message. ValueError for a file that cannot be read."""
+    return Chat(system=system, media=tuple(media_of(images, videos, audios)))
 
 
 def prompt(chat: Chat) -> str:
     """What stands before the cursor."""
     if kind := wanted(chat):
-        return f"Input {'an' if kind == 'image' else 'a'} {kind} path or URL <<< "
+        return f"Input {'a' if kind == 'video' else 'an'} {kind} path or URL <<< "
     if chat.lines:
         return ""
     mode = ("M" if chat.multiline else "") + ("S" if chat.naming else "")
@@ -60,7 +69,7 @@ def prompt(chat: Chat) -> str:
 
 
 def wanted(chat: Chat) -> str | None:
-    """ "image" or "video" while the next line names one: the kind of the draft's first tag that has no medium yet."""
+    """ "image", "video" or "audio" while the next line names one: of the draft's first tag without a medium."""
     left = [kind for kind, _ in chat.media]
     for tag in TAG.finditer(chat.draft or ""):
         if (kind := tag[1] or tag[2]) not in left:
@@ -128,6 +137,13 @@ def _composed(chat: Chat) -> tuple[Chat, Next, str]:
     content, _ = compose(chat.draft, chat.media, alone=True)
     turn = {"role": "user", "content": content}
     return replace(chat, turns=(*chat.turns, turn), draft=None, media=()), "answer", ""
+
+
+def asked(chat: Chat, text: str) -> Chat:
+    """The chat with one question, whatever it says: no command. ValueError for a tag that no medium is there for."""
+    if kind := wanted(drafted := replace(chat, draft=text)):
+        raise ValueError(f"there are more <{kind}> tags in the prompt than {kind}s; give each its --{kind}")
+    return _composed(drafted)[0]
 
 
 def answered(chat: Chat, text: str) -> Chat:

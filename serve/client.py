@@ -10,7 +10,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,12 @@ class Answer:
     finish: str
     seconds: float
     logprobs: list[dict[str, Any]] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """The answer for a JSON object, under the names that a row of a dataset's answers has."""
+        told = {"answer": self.text, "prompt_tokens": self.prompt_tokens, "tokens": self.tokens, "finish": self.finish}
+        more = {} if self.logprobs is None else {"logprobs": {"content": self.logprobs}}
+        return {**told, "seconds": round(self.seconds, 4), **more}
 
 
 def root(url: str) -> str:
@@ -88,13 +94,32 @@ def plain_errors(url: str) -> Iterator[None]:
         raise (ValueError(text) if e.status_code < 500 else RuntimeError(text)) from None
 
 
-def served_name(client: openai.OpenAI, *, url: str = "the given address") -> str:
-    """The name of the server's first model. OSError when nobody answers."""
+def key_in(path: Path) -> str:
+    """The API key that a file holds, without the space around it. OSError when it cannot be read or is empty."""
+    try:
+        key = path.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise OSError(f"the API key in {path} cannot be read: {e}") from None
+    if not key:
+        raise OSError(f"the file {path} holds no API key")
+    return key
+
+
+def models(client: openai.OpenAI, *, url: str = "the given address") -> list[str]:
+    """The names that the server answers to, LoRA adapters' too. OSError when nobody answers."""
     with plain_errors(url):
-        models = client.models.list().data
-    if not models:
+        return [model.id for model in client.models.list().data]
+
+
+def served_name(client: openai.OpenAI, wanted: str | None = None, *, url: str = "the given address") -> str:
+    """`wanted`, where the server has a model of that name, else the name of its first. ValueError with the names there
+    are when it has not, OSError when nobody answers."""
+    found = models(client, url=url)
+    if not found:
         raise OSError(f"the server at {url} serves no model")
-    return models[0].id
+    if wanted is not None and wanted not in found:
+        raise ValueError(f"the server at {url} has no model {wanted!r}; it serves {', '.join(found)}")
+    return wanted or found[0]
 
 
 def image_url(picture: str | Path) -> str:
@@ -165,6 +190,57 @@ def answer_of(reply: Any, seconds: float) -> Answer:
         seconds=seconds,
         logprobs=choice.logprobs.model_dump()["content"] if choice.logprobs else None,
     )
+
+
+async def ask_async(
+    client: openai.AsyncOpenAI,
+    messages: Sequence[Message],
+    *,
+    model: str,
+    on_piece: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Answer:
+    """As `ask`, among others; with `on_piece` streamed, each piece handed to it as it comes. ValueError where logprobs
+    are asked for and the server leaves them out."""
+    begun = time.perf_counter()
+    with plain_errors(str(client.base_url)):
+        if on_piece is None:
+            reply = await client.chat.completions.create(
+                model=model,
+                messages=list(messages),  # type: ignore[arg-type]
+                **options,
+            )
+            return _with_logprobs(answer_of(reply, time.perf_counter() - begun), options)
+        chunks = await client.chat.completions.create(
+            model=model,
+            messages=list(messages),  # type: ignore[arg-type]
+            stream=True,
+            stream_options={"include_usage": True},
+            **options,
+        )
+        pieces: list[str] = []
+        logprobs: list[dict[str, Any]] = []
+        finish, usage = "", None
+        async with chunks:
+            async for chunk in chunks:
+                usage = chunk.usage or usage
+                for choice in chunk.choices[:1]:
+                    finish = choice.finish_reason or finish
+                    if choice.logprobs and choice.logprobs.content:
+                        logprobs += [token.model_dump() for token in choice.logprobs.content]
+                    if choice.delta.content:
+                        pieces.append(choice.delta.content)
+                        on_piece(choice.delta.content)
+    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    answer = Answer("".join(pieces), *counts, finish, time.perf_counter() - begun, logprobs or None)
+    return _with_logprobs(answer, options)
+
+
+def _with_logprobs(answer: Answer, options: Mapping[str, Any]) -> Answer:
+    """ValueError where log-probabilities were asked for and the server left them out without a word."""
+    if options.get("logprobs") and answer.logprobs is None and answer.text:
+        raise ValueError("the server gives no log-probabilities; vLLM does (--engine vllm)")
+    return answer
 
 
 def stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.util
 import textwrap
 from pathlib import Path
@@ -11,8 +12,7 @@ import pytest
 
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
-from mmq.serve.api import InferRequest, RequestConfig, infer, infer_async, launch, stream
-from mmq.serve.client import Answer
+from mmq.serve.api import Answer, Client, InferRequest, RequestConfig, launch
 from mmq.serve.launch import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -61,21 +61,27 @@ def test_tags_take_the_media_in_order() -> None:
     ("request_", "message"),
     [
         (InferRequest([user("<image><image>")], ["http://a/1.png"]), "more <image> tags than images"),
-        (InferRequest([user("a"), user("b")], ["http://a/1.png"]), "1 images or videos more than there are"),
+        (InferRequest([user("a"), user("b")], ["http://a/1.png"]), r"1 more \(image\) than there are tags"),
+        (InferRequest([user("<audio>")], ["http://a/1.png"]), "more <audio> tags than audios"),
         (InferRequest([user("a")], ["none.png"]), "no picture none.png"),
         (InferRequest([user("a")], videos=["none.mp4"]), "no video none.mp4"),
-        (InferRequest([{"role": "user", "content": []}], ["http://a/1.png"]), "a user message of plain text"),
+        (InferRequest([{"role": "user", "content": [{"type": "image"}]}]), "more <image> tags than images"),
+        (InferRequest([{"role": "user", "content": [{"type": "picture"}]}]), "its type must be text, image"),
+        (InferRequest([{"role": "user", "content": [{"type": "image", "image": 3}]}]), "image is 3; it must be a path"),
+        (InferRequest([{"role": "user", "content": [{"type": "video", "video": "a", "fps": 1}]}]), "fps of a part"),
+        (InferRequest([{"role": "user", "content": None}]), "the user's content is null"),
+        (InferRequest([{"role": "reader", "content": "a"}]), "its role must be system, user"),
     ],
 )
 def test_what_cannot_be_sent_is_told_before_a_request(request_: InferRequest, message: str) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ValueError, match=message):
-        infer(nobody, [request_])
+        Client(nobody).infer([request_])
 
 
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(OSError, match="no server answers"):
-        infer(f"http://127.0.0.1:{free_port()}", [InferRequest([user("hello")])], model="m")
+        Client(f"http://127.0.0.1:{free_port()}").infer([InferRequest("hello")])
 
 
 @needs_vllm
@@ -88,7 +94,9 @@ def test_requests_and_their_figures(served: Server, pictures: list[Path]) -> Non
     ] * 4
     steps: list[Step] = []
     config = RequestConfig(max_tokens=16, logprobs=True)
-    done = infer(served.url, requests, config, tell=steps.append)
+    client = Client(served.url)
+    assert client.models == [served.name]
+    done = client.infer(requests, config, tell=steps.append)
     kinds = [type(a) for a in done.answers]
     assert kinds == [Answer, ValueError, Answer] * 4
     good = [a for a in done.answers if isinstance(a, Answer)]
@@ -98,6 +106,23 @@ def test_requests_and_their_figures(served: Server, pictures: list[Path]) -> Non
     assert done.figures["failed"] == 4
     assert done.figures["num_generated_tokens"] == sum(a.tokens for a in good)
     assert (steps[-1].done, steps[-1].total) == (12, 12)
+    with pytest.raises(ValueError, match="refused the request"):
+        _ = done.texts
+    said: dict[int, str] = {0: "", 1: "", 2: ""}
+
+    def hear(number: int, piece: str) -> None:
+        said[number] += piece
+
+    again = client.infer(requests[:3], RequestConfig(max_tokens=16, logprobs=True, stream=True), on_piece=hear)
+    assert [said[0], said[2]] == [good[0].text, good[1].text]
+    assert (again.figures["num_prompt_tokens"], again.figures["failed"]) == (done.figures["num_prompt_tokens"] // 4, 1)
+    one = again.answers[0]
+    assert isinstance(one, Answer)
+    assert (one.finish, len(one.logprobs or [])) == (good[0].finish, one.tokens)
+    with pytest.raises(ValueError, match="go together"):
+        client.infer(requests[:1], RequestConfig(stream=True))
+    with pytest.raises(ValueError, match="has no model 'other'"):
+        Client(served.url, model="other").infer(requests[:1])
 
 
 @needs_vllm
@@ -108,16 +133,17 @@ def test_async_seeds_and_streams(served: Server) -> None:
         return RequestConfig(max_tokens=12, temperature=1.5, seed=seed)
 
     async def texts(seed: int) -> str:
-        done = await infer_async(served.url, [request], config(seed))
-        with pytest.raises(ValueError, match="await infer_async"):
-            infer(served.url, [request])
+        client = Client(served.url)
+        done = await client.infer_async([request], config(seed))
+        with pytest.raises(ValueError, match=r"await \.\.\.infer_async"):
+            client.infer([request])
         assert isinstance(done.answers[0], Answer)
         return done.answers[0].text
 
     first, again, *others = [asyncio.run(texts(seed)) for seed in (1, 1, 2, 3, 4)]
     assert first == again
     assert {first} != {*others}
-    assert "".join(stream(served.url, request, config(1))) == first
+    assert "".join(Client(served.url).stream(request, config(1))) == first
 
 
 @needs_vllm
@@ -135,5 +161,34 @@ def test_the_lines_of_the_readme(
 
 
 def test_an_address_is_launched_already() -> None:
-    with launch("http://127.0.0.1:8000/v1") as url:
-        assert url == "http://127.0.0.1:8000"
+    with launch("http://127.0.0.1:8000/v1") as client:
+        assert client == Client("http://127.0.0.1:8000")
+    assert "secret" not in repr(Client("http://127.0.0.1:8000", api_key="secret"))
+
+
+def test_parts_in_every_form_that_people_write(pictures: list[Path], tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"frames")
+    data = "data:video/mp4;base64," + base64.b64encode(b"frames").decode()
+    parts = [
+        "see",
+        {"type": "image", "image": "http://a/1.png"},
+        {"type": "image_url", "image_url": "http://a/2.png"},
+        {"type": "image_url", "image_url": {"url": "http://a/3.png", "detail": "low"}},
+        {"type": "input_image", "image_url": "http://a/4.png"},
+        {"type": "video", "video": str(clip)},
+        {"type": "video", "video": data},
+        {"type": "video_url", "video_url": {"url": clip.as_uri()}},
+        {"type": "audio", "audio": "http://a/1.wav"},
+        {"type": "image"},
+        {"type": "text", "text": "and <image>."},
+    ]
+    request = InferRequest([{"role": "user", "content": parts}], ["http://a/5.png", "http://a/6.png"])
+    addresses = [f"http://a/{n}.png" for n in "123456"]
+    clips = [data] * 3
+    assert shape(request) == [
+        ["see", *addresses[:4], *clips, "http://a/1.wav", addresses[4], "and ", addresses[5], "."]
+    ]
+    tag = {"type": "text", "text": "<image> is a tag"}  # where no media come beside the messages it is text
+    assert shape(InferRequest([{"role": "user", "content": [tag]}])) == [["<image> is a tag"]]
+    assert shape(InferRequest("what?", pictures[:1]))[0][0].startswith("data:image/png;base64,")

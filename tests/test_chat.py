@@ -21,9 +21,11 @@ import pytest
 from PIL import Image
 
 from mmq.recipes.pebble.tasks import samples
-from mmq.serve.chat import Chat, begin, heard, prompt, talk
-from mmq.serve.infer import answering, infer
+from mmq.serve.chat import Chat, asked, begin, heard, prompt, talk
+from mmq.serve.client import connect, stream
+from mmq.serve.infer import answering
 from mmq.serve.launch import Server
+from mmq.serve.request import RequestConfig
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -126,6 +128,16 @@ def test_a_picture_that_is_none_is_asked_again(tmp_path: Path) -> None:
         begin(images=[tmp_path / "none.png"])
 
 
+def test_one_question_is_no_command() -> None:
+    assert asked(begin(), "quit").messages == [{"role": "user", "content": "quit"}]
+    assert kinds(asked(begin(videos=["http://a/1.mp4"], audios=["http://a/1.wav"]), "what?"))[:2] == [
+        "video_url",
+        "audio_url",
+    ]
+    with pytest.raises(ValueError, match="more <audio> tags in the prompt than audios; give each its --audio"):
+        asked(begin(images=["http://a/1.png"]), "<image> and <audio>")
+
+
 def test_bytes_that_are_no_text_are_not_sent() -> None:
     chat, then, told = heard(begin(), b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert (chat, then) == (Chat(), "read")
@@ -192,10 +204,11 @@ def test_a_server_that_dies_while_it_answers() -> None:
 
         thread = threading.Thread(target=die)
         thread.start()
-        pieces = infer(f"http://127.0.0.1:{listener.getsockname()[1]}", "hello", model="m")
-        assert next(pieces) == "half"
-        with pytest.raises(OSError, match="no server answers"):
-            next(pieces)
+        with connect(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            pieces = stream(client, [{"role": "user", "content": "hello"}], model="m")
+            assert next(pieces) == "half"
+            with pytest.raises(OSError, match="no server answers"):
+                next(pieces)
         thread.join()
 
 
@@ -203,7 +216,7 @@ def test_a_server_that_dies_while_it_answers() -> None:
 def test_several_turns_with_the_real_server(served: Server, square: Path) -> None:
     lines = ("<image>图中有什么？", str(square), "Which colour does the square have?", "clear", "word " * 20000, "hi")
     played = Played(*lines)
-    with answering(served.url, max_tokens=32) as answer:
+    with answering(served.url, RequestConfig(max_tokens=32, stream=True)) as answer:
         chat = talk(begin(), answer, read=played.read, write=played.write, note=played.notes.append)
     first, second, refused, last = played.written.splitlines()
     assert "正方形" in first

@@ -12,8 +12,12 @@ import pytest
 
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
-from mmq.serve.infer import check_dataset, infer, infer_dataset, refused, serving, summary
+from mmq.serve.crowd import in_order
+from mmq.serve.dataset import check_dataset, infer_dataset
+from mmq.serve.infer import answering, asking, serving, video_flags
 from mmq.serve.launch import Server, free_port
+from mmq.serve.request import InferRequest, RequestConfig, config_of
+from mmq.serve.results import failed, summary
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 COUNT = 10
@@ -41,18 +45,30 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def short(tokens: int = 8, **more: object) -> RequestConfig:
+    return RequestConfig(max_tokens=tokens, **more)  # type: ignore[arg-type]
+
+
 @needs_vllm
-def test_one_prompt_streams(served: Server, dataset: Path) -> None:
-    pieces = list(infer(served.url, "What is in the picture?", [dataset.parent / "0-0.png"], max_tokens=24))
+def test_one_prompt_streams_or_comes_whole(served: Server, dataset: Path) -> None:
+    question = InferRequest("What is in the picture?", [dataset.parent / "0-0.png"]).as_openai()
+    with answering(served.url, short(24, stream=True)) as answer:
+        pieces = list(answer(question))
+    with answering(served.url, short(24)) as answer:
+        whole = list(answer(question))
+    with asking(served.url, short(24)) as ask:
+        facts = ask(question).facts()
     assert len(pieces) > 1
-    assert "".join(infer(served.url, "图中有什么？", [dataset.parent / "0-0.png"], max_tokens=24)).strip()
+    assert whole == ["".join(pieces)] == [facts["answer"]]
+    assert facts["tokens"] > 1
+    assert "logprobs" not in facts
 
 
 @needs_vllm
 def test_a_dataset_in_and_answers_out(served: Server, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "answers.jsonl"
     steps: list[Step] = []
-    figures = infer_dataset(served.url, dataset, out, max_tokens=16, concurrency=4, tell=steps.append)
+    figures = infer_dataset(served.url, [dataset], out, short(16), concurrency=4, tell=steps.append)
     found = records(out)
     assert [r["index"] for r in found] == list(range(COUNT))
     assert [bool(r.get("reference")) for r in found] == [bool(n % 2) for n in range(COUNT)]
@@ -63,16 +79,7 @@ def test_a_dataset_in_and_answers_out(served: Server, dataset: Path, tmp_path: P
     assert figures["tokens/s"] == pytest.approx(figures["num_generated_tokens"] / figures["runtime"], rel=0.02)
     assert (steps[-1].done, steps[-1].total) == (COUNT, COUNT)
     assert "tok/s" in steps[-1].note
-    alone = [
-        "".join(infer(served.url, "", model=served.name, max_tokens=16, history=history(dataset, n))) for n in (0, 3)
-    ]
-    assert all(alone)
-
-
-def history(dataset: Path, number: int) -> list[dict]:
-    from mmq.recipes.samples import as_openai, load
-
-    return as_openai(load(dataset)[number].question)
+    assert [r["source"] for r in found[:2]] == ["questions.jsonl:1", "questions.jsonl:2"]
 
 
 @needs_vllm
@@ -87,35 +94,35 @@ def test_an_interrupted_run_is_taken_up(served: Server, dataset: Path, tmp_path:
         return tell
 
     with pytest.raises(KeyboardInterrupt):
-        infer_dataset(served.url, dataset, out, max_tokens=8, concurrency=2, tell=stop_at(4))
+        infer_dataset(served.url, [dataset], out, short(8), concurrency=2, tell=stop_at(4))
     kept = records(out)
     assert len(kept) == 4
     with out.open("a") as file:
         file.write('{"index": 9, "sam')  # the line that was being written
-    figures = infer_dataset(served.url, dataset, out, max_tokens=8, concurrency=2)
+    figures = infer_dataset(served.url, [dataset], out, short(8), concurrency=2)
     assert (figures["resumed"], figures["num_samples"]) == (4, COUNT - 4)
     found = records(out)
     assert [r["index"] for r in found] == list(range(COUNT))
     assert all(found[r["index"]] == r for r in kept)
-    again = infer_dataset(served.url, dataset, out, max_tokens=8)
+    again = infer_dataset(served.url, [dataset], out, short(8))
     assert (again["resumed"], again["num_samples"], again["tokens/s"]) == (COUNT, 0, 0.0)
     assert records(out) == found
-    whole = infer_dataset(served.url, dataset, out, max_tokens=8, overwrite=True)
+    whole = infer_dataset(served.url, [dataset], out, short(8), overwrite=True)
     assert (whole["resumed"], whole["num_samples"]) == (0, COUNT)
 
 
 @needs_vllm
 def test_logprobs_stand_in_the_rows(served: Server, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    infer_dataset(served.url, dataset, out, count=3, max_tokens=8)
-    assert infer_dataset(served.url, dataset, out, count=3, max_tokens=8, logprobs=True)["resumed"] == 0
+    infer_dataset(served.url, [f"{dataset}#3"], out, short(8))
+    assert infer_dataset(served.url, [f"{dataset}#3"], out, short(8, logprobs=True))["resumed"] == 0
     for record in records(out):
         tokens = record["logprobs"]["content"]
         assert len(tokens) == record["tokens"]
         assert all(token["logprob"] <= 0 for token in tokens)
         assert "".join(token["token"] for token in tokens).startswith(record["answer"][:4])
-    assert infer_dataset(served.url, dataset, out, count=3, max_tokens=8)["resumed"] == 3
-    assert infer_dataset(served.url, dataset, out, count=3, max_tokens=8, logprobs=True)["resumed"] == 3
+    assert infer_dataset(served.url, [f"{dataset}#3"], out, short(8))["resumed"] == 3
+    assert infer_dataset(served.url, [f"{dataset}#3"], out, short(8, logprobs=True))["resumed"] == 3
 
 
 @needs_vllm
@@ -124,31 +131,31 @@ def test_one_refused_request_does_not_end_the_run(served: Server, dataset: Path,
     lines[1] = json.dumps({"query": "word " * 20000})
     dataset.write_text("\n".join(lines[:3]), encoding="utf-8")
     out = tmp_path / "answers.jsonl"
-    figures = infer_dataset(served.url, dataset, out, max_tokens=8)
+    figures = infer_dataset(served.url, [dataset], out, short(8))
     assert (figures["num_samples"], figures["failed"]) == (2, 1)
     found = records(out)
-    assert refused(out) == [f"sample 2: {found[1]['error']}"]
+    assert failed(out) == [f"questions.jsonl:2: {found[1]['error']}"]
     assert "answer" not in found[1]
     assert "context length" in found[1]["error"] or "max_model_len" in found[1]["error"]
-    assert infer_dataset(served.url, dataset, out, max_tokens=8)["failed"] == 1  # asked again, the two others are not
+    assert infer_dataset(served.url, [dataset], out, short(8))["failed"] == 1  # asked again, the two others are not
 
 
 @needs_vllm
 def test_results_of_something_else_are_not_mixed(served: Server, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    infer_dataset(served.url, dataset, out, count=2, max_tokens=4)
+    infer_dataset(served.url, [f"{dataset}#2"], out, short(4))
     before = out.read_bytes()
     lines = dataset.read_text(encoding="utf-8").splitlines()
     dataset.write_text("\n".join(reversed(lines)), encoding="utf-8")
     with pytest.raises(ValueError, match="answers to other samples"):
-        infer_dataset(served.url, dataset, out, max_tokens=4)
+        infer_dataset(served.url, [dataset], out, short(4))
     out.write_text("hello\nworld\n")
     with pytest.raises(ValueError, match="line 1: not a line of answers"):
-        infer_dataset(served.url, dataset, out, max_tokens=4)
+        infer_dataset(served.url, [dataset], out, short(4))
     out.write_bytes(before.replace(served.name.encode(), b"another"))
     dataset.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ValueError, match="holds answers of another"):
-        infer_dataset(served.url, dataset, out, max_tokens=4)
+        infer_dataset(served.url, [dataset], out, short(4))
 
 
 @needs_vllm
@@ -157,16 +164,17 @@ def test_a_broken_input_costs_no_request(served: Server, dataset: Path, tmp_path
     whole = dataset.read_text(encoding="utf-8")
     dataset.write_text(whole + '{"messages": [', encoding="utf-8")
     with pytest.raises(ValueError, match=rf"questions\.jsonl, line {COUNT + 1}: broken JSON"):
-        infer_dataset(served.url, dataset, out)
+        infer_dataset(served.url, [dataset], out)
     dataset.write_text(whole, encoding="utf-8")
     picture = dataset.parent / "0-0.png"
     picture.write_bytes(picture.read_bytes()[:40])
-    with pytest.raises(ValueError, match="line 1: picture 1: "):
-        infer_dataset(served.url, dataset, out)
-    with pytest.raises(ValueError, match="count is 0"):
-        check_dataset(dataset, count=0)
+    with pytest.raises(ValueError, match=r"line 1: .*0-0\.png"):
+        infer_dataset(served.url, [dataset], out)
+    for wrong in ("#0", "#-1", "#ten"):
+        with pytest.raises(ValueError, match="after # comes how many rows"):
+            check_dataset([f"{dataset}{wrong}"])
     with pytest.raises(ValueError, match="concurrency is 0"):
-        infer_dataset(served.url, dataset, out, concurrency=0)
+        infer_dataset(served.url, [dataset], out, concurrency=0)
     assert not out.exists()
 
 
@@ -174,10 +182,99 @@ def test_a_server_that_is_gone_ends_the_run(dataset: Path, tmp_path: Path) -> No
     out = tmp_path / "answers.jsonl"
     nobody = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(OSError, match=r"no server answers at .* start one with `mmq serve"):
-        infer_dataset(nobody, dataset, out, model="x")
-    assert records(out) == []
-    with pytest.raises(ValueError, match="no picture"):  # found before the connection
-        list(infer(nobody, "hello", [tmp_path / "none.png"]))
+        infer_dataset(nobody, [dataset], out, model="x")
+    assert not out.exists()
+
+
+@needs_vllm
+def test_several_datasets_and_a_system_message_streamed_in_order(served: Server, dataset: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    rows = [
+        {"id": "a-1", "query": "What is in the picture?", "images": ["0-0.png"]},
+        {"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "word " * 20000}]},
+        {"query": "Hello", "history": [["<image>what?", "a square"]], "images": "1-0.png"},
+    ]
+    more.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    shown: list[tuple[int, str]] = []
+    options = {"system": "You are brief.", "show": lambda *piece: shown.append(piece), "concurrency": 5}
+    out = tmp_path / "answers.jsonl"
+    figures = infer_dataset(served.url, [f"{dataset}#2", more], out, short(12, stream=True, logprobs=True), **options)
+    found = records(out)
+    assert [r["source"] for r in found] == [
+        "questions.jsonl:1",
+        "questions.jsonl:2",
+        *(f"more.jsonl:{n}" for n in "123"),
+    ]
+    assert found[2]["id"] == "a-1"
+    assert [number for number, _ in shown] == sorted(number for number, _ in shown)
+    said = ["".join(piece for number, piece in shown if number == at) for at in range(5)]
+    assert said == [r.get("answer", "") + "\n" for r in found]
+    assert (figures["num_samples"], figures["failed"]) == (4, 1)
+    good = [r for r in found if "error" not in r]
+    assert all(len(r["logprobs"]["content"]) == r["tokens"] > 1 and r["prompt_tokens"] > 10 for r in good)
+    plain = infer_dataset(
+        served.url, [f"{dataset}#2", more], tmp_path / "whole.jsonl", short(12), system="You are brief."
+    )
+    assert [r.get("answer") for r in records(tmp_path / "whole.jsonl")] == [r.get("answer") for r in found]
+    assert plain["num_prompt_tokens"] == figures["num_prompt_tokens"]
+
+
+@needs_vllm
+def test_a_model_that_is_not_there_is_one_error(served: Server, dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"has no model 'lora'; it serves {served.name}"):
+        infer_dataset(served.url, [dataset], tmp_path / "answers.jsonl", model="lora")
+    with pytest.raises(ValueError, match="has no model"), asking(served.url, model="lora"):
+        pass
+
+
+def test_pieces_are_shown_in_turn() -> None:
+    shown: list[tuple[int, str]] = []
+    piece, end = in_order([3, 4, 7], lambda *said: shown.append(said))
+    piece(4, "b")
+    end(7)
+    assert shown == []
+    piece(3, "a")
+    assert shown == [(3, "a")]
+    end(3)
+    piece(4, "c")
+    assert shown == [(3, "a"), (3, "\n"), (4, "b"), (4, "c")]
+    end(4)
+    assert "".join(said for _, said in shown) == "a\nbc\n\n"
+
+
+def test_what_is_sent_for_a_config() -> None:
+    assert RequestConfig().options() == {"max_tokens": 512, "temperature": 0.0}
+    config = config_of(extra='{"top_k": 3}', stream=None, by_default=True, top_p=0.9, seed=1, stop=("#",), fps=1.0)
+    assert config.stream
+    assert config.options() == {
+        "max_tokens": 512,
+        "temperature": 0.0,
+        "top_p": 0.9,
+        "seed": 1,
+        "stop": ["#"],
+        "extra_body": {"top_k": 3, "media_io_kwargs": {"video": {"fps": 1.0}}},
+    }
+    bare, flags = video_flags("vllm", RequestConfig(fps=1, frames=16))
+    assert bare == RequestConfig()
+    assert json.loads(flags[1]) == {"video": {"num_frames": 16, "max_frames": 16, "fps": 1}}
+    assert video_flags("pytorch", config) == (config, ())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max tokens is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top-p is 0"),
+        ({"frames": 0}, "frames is 0"),
+        ({"extra": "{"}, "--extra is no JSON"),
+        ({"extra": "[1]"}, "--extra must be an object"),
+        ({"extra": '{"model": "m", "messages": []}'}, "messages, model cannot be in extra"),
+    ],
+)
+def test_a_config_that_no_server_takes(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(**{"extra": None, "stream": None, "by_default": False} | settings)
 
 
 def test_an_address_is_served_already() -> None:

@@ -1,0 +1,102 @@
+"""A dataset in and a JSONL of answers out, resumed where it stopped.
+
+Talks HTTP only; how a line is read is `questions`' business, how the file of answers looks `results`'.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..recipes.progress import Step, Tell, silent
+from .client import Answer, connect, served_name
+from .crowd import crowd, in_order, waited
+from .questions import Question, questions
+from .request import DEFAULT, RequestConfig
+from .results import Record, finished, line_of, summary, write
+
+
+def check_dataset(sources: Sequence[str | Path], *, system: str | None = None) -> list[str]:
+    """Read all of the input, files that it names too, before anything is started or asked: the samples' digests, in
+    order. ValueError names the line that is broken.
+    """
+    marks = [question.digest for question in questions(sources, system=system)]
+    if not marks:
+        raise ValueError(f"{', '.join(map(str, sources))} holds no samples")
+    return marks
+
+
+def infer_dataset(
+    url: str,
+    sources: Sequence[str | Path],
+    out: Path,
+    config: RequestConfig = DEFAULT,
+    *,
+    system: str | None = None,
+    model: str | None = None,
+    api_key: str | None = None,
+    concurrency: int = 8,
+    overwrite: bool = False,
+    show: Callable[[int, str], None] | None = None,
+    tell: Tell = silent,
+) -> dict[str, float]:
+    """Ask every sample of `sources` ("file.jsonl#100": the first hundred) and write `out`, a JSONL in their order.
+
+    A line is {"index", "source" (file:line), "sample" (its digest), "model", "answer", "prompt_tokens", "tokens",
+    "finish", "seconds"}, with "task", "id" and "reference" where the sample has them; or "error" instead of an answer
+    where the one request failed, and "logprobs" of the answer's tokens, as the server gives them, where they are asked
+    for. What `out` has already is not asked again; failed requests are, and answers without the logprobs wanted.
+    With `config.stream` the answers go to `show(index, piece)` as they come, in the order of the input. Returns the
+    figures. ValueError for a broken input or an `out` of another input, OSError when the server is gone; written lines
+    stay.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
+    marks = check_dataset(sources, system=system)
+    with connect(url, api_key=api_key) as client:
+        name = served_name(client, model, url=url)
+    logprobs = bool(config.options().get("logprobs"))
+    done = {} if overwrite else finished(out, marks, name, logprobs=logprobs)
+    write(out, done.values())
+    fresh: list[Record] = []
+    asked: dict[int, Question] = {}  # under way
+    piece, end = in_order((i for i in range(len(marks)) if i not in done), show or (lambda number, text: None))
+    begun = time.perf_counter()
+
+    def todo() -> Iterable[tuple[int, Any]]:
+        for index, question in enumerate(questions(sources, system=system)):
+            if index not in done:
+                asked[index] = replace(question, messages=())
+                yield index, question.messages
+
+    with out.open("a", encoding="utf-8") as file:
+
+        def keep(index: int, found: Answer | Exception) -> None:
+            record = _record(index, marks[index], name, asked.pop(index), found, logprobs=logprobs)
+            file.write(line_of(record))
+            file.flush()
+            fresh.append(record)
+            end(index)
+            rate = sum(r.get("tokens", 0) for r in fresh) / max(time.perf_counter() - begun, 1e-9)
+            tell(Step("infer", len(done) + len(fresh), len(marks), f"{rate:.0f} tok/s"))
+
+        tell(Step("infer", len(done), len(marks)))
+        options: dict[str, Any] = {"model": name, "concurrency": min(concurrency, len(marks)), **config.options()}
+        waited(crowd(url, todo(), keep, api_key=api_key, on_piece=piece if config.stream else None, **options))
+    runtime = time.perf_counter() - begun
+    write(out, sorted([*done.values(), *fresh], key=lambda record: record["index"]))
+    return summary(fresh, runtime) | {"resumed": len(done)}
+
+
+def _record(
+    index: int, mark: str, model: str, question: Question, found: Answer | Exception, *, logprobs: bool
+) -> Record:
+    record: Record = {"index": index, "source": question.where, "sample": mark, "model": model, **question.about}
+    if question.reference is not None:
+        record["reference"] = question.reference
+    if isinstance(found, Exception):
+        return record | {"error": str(found)}
+    return record | ({"logprobs": {"content": []}} if logprobs else {}) | found.facts()
