@@ -45,7 +45,6 @@ def vllm(
     lora: Sequence[str] = (),
     extra: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
-    engine_bin: Path | None = None,
     **spread_options: Any,
 ) -> Launch:
     """The command that serves the checkpoint folder `target` under vLLM on this machine.
