@@ -190,6 +190,8 @@ def test_an_artifact_by_every_engine(artifact: Callable[..., Path]) -> None:
         "lmdeploy:turbomind": "no",
         "lmdeploy:pytorch": "yes",
         "transformers:any": "condition",
+        "pytorch:cuda": "yes",
+        "pytorch:cpu": "yes",
     }
     assert answers("gptq")["sglang:cuda"] == "no"  # it would take the picture encoder for packed
     assert answers("gptq")["lmdeploy:pytorch"] == "no"

@@ -75,6 +75,33 @@ def several_gpus(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("tensor parallel", False, why, "device_map places whole layers on several GPUs")
 
 
+def stored_in_4_bit(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Of `mmq serve --engine pytorch`, which restores the other int4 formats itself: bitsandbytes' own rules."""
+    if subject.method != "bitsandbytes":
+        return
+    missing = [p for p in NEEDS["bitsandbytes"] if p not in setting.packages]
+    if missing:
+        why = f"transformers loads bitsandbytes only with {' and '.join(missing)}"
+        yield Finding("plugin", bool(setting.packages), why, f"`pip install {' '.join(missing)}` beside it")
+    yield from lists(subject, setting)
+    yield from head(subject, setting)
+
+
+def restorable(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """What `mmq serve --engine pytorch` restores: int4, in columns as they stand."""
+    quantization = subject.quantization
+    if subject.method in ("awq", "gptq") and int(quantization.get("bits") or quantization.get("w_bit") or 4) != 4:
+        yield Finding("bits", True, f"{quantization.get('bits')} bits, and mmq reads 4", "quantize again")
+    if subject.method == "gptq" and quantization.get("desc_act") and quantization.get("static_groups") is not True:
+        why = "desc_act: columns may be in activation order across groups, which mmq does not read"
+        yield Finding("order", False, why, "start it and see; quantize again with static groups if it is refused")
+    if subject.method == "compressed-tensors" and not subject.packed:
+        yield Finding("format", True, "compressed-tensors of another kind than packed int4", "serve it with vLLM")
+    if subject.method not in ("", *NEEDS):
+        yield Finding("format", False, f"mmq knows no rules for {subject.method}", "load it once and see")
+
+
+OURS = (remote, new_enough, whole, files_there, restorable, stored_in_4_bit)
 PLACES = (
     Place(
         "transformers",
@@ -83,4 +110,6 @@ PLACES = (
         (remote, new_enough, whole, files_there, packages, lists, head, several_gpus),
         device="cpu",
     ),
+    Place("pytorch", "cuda", SEEN, OURS),
+    Place("pytorch", "cpu", SEEN, OURS, device="cpu"),
 )

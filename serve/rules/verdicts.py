@@ -50,7 +50,8 @@ def verdicts(
 
 def setting_of(place: Place, tp: int, packages: Mapping[str, str]) -> Setting:
     """The setting of one place, with the version of the engine where it is installed."""
-    version = packages.get(place.engine) or packages.get(f"{place.engine}-cpu") or ""
+    named = "transformers" if place.engine == "pytorch" else place.engine
+    version = packages.get(named) or packages.get(f"{named}-cpu") or ""
     return Setting(tp=tp, device=place.device, version=version, packages=packages)
 
 

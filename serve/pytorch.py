@@ -1,0 +1,119 @@
+"""The PyTorch engine as a command line: `transformers serve` of one folder, by pytorch_engine.py.
+
+Starts nothing. It loads every int4 format by restoring it to 16 bit, so what must fit is the 16-bit model; bitsandbytes
+stays in 4 bit. The flags are those of transformers 5.19.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..export.subject import Subject, read_subject
+from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .machine import GIB, Machine
+from .programs import find_program, packages_beside
+from .shape import context_length, weight_bytes
+from .weights import ITEM
+
+NEEDS = ("transformers", "fastapi", "uvicorn", "mmq-toolkit")
+RESTORED = ("awq", "gptq", "compressed-tensors")
+RUNTIME = GIB  # what Python and torch take beside the weights (0.6 GiB seen with a tiny model on a CPU)
+# what requests find here, for --print and `mmq doctor`
+LACKS = "no structured outputs, no prompt_logprobs, one request at a time"
+
+
+def pytorch(
+    target: Path,
+    *,
+    machine: Machine,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_model_len: int | None = None,
+    served_model_name: str | None = None,
+    trust_remote_code: bool = False,
+    extra: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    engine_bin: str | Path | None = None,
+    **others: Any,
+) -> Launch:
+    """The command that serves the checkpoint folder `target` by `transformers serve` on this machine.
+
+    Flags in `extra` win over ours. ValueError when the restored model does not fit; OSError when the environment lacks
+    a package, or the folder is no checkpoint.
+    """
+    if asked := [name for name, value in others.items() if value]:
+        raise ValueError(f"the engine pytorch has no --{asked[0].replace('_', '-')}; --engine vllm has")
+    subject = read_subject(target)
+    program = _python(environ, engine_bin)
+    packages = packages_beside(program)
+    missing = [name for name in NEEDS if packages and name not in packages]
+    if missing:
+        line = f"`{program} -m pip install 'mmq-toolkit[pytorch]'`"
+        raise OSError(f"the engine pytorch has no {', '.join(missing)} in the environment of {program}: {line}")
+    host = given(extra, "--host") or host
+    port = int(number(extra, "--port") or port)
+    name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
+    if max_model_len is not None and max_model_len < 1:
+        raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
+    place, why = _place(subject, machine, packages)
+    length = min(max_model_len or context_length(subject.config), context_length(subject.config))
+    flags = [
+        Flag("--host", host, host_reason(host, secret=False)),
+        Flag("--port", str(port), "where clients connect"),
+        Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"),
+        Flag("--max-model-len", str(length), "you asked for it" if max_model_len else "the model's whole context"),
+        Flag("--device", place, why),
+    ]
+    if trust_remote_code:
+        flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
+    variables = {"HF_HUB_OFFLINE": ("1", "every file is in the folder; no hub is asked")}
+    head = (str(program), "-m", f"{__package__}.pytorch_engine", str(target.resolve()))
+    device = "cpu" if given(extra, "--device") == "cpu" or place == "cpu" else "cuda"
+    return launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
+
+
+def _python(environ: Mapping[str, str], engine_bin: str | Path | None) -> Path:
+    """The Python of the environment; of any other program that was named, the Python beside it."""
+    program = find_program("pytorch", environ, named=engine_bin)
+    beside = program.parent / "python"
+    return program if program.name.startswith("python") or not beside.exists() else beside
+
+
+def restored_bytes(subject: Subject) -> int:
+    """Bytes of the weights as the engine keeps them: AWQ, GPTQ and compressed-tensors in 16 bit, the rest as stored."""
+    stored = weight_bytes(subject.folder)
+    packed = {linear.name: linear for linear in subject.packed}
+    if subject.method not in RESTORED:
+        return stored
+    theirs = sum(
+        math.prod(t.shape) * ITEM.get(t.dtype, 2)
+        for name, t in subject.tensors.items()
+        if name.rpartition(".")[0] in packed
+    )
+    return stored - theirs + sum(2 * linear.inputs * linear.outputs for linear in packed.values())
+
+
+def _place(subject: Subject, machine: Machine, packages: Mapping[str, str]) -> tuple[str, str]:
+    """(--device, why). ValueError where the model does not fit there."""
+    need = restored_bytes(subject) + RUNTIME
+    how = f"{subject.method} restored to 16 bit as it is loaded" if subject.method in RESTORED else "weights as stored"
+    said = f"{how}: about {need / GIB:.1f} GiB with PyTorch's own"
+    if machine.gpus and not packages.get("torch", "").endswith("+cpu"):
+        first = machine.gpus[0]
+        if need <= first.free:
+            return "cuda:0", f"{said}, of {first.free / GIB:.1f} GiB free; {LACKS}"
+        if need <= sum(gpu.free for gpu in machine.gpus):
+            return "auto", f"{said}: more than one card has, so layers are spread over {len(machine.gpus)}; {LACKS}"
+        room, where = sum(gpu.free for gpu in machine.gpus), "this machine's cards have"
+    else:
+        if need <= machine.available:
+            return "cpu", f"no GPU that this PyTorch can use; {said}; {LACKS}"
+        room, where = machine.available, "this machine has"
+    raise ValueError(
+        f"{said}; {where} {room / GIB:.1f} GiB free. --engine vllm keeps int4 weights packed; or quantize with "
+        "--method bnb, which stays in 4 bit here too"
+    )

@@ -1,0 +1,217 @@
+"""The PyTorch engine's program, `python -m mmq.serve.pytorch_engine FOLDER --served-model-name NAME ...`.
+
+It is `transformers serve` of one folder under one name, with packed weights restored to 16 bit as they are loaded, and
+with requests and errors as the other engines have them (pytorch_face.py). serve starts it and never imports it: it is
+the only file of this room that knows torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib.util
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import transformers
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from transformers.cli.serving import model_manager, server
+from transformers.cli.serving.utils import Modality
+from transformers.cli.transformers import app
+from transformers.video_utils import load_video
+
+from ..export.restored import load_model
+from .inside.mmq_guard import Guard
+from .pytorch_face import asked, failure, token_entry
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")  # no other is opened
+DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2"}  # of videos: transformers' name, the package's
+# what the request under way asked for, and the log-probabilities of its answer
+UNDER_WAY: ContextVar[dict[str, Any]] = ContextVar("under_way")
+
+
+class OneModel(model_manager.ModelManager):
+    """The model of one folder under the name `force_model`; both are set before the server makes its manager."""
+
+    folder: Path
+    context: int
+
+    def process_model_name(self, model_id: str) -> str:  # pyright: ignore
+        return model_id
+
+    def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
+        found = transformers.AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        if hasattr(found, "video_processor"):
+            found.video_processor.fetch_videos = fetch_videos
+        return found
+
+    def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+        quantization = self.get_quantization_config()
+        more = {} if quantization is None else {"quantization_config": quantization}
+        model = load_model(
+            self.folder,
+            trust=self.trust_remote_code,
+            dtype=self.dtype,
+            device_map=self.device,
+            attn_implementation=self.attn_implementation,
+            **more,
+        )
+        # a temperature above 0 samples and 0 does not, as in other engines, whatever the checkpoint's own file says
+        model.generation_config.do_sample = True
+        return model
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # pyright: ignore
+        now = int(time.time())
+        facts = {"owned_by": "mmq", "object": "model", "created": now, "max_model_len": self.context}
+        return [{"id": self.force_model, **facts}]
+
+    def get_model_modality(self, model: Any, processor: Any = None) -> Modality:  # pyright: ignore
+        """Without ears a model is asked for no sound, which transformers would otherwise take from each video."""
+        found = super().get_model_modality(model, processor)
+        deaf = not hasattr(processor, "feature_extractor") and not hasattr(processor, "audio_processor")
+        return Modality.VLM if found == Modality.MULTIMODAL and deaf else found
+
+
+def fetch_videos(videos: Any, sample_indices_fn: Any = None) -> Any:
+    """Frames and metadata of videos sent as data URLs, by whichever decoder is installed: transformers' own way takes
+    paths and web addresses alone, and torchcodec alone."""
+    if isinstance(videos, list):
+        return list(zip(*(fetch_videos(video, sample_indices_fn) for video in videos), strict=True))
+    there = [name for name, module in DECODERS.items() if importlib.util.find_spec(module)]
+    if not there:
+        raise ValueError(f"videos need one of {', '.join(DECODERS.values())} beside transformers; none is installed")
+    data = base64.b64decode(videos.partition(",")[2])
+    with tempfile.NamedTemporaryFile(suffix=".video") as file:
+        file.write(data)
+        file.flush()
+        return load_video(file.name, backend=there[0], sample_indices_fn=sample_indices_fn)  # pyright: ignore
+
+
+class Checked:
+    """A handler of transformers serve, its requests checked and translated first, its errors in OpenAI's form."""
+
+    def __init__(self, handler: Any, name: str) -> None:
+        self.handler, self.name = handler, name
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        state: dict[str, Any] = {}
+        UNDER_WAY.set(state)
+        try:
+            state["asked"] = wanted = asked(body, name=self.name)
+            reply = await self.handler.handle_request(wanted.body, request_id)
+        except HTTPException as e:
+            return refusal(str(e.detail), e.status_code)
+        except LookupError as e:
+            return refusal(str(e.args[0]), 404 if state == {} else 400)
+        except Exception as e:  # templates and processors raise whatever they like; what generation raises is our fault
+            if "generating" not in state:
+                return refusal(f"{type(e).__name__}: {e}", 400)
+            logging.getLogger(__name__).exception("a request failed")
+            return refusal(f"the engine failed: {type(e).__name__}: {e}", 500)
+        if wanted.logprobs is None or not isinstance(reply, JSONResponse):
+            return reply
+        told = json.loads(bytes(reply.body))
+        told["choices"][0]["logprobs"] = {"content": state["logprobs"]}
+        return JSONResponse(told)
+
+
+def refusal(why: str, status: int) -> JSONResponse:
+    """An error as OpenAI's servers have it, one line of it."""
+    return JSONResponse(failure(" ".join(why.split())[:1000], status), status)
+
+
+class Bounded:
+    """A generation manager that holds requests to the model's context, and keeps log-probabilities if asked."""
+
+    def __init__(self, manager: Any, context: int) -> None:
+        self.manager, self.context = manager, context
+
+    def init_cb(self, *args: Any) -> None:
+        self.manager.init_cb(*args)
+
+    def bound(self, inputs: Any, config: Any) -> None:
+        ids = inputs["input_ids"]
+        length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+        given = UNDER_WAY.get()["asked"].body.get("max_tokens")
+        if length + (given or 1) > self.context:
+            more = f" and max_tokens {given}" if given else ""
+            raise ValueError(
+                f"the model's context is {self.context} tokens; the prompt's {length}{more} are more: ask for less"
+            )
+        config.max_new_tokens = given or self.context - length
+        UNDER_WAY.get()["generating"] = True
+
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
+        self.bound(inputs, config)
+        return self.manager.generate_streaming(model, processor, inputs, config, **more)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str
+    ) -> Any:
+        self.bound(inputs, config)
+        top = UNDER_WAY.get()["asked"].logprobs
+        if top is None:
+            return await self.manager.generate_non_streaming(model, processor, inputs, config, request_id)
+        config.return_dict_in_generate = config.output_logits = True
+        made = await self.manager.async_submit(model.generate, **inputs, generation_config=config, tokenizer=processor)
+        start = inputs["input_ids"].shape[-1]
+        ids = made.sequences[0, start:]
+        words = getattr(processor, "tokenizer", processor)
+        UNDER_WAY.get()["logprobs"] = [
+            entry(words, int(token), logits[0].float().log_softmax(-1), top)
+            for token, logits in zip(ids, made.logits, strict=True)
+        ]
+        return processor.decode(ids, skip_special_tokens=True), start, ids
+
+
+def entry(words: Any, token: int, logprobs: Any, top: int) -> dict[str, Any]:
+    """OpenAI's record of one token, with the `top` likeliest in its place."""
+    best = logprobs.topk(top) if top else None
+    others = zip(best.values.tolist(), best.indices.tolist(), strict=True) if best is not None else ()
+    return token_entry(words.decode([token]), float(logprobs[token]), [(words.decode([i]), p) for p, i in others])
+
+
+def built(build: Callable[..., Any], name: str, context: int) -> Callable[..., Any]:
+    """transformers' `build_server`: the face put before its handlers, the routes that load other models taken out, the
+    guard before it all."""
+
+    def build_server(manager: Any, chat: Any, *, completion_handler: Any, generation_state: Any, **more: Any) -> Any:
+        # of a video the frames that its processor takes by itself: a short one has not the 32 of transformers serve
+        chat.chat_template_kwargs.setdefault("num_frames", None)
+        managers = generation_state.get_manager
+        generation_state.get_manager = lambda *args, **kwargs: Bounded(managers(*args, **kwargs), context)
+        made = build(
+            manager,
+            Checked(chat, name),
+            completion_handler=Checked(completion_handler, name),
+            generation_state=generation_state,
+            **more,
+        )
+        made.router.routes = [route for route in made.router.routes if getattr(route, "path", "") in ROUTES]
+        return Guard(made)
+
+    return build_server
+
+
+def main() -> None:
+    """FOLDER, its name and its context; the rest of the command line is what `transformers serve` takes."""
+    parser = argparse.ArgumentParser(prog="mmq.serve.pytorch_engine", allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--served-model-name", required=True)
+    parser.add_argument("--max-model-len", type=int, required=True)
+    own, words = parser.parse_known_args()
+    OneModel.folder, OneModel.context = own.folder, own.max_model_len
+    model_manager.ModelManager = OneModel  # what Serve takes from these two modules when it is called
+    server.build_server = built(server.build_server, own.served_model_name, own.max_model_len)
+    app(["serve", own.served_model_name, *words])
+
+
+if __name__ == "__main__":
+    main()

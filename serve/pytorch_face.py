@@ -1,0 +1,122 @@
+"""The PyTorch engine's face: a request as other engines take it, as `transformers serve` takes it; errors as OpenAI's.
+
+What transformers would leave out without a word is refused here, by name. Knows neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LOGPROBS = 20  # as OpenAI and vLLM have it
+# transformers serve ignores these; what they are worth when they ask for nothing
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "prompt_logprobs": (),
+    "audio": (),
+    "functions": ((), []),
+    "function_call": ("none", "auto"),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+# ours and other servers' that only say how the answer is sent, and whose
+LEFT_OUT = frozenset(
+    {
+        "stream_options",
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "parallel_tool_calls",
+        "prediction",
+        "safety_identifier",
+        "prompt_cache_key",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as transformers takes it; `logprobs`: None, or how many of the likeliest tokens go with each."""
+
+    body: dict[str, Any]
+    logprobs: int | None = None
+
+
+def asked(body: Mapping[str, Any], *, name: str) -> Asked:
+    """The request as transformers takes it. LookupError for another model; ValueError for what this engine has not,
+    and for a medium that is no data URL (the guard before this has made every other one)."""
+    if body.get("model") not in (None, name):
+        raise LookupError(f"the model {body['model']!r} does not exist; this server has {name!r}")
+    for key, nothing in ASKS_NOTHING.items():
+        if body.get(key) is not None and body[key] not in nothing:
+            raise ValueError(f"the pytorch engine has no {key}; serve with --engine vllm, or leave it out")
+    kept = {k: v for k, v in body.items() if k not in ASKS_NOTHING and k not in LEFT_OUT and v is not None}
+    kept["model"] = name
+    if "max_completion_tokens" in kept:
+        kept["max_tokens"] = kept.pop("max_completion_tokens")
+    for key, least in (("max_tokens", 1), ("temperature", 0), ("top_p", 0)):
+        value = kept.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < least):
+            raise ValueError(f"{key} is {value!r}; it must be a number of at least {least}")
+    chat = "messages" in kept
+    if not chat and "prompt" not in kept:
+        raise ValueError("the request has neither messages (chat) nor a prompt (completions)")
+    top = kept.pop("top_logprobs", 0)
+    wanted = kept.pop("logprobs", None)
+    if wanted in (None, False):
+        count = None
+    elif not chat:
+        raise ValueError("the pytorch engine gives logprobs of chat completions alone; ask /v1/chat/completions")
+    elif kept.get("stream"):
+        raise ValueError("the pytorch engine gives logprobs of whole answers, not in a stream; leave out one of both")
+    elif isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MAX_LOGPROBS:
+        raise ValueError(f"top_logprobs is {top!r}; it must be 0 to {MAX_LOGPROBS}")
+    else:
+        count = top
+    for message in kept.get("messages") or ():
+        check_media(message)
+    return Asked(kept, count)
+
+
+def check_media(message: Any) -> None:
+    """ValueError where a message is none, or names a medium in another way than by a data URL: transformers would read
+    any file of this machine, and follow any redirect."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError("a message must have a role and a content")
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError("a part of a message must have a type, as text or image_url")
+        if kind in ("text", "input_text", "output_text"):
+            if not isinstance(part.get("text"), str):
+                raise ValueError("a part of type text must have a text")
+            continue
+        held = part.get(kind)
+        url = held.get("url") if isinstance(held, dict) else None
+        if kind not in ("image_url", "video_url"):
+            raise ValueError(f"the pytorch engine takes parts of type text, image_url and video_url, not {kind!r}")
+        if not isinstance(url, str) or not url.startswith("data:"):
+            raise ValueError(f"a part of type {kind} must have a url of this medium, {{'{kind}': {{'url': ...}}}}")
+
+
+def failure(why: str, status: int) -> dict[str, Any]:
+    """OpenAI's form of an error."""
+    kind = {404: "NotFoundError"}.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    return {"error": {"message": why, "type": kind, "param": None, "code": status}}
+
+
+def token_entry(token: str, logprob: float, others: list[tuple[str, float]]) -> dict[str, Any]:
+    """OpenAI's record of one token, with others that were likely in its place."""
+
+    def one(text: str, value: float) -> dict[str, Any]:
+        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+    return {**one(token, logprob), "top_logprobs": [one(text, value) for text, value in others]}
