@@ -32,7 +32,7 @@ def plan(
     `ignore_rules`; OSError for a folder that cannot be served.
     """
     if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; known engines are {', '.join(sorted(ENGINES))}")
+        raise ValueError(f"unknown engine {engine!r}; known engines are {', '.join(ENGINES)}")
     if not target.is_dir():
         raise OSError(f"no folder {target}; `mmq quantize` makes an artifact, and a checkpoint's folder serves as well")
     if (target / MANIFEST).is_file() or (target / UNFINISHED).is_file():
