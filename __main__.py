@@ -44,6 +44,12 @@ hub_options = (
     click.option("--hub", type=click.Choice(["hf", "modelscope"]), envvar="MMQ_HUB", default="hf", show_default=True),
     click.option("--revision", help="Branch, tag or commit on the hub; pinned to its commit in the manifest."),
 )
+bin_option = click.option(
+    "--engine-bin",
+    metavar="PATH",
+    help="The engine's program, or its environment's folder.  [default: $MMQ_VLLM, $MMQ_PYTORCH or $MMQ_LMDEPLOY, else "
+    "beside mmq, else on PATH]",
+)
 recipe_options = (  # each has the name of the recipe's key that it replaces
     click.option(
         "--method",
@@ -161,6 +167,7 @@ def quantize(
 @click.option("--dataset", metavar="FILE|FOLDER", help="Held-out samples of your own (JSONL with answers).")
 @click.option("--samples", "count", type=int, default=CHECKED, show_default=True, help="Held-out samples to use.")
 @click.option("--engine", type=click.Choice(["vllm"]), help="Ask the artifact as this engine serves it.")
+@bin_option
 @click.option(
     "--engines",
     metavar="NAME,...",
@@ -291,7 +298,8 @@ def plan_(
 @cli.command(context_settings={"ignore_unknown_options": False})
 @click.argument("target")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
-@click.option("--engine", default="vllm", show_default=True, help="Which engine serves it.")
+@click.option("--engine", default="vllm", show_default=True, help="Which engine serves it: vllm, lmdeploy or pytorch.")
+@bin_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, default=8000, show_default=True)
 @click.option("--max-model-len", type=int, help="Longest sequence in tokens.  [default: what fits]")
@@ -377,6 +385,7 @@ dataset_options = (
 @several(media_options)
 @several(dataset_options)
 @click.option("--engine", default="vllm", show_default=True, help="Which engine serves TARGET, where it is no URL.")
+@bin_option
 @click.option("--model", metavar="NAME", help="Which of the server's models, or LoRA adapters.  [default: its first]")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="The server's key.  [default: $MMQ_API_KEY]")
 @several(answer_options)
@@ -395,6 +404,7 @@ def infer(
     concurrency: int,
     overwrite: bool,
     engine: str,
+    engine_bin: str | None,
     model: str | None,
     api_key_file: Path | None,
     hub: str,
@@ -447,7 +457,7 @@ def infer(
                 folder, more["served_model_name"] = servable(target, hub=hub, revision=revision, tell=tell)
                 target = str(folder)
                 config, flags = video_flags(engine, config)
-                more["extra"] = (*flags, *engine_flags)
+                more |= {"extra": (*flags, *engine_flags), "engine_bin": engine_bin}
             url = stack.enter_context(serving(target, engine=engine, tell=tell, **more))
             if datasets:
                 options: dict[str, Any] = {"concurrency": concurrency, "overwrite": overwrite, "tell": tell}
@@ -483,6 +493,7 @@ def infer(
     "--compare", is_flag=True, help="NAMES side by side, each against the first (what several names do anyway)."
 )
 @click.option("--engine", default="vllm", show_default=True)
+@bin_option
 @click.option("--vram", default="24GiB", show_default=True, help="The memory that max length and max batch are for.")
 @click.option("--context", type=int, default=2048, show_default=True, help="Tokens a sequence, for max batch.")
 @click.option("--requests", type=int, help="Requests in a run.")
@@ -491,7 +502,15 @@ def infer(
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("bench-results"), show_default=True)
 @json_option
 def bench(
-    names: tuple[str, ...], compare: bool, engine: str, vram: str, context: int, out: Path, as_json: bool, **asked: Any
+    names: tuple[str, ...],
+    compare: bool,
+    engine: str,
+    engine_bin: str | None,
+    vram: str,
+    context: int,
+    out: Path,
+    as_json: bool,
+    **asked: Any,
 ) -> None:
     """Measure NAMES under one engine and one load: speed, memory, max length, max batch.
 
@@ -503,7 +522,8 @@ def bench(
     from .bench.speed import load_here
 
     load = load_here(**asked)
-    options: dict[str, Any] = {"vram": parse_bytes(vram), "context": context, "load": load, "engine": engine}
+    options: dict[str, Any] = {"vram": parse_bytes(vram), "context": context, "load": load}
+    options |= {"engine": engine, "engine_bin": engine_bin}
     with progress(quiet=as_json) as tell:
         report, place = measure(names, out=out, tell=tell, **options)
     data, text = write_report(report, place, markdown=markdown(report))

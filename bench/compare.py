@@ -39,6 +39,7 @@ def compare(
     context: int = CONTEXT,
     load: Load | None = None,
     engine: str = "vllm",
+    engine_bin: str | Path | None = None,
     extra: Sequence[str] = (),
     trust_remote_code: bool = False,
     timeout: float = START_TIMEOUT,
@@ -70,6 +71,7 @@ def compare(
             max_model_len=context,
             served_model_name=subject.label,
             trust_remote_code=trust_remote_code,
+            engine_bin=engine_bin,
             extra=flags,
         )
         with running(launch, timeout=timeout, log_path=place / f"{subject.label}.log", tell=tell) as server:

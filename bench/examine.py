@@ -20,6 +20,7 @@ def examine(
     dataset: str | None = None,
     count: int = CHECKED,
     engine: str | None = None,
+    engine_bin: str | None = None,
     device: str = "cpu",
     trust: bool = False,
     tell: Tell = silent,
@@ -31,7 +32,7 @@ def examine(
     embedded = artifact.manifest["base"]["hub"] == "embedded"
     samples = held_out_samples(dataset, count, embedded=embedded)
     if engine:
-        result = check_served(artifact, base, samples=samples, engine=engine, **more)
+        result = check_served(artifact, base, samples=samples, engine=engine, engine_bin=engine_bin, **more)
     else:
         score = None
         if embedded and dataset is None:

@@ -36,6 +36,7 @@ def check_served(
     samples: Sequence[Sample],
     limits: Limits,
     engine: str = "vllm",
+    engine_bin: str | None = None,
     device: str = "cpu",
     trust: bool = False,
     tell: Tell = silent,
@@ -48,7 +49,9 @@ def check_served(
     samples = [s for s in samples if s.answer and not s.videos]
     if not samples:
         raise ValueError("no sample to check on: each must end in an assistant's answer, and videos are left out")
-    plan(engine, artifact.path, machine=this_machine())  # what cannot be served is told before the long walk
+    plan(
+        engine, artifact.path, machine=this_machine(), engine_bin=engine_bin
+    )  # what cannot be served is told before the long walk
     # no name holds the two models: their memory is the engine's from here on
     walked = walk_both(
         build(base, device=device, trust=trust),
@@ -56,7 +59,7 @@ def check_served(
         samples,
         tell=tell,
     )
-    launch = plan(engine, artifact.path, machine=this_machine(), port=free_port())
+    launch = plan(engine, artifact.path, machine=this_machine(), port=free_port(), engine_bin=engine_bin)
     seen: list[list[float]] = []
     unseen: list[list[float] | None] = []
     with running(launch, tell=tell) as server, connect(server.url, retries=0) as client:
