@@ -7,6 +7,7 @@ time, on a card that nothing else uses: the engine measures the whole card. benc
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import sys
@@ -113,7 +114,7 @@ def hold(folder: Path, budget: int, *, extra: Sequence[str] = (), machine: Machi
     if told.problem:
         return held
     launch = plan("vllm", folder, machine=replace(machine, gpus=(card,)), port=free_port(), extra=extra)
-    launch = scaled(launch, budget / _seen_by_torch(here))
+    launch = scaled(launch, budget / _usable(here))
     held = replace(held, argv=launch.argv[1:])
     try:
         with running(launch, log_path=log) as server:
@@ -138,11 +139,17 @@ def scaled(launch: Launch, factor: float) -> Launch:
     return replace(launch, argv=(*launch.argv[:at], share, *launch.argv[at + 1 :]))
 
 
-def _seen_by_torch(card: Gpu) -> int:
-    """Bytes of the card as CUDA tells them, which vLLM takes its share of; nvidia-smi counts what the driver keeps."""
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else card.memory
+def _usable(card: Gpu) -> int:
+    """Bytes of the first card as CUDA tells them, of which vLLM takes its share: less than nvidia-smi's, which counts
+    what the driver keeps. Opens no context there, which would be memory that an engine sees."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return card.memory
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+    failed = failed or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    return card.memory if failed else size.value
 
 
 def _gib(told: Plan) -> dict[str, float]:
@@ -160,9 +167,9 @@ def row(held: Held) -> str:
         end = " | ".join(
             (
                 f"{held.weights / GIB:.2f}",
-                f"{(held.engine_weights or 0) / GIB:.2f} ({weights or 0:+.1%})",
+                "?" if weights is None else f"{(held.engine_weights or 0) / GIB:.2f} ({weights:+.1%})",
                 f"{held.tokens:,}",
-                f"{held.engine_tokens or 0:,} ({tokens or 0:+.1%})",
+                "?" if tokens is None else f"{held.engine_tokens:,} ({tokens:+.1%})",
                 f"{held.startup_s} s",
             )
         )
