@@ -295,6 +295,36 @@ def plan_(
     sys.exit(0 if facts["fits"] else 1)
 
 
+safety_options = (  # `serve.safety.Safety`'s
+    click.option(
+        "--api-key-file", type=click.Path(path_type=Path), help="Holds the key.  [default: MMQ_API_KEY, none]"
+    ),
+    click.option(
+        "--media-domain",
+        "media_domains",
+        multiple=True,
+        metavar="HOST",
+        help="Take media by URL from this host (.x.org: all below x.org; any; none). Repeatable.  "
+        "[default: any on loopback, else none]",
+    ),
+    click.option(
+        "--media-network",
+        "media_networks",
+        multiple=True,
+        metavar="NET",
+        help="A private network that media may come from, as 10.0.0.0/8. Repeatable.",
+    ),
+    click.option(
+        "--media-folder", type=click.Path(path_type=Path), help="Take file:// URLs of what is in this folder."
+    ),
+    click.option("--max-body", metavar="SIZE", default="64MiB", show_default=True, help="Largest request."),
+    click.option("--max-media", type=int, default=64, show_default=True, help="Pictures and videos in a request."),
+    click.option(
+        "--grace", type=int, default=30, show_default=True, help="Seconds that requests under way have at the end."
+    ),
+)
+
+
 @cli.command(context_settings={"ignore_unknown_options": False})
 @click.argument("target")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
@@ -309,12 +339,18 @@ def plan_(
     "--print", "print_only", is_flag=True, help="Print the command with a reason for each flag, start nothing."
 )
 @click.option("--ignore-rules", is_flag=True, help="Start the engine though its rules say no (`mmq check --engines`).")
+@click.option(
+    "--restart", type=click.IntRange(0), default=0, metavar="N", help="Start a dead engine again, at most N times."
+)
+@several(safety_options)
 @several(hub_options)
 def serve(
     target: str,
     engine_flags: tuple[str, ...],
     engine: str,
     print_only: bool,
+    restart: int,
+    max_body: str,
     hub: str,
     revision: str | None,
     served_model_name: str | None,
@@ -324,19 +360,23 @@ def serve(
 
     Flags after `--` go to the engine as they are and win over mmq's own.
     """
+    from .bench.report import parse_bytes
     from .serve.engines import plan
     from .serve.flags import shell_line
     from .serve.launch import foreground
     from .serve.machine import this_machine
+    from .serve.safety import Safety
     from .serve.target import servable
 
+    let_in = {field.name: options.pop(field.name) for field in dataclasses.fields(Safety) if field.name in options}
+    options["safety"] = Safety(max_body=parse_bytes(max_body), **let_in)
     with progress(quiet=print_only) as tell:
         folder, name = servable(target, hub=hub, revision=revision, tell=tell)
     options |= {"served_model_name": served_model_name or name, "extra": engine_flags}
     launch = plan(engine, folder, machine=this_machine(), **options)
     if print_only:
         click.echo(shell_line(launch))
-    show_table(["", ""], [[flag, why] for flag, why in launch.reasons], err=not print_only)  # keys are hidden here
+    show_table(["", ""], [[flag, why] for flag, why in launch.reasons], err=not print_only)
     if print_only:
         return
 
@@ -346,7 +386,8 @@ def serve(
         next_step(f'mmq infer {server.url} "What is in the picture?" --image PICTURE   (Ctrl-C here ends the server)')
 
     log = Path.cwd() / f"mmq-serve-{launch.port}.log"
-    sys.exit(foreground(launch, log_path=log, on_line=lambda line: click.echo(line, err=True), on_ready=ready))
+    line, note = partial(click.echo, err=True), partial(click.secho, fg="yellow", err=True)
+    sys.exit(foreground(launch, log_path=log, on_line=line, on_ready=ready, on_note=note, restarts=restart))
 
 
 answer_options = (  # how an answer is made: `RequestConfig`'s

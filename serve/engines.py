@@ -12,20 +12,28 @@ from typing import Any
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from ..export.subject import read_subject
 from .flags import Launch, number
+from .lmdeploy import lmdeploy
 from .programs import packages_beside
 from .pytorch import pytorch
 from .rules.rule import judge
 from .rules.verdicts import PLACES, setting_of
+from .safety import USUAL, Safety, guarded
 from .shape import read_shape
 from .vllm import vllm
 
-ENGINES: dict[str, Callable[..., Launch]] = {"vllm": vllm, "pytorch": pytorch}
+ENGINES: dict[str, Callable[..., Launch]] = {"vllm": vllm, "lmdeploy": lmdeploy, "pytorch": pytorch}
 
 
 def plan(
-    engine: str, target: Path, *, served_model_name: str | None = None, ignore_rules: bool = False, **options: Any
+    engine: str,
+    target: Path,
+    *,
+    served_model_name: str | None = None,
+    ignore_rules: bool = False,
+    safety: Safety = USUAL,
+    **options: Any,
 ) -> Launch:
-    """The launch of `target` under the engine of this name; options as the engine's function.
+    """The launch of `target` under the engine of this name, guarded; options as the engine's function.
 
     `target` is an artifact, which must be whole, or any checkpoint folder; the artifact's name is the model's.
     ValueError for an unknown engine, and for a quantized checkpoint that the engine's rules refuse unless
@@ -40,7 +48,8 @@ def plan(
     launch = ENGINES[engine](target, served_model_name=served_model_name, **options)
     if not ignore_rules:
         _refuse(engine, target, launch)
-    return launch
+    told = {key: options[key] for key in ("extra", "environ") if key in options}
+    return guarded(engine, launch, safety, **told)
 
 
 def _refuse(engine: str, target: Path, launch: Launch) -> None:
@@ -51,7 +60,7 @@ def _refuse(engine: str, target: Path, launch: Launch) -> None:
     packages = packages_beside(Path(launch.argv[0]))
     tp = int(number(launch.argv, "--tensor-parallel-size", "-tp", "--tp") or 1)
     for place in PLACES:
-        if place.engine == engine and place.device == launch.device:
+        if place.engine == engine and place.where == (launch.backend or launch.device):
             fatal = [f for f in judge(subject, place, setting_of(place, tp, packages)).findings if f.fatal]
             if fatal:
                 more = f" (and {len(fatal) - 1} more: `mmq check --engines {engine} {target}`)" if fatal[1:] else ""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A value that is never shown, and the shell word that stands for it, as $NAME."""
+
+    value: str = field(repr=False)
+    source: str
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,10 @@ class Launch:
     host: str
     port: int
     device: str  # cuda or cpu
+    backend: str = ""  # which of an engine's own engines, where it has several
     serves: bool = True  # one of several machines that only computes answers at `url` through the first
+    secrets: Mapping[str, Secret] = field(default_factory=dict)  # variables like `env`'s, which are shown by no one
+    grace: float = 0.0  # seconds that requests under way have once the engine is told to end
 
 
 @dataclass(frozen=True)
@@ -82,18 +93,6 @@ def number(extra: Sequence[str], *names: str) -> float | None:
         return None
 
 
-def _secret_hidden(words: Sequence[str]) -> str:
-    """The words as one line to show, the API key hidden: reasons end in terminals and CI logs."""
-    shown = []
-    for at, word in enumerate(words):
-        if spelled(word) == "--api-key" and "=" in word:
-            word = word.split("=", 1)[0] + "=***"
-        elif at and spelled(words[at - 1]) == "--api-key" and "=" not in words[at - 1]:
-            word = "***"
-        shown.append(word)
-    return " ".join(word if word.endswith("***") else shlex.quote(word) for word in shown)
-
-
 def merged(flags: Iterable[Flag], extra: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Words and reasons: ours without those that `extra` gives too, then `extra` as it was typed."""
     theirs = {spelled(word) for word in extra if word.startswith("-")}
@@ -105,17 +104,13 @@ def merged(flags: Iterable[Flag], extra: Sequence[str]) -> tuple[list[str], list
         words += flag.words
         reasons.append((shlex.join(flag.words), flag.why))
     if extra:
-        reasons.append((_secret_hidden(extra), "yours, given after --"))
+        reasons.append((shlex.join(extra), "yours, given after --"))
     return [*words, *extra], reasons
 
 
-def host_reason(host: str, *, secret: bool) -> str:
-    """Why the server listens at `host`; `secret`: whether it asks for an API key."""
-    if host in LOOPBACK:
-        return "only this machine can connect"
-    if secret:
-        return "other machines can connect, with the API key"
-    return "WARNING: every machine that reaches this port can use the model; give `-- --api-key SECRET`"
+def host_reason(host: str) -> str:
+    """Why the server listens at `host`."""
+    return "only this machine can connect" if host in LOOPBACK else "you asked for it: other machines can connect"
 
 
 def launch_of(
@@ -147,4 +142,5 @@ def launch_of(
 def shell_line(launch: Launch) -> str:
     """The launch as one line to paste into a shell: variables, then the command, quoted where needed."""
     variables = [f"{key}={shlex.quote(value)}" for key, value in launch.env.items()]
+    variables += [f'{key}="{secret.source}"' for key, secret in launch.secrets.items()]
     return " ".join([*variables, shlex.join(launch.argv)])

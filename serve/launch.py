@@ -1,6 +1,7 @@
 """Start a server, wait until it is healthy, end it: a `Launch` in, a running `Server` out. Knows no engine's flags.
 
 The engine runs in a session of its own, so the whole family of its processes is ended together, and nothing else is.
+A watch outlives us where we are killed, and ends the family then.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from .flags import Launch
 from .http import get
 from .log import why_it_died
 
-GRACE = 15.0  # seconds between SIGTERM and SIGKILL
+GRACE = 15.0  # seconds between SIGTERM and SIGKILL, after those that requests under way have
+BROKEN_OFF = 8.0  # seconds; vLLM's server notices within five that its core is dead, and ends then
+DIED = "the engine died"
+LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
 START_TIMEOUT = 900.0  # seconds; a first start on a GPU compiles for minutes
 
 
@@ -75,7 +79,7 @@ def healthy(url: str, *, timeout: float = 2.0) -> bool:
 
 
 def _environment(launch: Launch) -> dict[str, str]:
-    env = {**os.environ, **launch.env}
+    env = {**os.environ, **launch.env, **{name: secret.value for name, secret in launch.secrets.items()}}
     # engines compile kernels with the ninja of their own environment, which need not be activated
     env["PATH"] = os.pathsep.join([str(Path(launch.argv[0]).parent), env.get("PATH", os.defpath)])
     env["PYTHONUNBUFFERED"] = "1"
@@ -103,6 +107,28 @@ def _group_alive(pgid: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+# $1 is the engine's process and its group, $2 fifths of a second to wait. Reads until we, who hold the other end of
+# its standard input, are gone, however that came about; then ends the engine as `end` would have.
+_WATCH = """
+read -r nothing
+kill -TERM "$1"
+while kill -0 "-$1" && [ "$2" -gt 0 ]; do sleep 0.2; set -- "$1" $(($2 - 1)); done
+kill -KILL "-$1"
+"""
+
+
+@contextlib.contextmanager
+def _watched(process: subprocess.Popen[bytes], grace: float) -> Iterator[None]:
+    """Within, the engine's processes end though we are killed (SIGKILL, a closed terminal); nothing else could then."""
+    argv = ["/bin/sh", "-c", _WATCH, "mmq-watch", str(process.pid), str(int(grace * 5))]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True) as watch:
+        try:
+            yield
+        finally:
+            watch.kill()
 
 
 def end(process: subprocess.Popen[bytes], *, grace: float = GRACE) -> None:
@@ -141,7 +167,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], launch: Launch, log: Path, t
         waited = time.monotonic() - begun
         code = process.poll()
         if code is not None:
-            raise RuntimeError(f"the engine died at its start: {why_it_died(log, returncode=code)} (log: {log})")
+            raise RuntimeError(f"{DIED} at its start: {why_it_died(log, returncode=code)} (log: {log})")
         if healthy(launch.url):
             return waited
         if waited > timeout:
@@ -175,7 +201,8 @@ def running(
     """Run the launch in the background for the length of a `with`; yields the healthy server.
 
     Its log goes to `log_path` (a temporary file by default, kept). ValueError when the port is taken, RuntimeError
-    with the engine's own error when it dies, at its start or while it is being asked (an OSError within the `with`).
+    with the engine's own error when it dies, at its start or while it is being asked (within the `with` that is an
+    OSError, or a RuntimeError where an answer broke off).
     """
     if log_path is None:
         handle, path = tempfile.mkstemp(prefix="mmq-serve-", suffix=".log")
@@ -184,23 +211,24 @@ def running(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _terminate_is_exit():
         process = _spawn(launch, log)
-        try:
-            startup = _wait_healthy(process, launch, log_path, timeout, tell)
-            yield Server(launch.url, launch.name, process.pid, log_path, startup)
-        except OSError:
-            code = _ended(process)
-            if code is None:
-                raise
-            why = why_it_died(log_path, returncode=code)
-            raise RuntimeError(f"the engine died: {why} (log: {log_path})") from None
-        finally:
-            end(process)
+        with _watched(process, launch.grace + GRACE):
+            try:
+                startup = _wait_healthy(process, launch, log_path, timeout, tell)
+                yield Server(launch.url, launch.name, process.pid, log_path, startup)
+            except (OSError, RuntimeError) as e:
+                code = _ended(process, within=2.0 if isinstance(e, OSError) else BROKEN_OFF)
+                if code is None or DIED in str(e):
+                    raise
+                why = why_it_died(log_path, returncode=code)
+                raise RuntimeError(f"{DIED}: {why} (log: {log_path})") from None
+            finally:
+                end(process, grace=launch.grace + GRACE)
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int | None:
-    """The status of a process that is gone, or goes within a moment; None where it runs on."""
+def _ended(process: subprocess.Popen[bytes], *, within: float) -> int | None:
+    """The status of a process that is gone, or goes within so many seconds; None where it runs on."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(2)
+        return process.wait(within)
     return None
 
 
@@ -210,33 +238,82 @@ def foreground(
     log_path: Path,
     on_line: Callable[[str], None],
     on_ready: Callable[[Server], None],
+    on_note: Callable[[str], None] = lambda note: None,
+    restarts: int = 0,
     timeout: float = START_TIMEOUT,
     tell: Tell = silent,
 ) -> int:
-    """Run the launch until it ends or the user ends it; returns its exit status, 0 when a signal to us ended it.
+    """Run the launch until it ends or the user ends it; returns 0 when a signal to us ended it.
 
-    Each line of the engine goes to `on_line` and to `log_path`; `on_ready` is called once, when it is healthy.
-    SIGINT and SIGTERM are passed on. Errors as in `running`.
+    Each line of the engine goes to `on_line` and to `log_path`; `on_ready` is called whenever it is healthy. An engine
+    that was healthy once and dies is started again, at most `restarts` times in all and after a longer pause each
+    time; `on_note` is told why, and the log of the dead one is kept as NAME.1.log, NAME.2.log. SIGINT and SIGTERM are
+    passed on, and `on_note` is told how long requests under way have. Errors as in `running`.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("w", encoding="utf-8") as log, _terminate_is_exit():
+    lived = False
+
+    def ready(server: Server) -> None:
+        nonlocal lived
+        lived = True
+        on_ready(server)
+
+    with _terminate_is_exit():
+        for again in range(restarts + 1):
+            try:
+                _once(launch, log_path, on_line, ready, on_note, timeout, tell)
+            except RuntimeError as e:
+                if not lived or again == restarts:
+                    tried = f"; it was started {again + 1} times" if again else ""
+                    raise RuntimeError(f"{e}{tried}") from None
+                kept = log_path.with_suffix(f".{again + 1}{log_path.suffix}")
+                log_path.replace(kept)
+                pause = min(2.0**again, LONGEST_PAUSE)
+                on_note(f"{str(e).replace(str(log_path), str(kept))}; start {again + 1} of {restarts} in {pause:.0f} s")
+                if not _slept(pause):
+                    return 0
+            else:
+                return 0
+    raise AssertionError("the last start returns or raises")
+
+
+def _slept(seconds: float) -> bool:
+    """Whether nobody ended us meanwhile."""
+    try:
+        time.sleep(seconds)
+    except (KeyboardInterrupt, SystemExit):
+        return False
+    return True
+
+
+def _once(
+    launch: Launch,
+    log_path: Path,
+    on_line: Callable[[str], None],
+    on_ready: Callable[[Server], None],
+    on_note: Callable[[str], None],
+    timeout: float,
+    tell: Tell,
+) -> None:
+    """One life of the engine, which returns when a signal to us ended it. RuntimeError when it ends by itself."""
+    with log_path.open("w", encoding="utf-8") as log:
         process = _spawn(launch, subprocess.PIPE)
         reader = threading.Thread(target=_pump, args=(process, log, on_line), daemon=True)
         reader.start()
-        try:
-            startup = _wait_healthy(process, launch, log_path, timeout, tell)
-            on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
-            code = process.wait()
-            if code:
+        with _watched(process, launch.grace + GRACE):
+            try:
+                startup = _wait_healthy(process, launch, log_path, timeout, tell)
+                on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
+                code = process.wait()
                 reader.join(5)
                 why = why_it_died(log_path, returncode=code)
-                raise RuntimeError(f"the engine died: {why} (log: {log_path})")
-            return code
-        except (KeyboardInterrupt, SystemExit):
-            return 0
-        finally:
-            end(process)
-            reader.join(5)
+                raise RuntimeError(f"{DIED}: {why} (log: {log_path})")
+            except (KeyboardInterrupt, SystemExit):
+                if launch.grace:
+                    on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again ends them too")
+            finally:
+                end(process, grace=launch.grace + GRACE)
+                reader.join(5)
 
 
 def _pump(process: subprocess.Popen[bytes], log: Any, on_line: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ..export.subject import Subject, read_subject
 from .flags import Flag, Launch, given, host_reason, launch_of, number
 from .machine import GIB, Machine
-from .programs import find_program, packages_beside
+from .programs import find_program, packages_beside, python_of
 from .shape import context_length, weight_bytes
 from .weights import ITEM
 
@@ -48,7 +48,7 @@ def pytorch(
     if asked := [name for name, value in others.items() if value]:
         raise ValueError(f"the engine pytorch has no --{asked[0].replace('_', '-')}; --engine vllm has")
     subject = read_subject(target)
-    program = _python(environ, engine_bin)
+    program = python_of(find_program("pytorch", environ, named=engine_bin))
     packages = packages_beside(program)
     missing = [name for name in NEEDS if packages and name not in packages]
     if missing:
@@ -62,7 +62,7 @@ def pytorch(
     place, why = _place(subject, machine, packages)
     length = min(max_model_len or context_length(subject.config), context_length(subject.config))
     flags = [
-        Flag("--host", host, host_reason(host, secret=False)),
+        Flag("--host", host, host_reason(host)),
         Flag("--port", str(port), "where clients connect"),
         Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"),
         Flag("--max-model-len", str(length), "you asked for it" if max_model_len else "the model's whole context"),
@@ -74,13 +74,6 @@ def pytorch(
     head = (str(program), "-m", f"{__package__}.pytorch_engine", str(target.resolve()))
     device = "cpu" if given(extra, "--device") == "cpu" or place == "cpu" else "cuda"
     return launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
-
-
-def _python(environ: Mapping[str, str], engine_bin: str | Path | None) -> Path:
-    """The Python of the environment; of any other program that was named, the Python beside it."""
-    program = find_program("pytorch", environ, named=engine_bin)
-    beside = program.parent / "python"
-    return program if program.name.startswith("python") or not beside.exists() else beside
 
 
 def restored_bytes(subject: Subject) -> int:

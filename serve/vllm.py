@@ -70,9 +70,8 @@ def vllm(
         raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
 
     adapters = read_adapters(lora, subject, taken=name, extra=extra)
-    secret = bool(given(extra, "--api-key") or environ.get("VLLM_API_KEY"))
     flags = [
-        Flag("--host", host, host_reason(host, secret=secret)),
+        Flag("--host", host, host_reason(host)),
         Flag("--port", str(port), "where clients connect"),
     ]
     if spread.headless:
