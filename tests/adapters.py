@@ -28,7 +28,7 @@ def write_adapter(
     rank: int,
     alpha: int = 16,
     seed: int = 0,
-    strength: float = 0.3,
+    strength: float = 0.2,
     prefix: str = "base_model.model.model.language_model.",
     **config: Any,
 ) -> Path:
