@@ -78,20 +78,22 @@ def healthy(url: str, *, timeout: float = 2.0) -> bool:
         return False
 
 
-def _environment(launch: Launch) -> dict[str, str]:
+def _environment(launch: Launch, closed: Path) -> dict[str, str]:
     env = {**os.environ, **launch.env, **{name: secret.value for name, secret in launch.secrets.items()}}
     # engines compile kernels with the ninja of their own environment, which need not be activated
     env["PATH"] = os.pathsep.join([str(Path(launch.argv[0]).parent), env.get("PATH", os.defpath)])
     env["PYTHONUNBUFFERED"] = "1"
+    env["MMQ_CLOSED"] = str(closed)  # once this file is there, the guard lets nothing in
     return env
 
 
-def _spawn(launch: Launch, stdout: Any) -> subprocess.Popen[bytes]:
-    check_port(launch.host, launch.port)
+def _spawn(launch: Launch, stdout: Any, closed: Path) -> subprocess.Popen[bytes]:
+    if launch.serves:
+        check_port(launch.host, launch.port)
     try:
         return subprocess.Popen(
             launch.argv,
-            env=_environment(launch),
+            env=_environment(launch, closed),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.STDOUT,
@@ -109,26 +111,38 @@ def _group_alive(pgid: int) -> bool:
     return True
 
 
-# $1 is the engine's process and its group, $2 fifths of a second to wait. Reads until we, who hold the other end of
-# its standard input, are gone, however that came about; then ends the engine as `end` would have.
+# $1 is the engine's process and its group, $2 fifths of a second to wait, $3 the folder with the file that closes it.
+# Reads until we, who hold the other end of its standard input, are gone, however that came about; then ends the engine
+# as we would have.
 _WATCH = """
 read -r nothing
+: > "$3/closed"
 kill -TERM "$1"
-while kill -0 "-$1" && [ "$2" -gt 0 ]; do sleep 0.2; set -- "$1" $(($2 - 1)); done
+while kill -0 "-$1" && [ "$2" -gt 0 ]; do sleep 0.2; set -- "$1" $(($2 - 1)) "$3"; done
 kill -KILL "-$1"
+rm -f "$3/closed" && rmdir "$3"
 """
 
 
 @contextlib.contextmanager
-def _watched(process: subprocess.Popen[bytes], grace: float) -> Iterator[None]:
-    """Within, the engine's processes end though we are killed (SIGKILL, a closed terminal); nothing else could then."""
-    argv = ["/bin/sh", "-c", _WATCH, "mmq-watch", str(process.pid), str(int(grace * 5))]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True) as watch:
-        try:
-            yield
-        finally:
-            watch.kill()
+def _started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The engine's process, which is ended with its whole group where the `with` ends, or where we are killed (by
+    SIGKILL, by a closed terminal): a watch waits for that. Requests under way have the launch's grace."""
+    grace = launch.grace + GRACE
+    with tempfile.TemporaryDirectory(prefix="mmq-serve-") as place:
+        closed = Path(place) / "closed"
+        process = _spawn(launch, stdout, closed)
+        argv = ["/bin/sh", "-c", _WATCH, "mmq-watch", str(process.pid), str(int(grace * 5)), place]
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True) as watch:
+            try:
+                yield process
+            finally:
+                closed.touch()
+                try:
+                    end(process, grace=grace)
+                finally:
+                    watch.kill()
 
 
 def end(process: subprocess.Popen[bytes], *, grace: float = GRACE) -> None:
@@ -168,7 +182,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], launch: Launch, log: Path, t
         code = process.poll()
         if code is not None:
             raise RuntimeError(f"{DIED} at its start: {why_it_died(log, returncode=code)} (log: {log})")
-        if healthy(launch.url):
+        if not launch.serves or healthy(launch.url):  # only the first of several machines can be asked
             return waited
         if waited > timeout:
             why = why_it_died(log)
@@ -209,20 +223,16 @@ def running(
         os.close(handle)
         log_path = Path(path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log, _terminate_is_exit():
-        process = _spawn(launch, log)
-        with _watched(process, launch.grace + GRACE):
-            try:
-                startup = _wait_healthy(process, launch, log_path, timeout, tell)
-                yield Server(launch.url, launch.name, process.pid, log_path, startup)
-            except (OSError, RuntimeError) as e:
-                code = _ended(process, within=2.0 if isinstance(e, OSError) else BROKEN_OFF)
-                if code is None or DIED in str(e):
-                    raise
-                why = why_it_died(log_path, returncode=code)
-                raise RuntimeError(f"{DIED}: {why} (log: {log_path})") from None
-            finally:
-                end(process, grace=launch.grace + GRACE)
+    with log_path.open("wb") as log, _terminate_is_exit(), _started(launch, log) as process:
+        try:
+            startup = _wait_healthy(process, launch, log_path, timeout, tell)
+            yield Server(launch.url, launch.name, process.pid, log_path, startup)
+        except (OSError, RuntimeError) as e:
+            code = _ended(process, within=2.0 if isinstance(e, OSError) else BROKEN_OFF)
+            if code is None or DIED in str(e):
+                raise
+            why = why_it_died(log_path, returncode=code)
+            raise RuntimeError(f"{DIED}: {why} (log: {log_path})") from None
 
 
 def _ended(process: subprocess.Popen[bytes], *, within: float) -> int | None:
@@ -296,23 +306,26 @@ def _once(
     tell: Tell,
 ) -> None:
     """One life of the engine, which returns when a signal to us ended it. RuntimeError when it ends by itself."""
+    reader = None
     with log_path.open("w", encoding="utf-8") as log:
-        process = _spawn(launch, subprocess.PIPE)
-        reader = threading.Thread(target=_pump, args=(process, log, on_line), daemon=True)
-        reader.start()
-        with _watched(process, launch.grace + GRACE):
-            try:
-                startup = _wait_healthy(process, launch, log_path, timeout, tell)
-                on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
-                code = process.wait()
+        try:
+            with _started(launch, subprocess.PIPE) as process:
+                reader = threading.Thread(target=_pump, args=(process, log, on_line), daemon=True)
+                reader.start()
+                try:
+                    startup = _wait_healthy(process, launch, log_path, timeout, tell)
+                    on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
+                    code = process.wait()
+                except (KeyboardInterrupt, SystemExit):
+                    if launch.grace:
+                        on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off")
+                    raise
                 reader.join(5)
-                why = why_it_died(log_path, returncode=code)
-                raise RuntimeError(f"{DIED}: {why} (log: {log_path})")
-            except (KeyboardInterrupt, SystemExit):
-                if launch.grace:
-                    on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again ends them too")
-            finally:
-                end(process, grace=launch.grace + GRACE)
+                raise RuntimeError(f"{DIED}: {why_it_died(log_path, returncode=code)} (log: {log_path})")
+        except (KeyboardInterrupt, SystemExit):
+            return
+        finally:
+            if reader is not None:
                 reader.join(5)
 
 

@@ -445,6 +445,17 @@ def test_other_names_for_this_machine_are_refused_without_a_key(serve: Callable[
         assert client.send({}, Host=host)[0] == 403
 
 
+def test_a_server_that_ends_takes_nothing_new(
+    serve: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMQ_CLOSED", str(tmp_path / "closed"))
+    client = serve()
+    assert client.send({})[0] == 200
+    (tmp_path / "closed").touch()
+    for path in ("/v1/chat/completions", "/health"):
+        assert client.send({}, path=path)[0] == 503
+
+
 def test_settings_are_read_and_checked(guard: Any) -> None:
     settings_of = guard.settings_of
     assert settings_of({}) == guard.Settings()

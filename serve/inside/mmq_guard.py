@@ -40,6 +40,7 @@ class Guard:
         self.settings = settings or settings_of(os.environ)
         key = key or os.environ.get("MMQ_API_KEY")
         self.key = _digest(key) if key else None
+        self.closed = os.environ.get("MMQ_CLOSED")  # the file that is there when the server is about to end
         self.arriving = 0  # bytes of bodies that are not whole yet
         self.readers = ThreadPoolExecutor(2, "mmq-guard")
         self.fetchers = ThreadPoolExecutor(32, "mmq-fetch")  # slow hosts wait here, and nobody without a URL for them
@@ -65,7 +66,9 @@ class Guard:
         return await self.app(scope, _given(body, receive), send)
 
     def _enter(self, scope: Any, headers: Mapping[str, str]) -> None:
-        """Refused where the name that was asked for, or the key, is not right."""
+        """Refused where the server is about to end, and where the name that was asked for, or the key, is not right."""
+        if self.closed and os.path.exists(self.closed):
+            raise Refused(503, "this server is ending; it takes no new requests")
         hosts = self.settings.hosts
         if hosts is not None and _host_name(headers.get("host", "")) not in hosts:
             # a page in a browser here could else talk to the server, by a name of its own that means this machine
@@ -203,12 +206,13 @@ async def _refuse(scope: Any, receive: Any, send: Any, no: Refused, *, unread: b
     if scope["type"] == "websocket":
         await receive()
         return await send({"type": "websocket.close", "code": 1008, "reason": str(no)[:120]})
-    kind = "authentication_error" if no.status == 401 else "invalid_request_error"
+    kind = {401: "authentication_error", 503: "service_unavailable"}.get(no.status, "invalid_request_error")
     error = {"message": str(no), "type": kind, "param": None, "code": no.status}
     body = json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if no.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+    headers += {401: [(b"www-authenticate", b"Bearer")], 503: [(b"retry-after", b"10"), (b"connection", b"close")]}.get(
+        no.status, []
+    )
     await send({"type": "http.response.start", "status": no.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     until = time.monotonic() + LINGER_SECONDS
