@@ -325,6 +325,20 @@ safety_options = (  # `serve.safety.Safety`'s
 )
 
 
+spread_options = (  # as `spread_of`'s
+    click.option("--tp", type=int, help="GPUs that share each layer."),
+    click.option("--pp", type=int, help="Stages of a pipeline that share the layers."),
+    click.option("--dp", type=int, help="Replicas behind one address."),
+    click.option("--nodes", type=int, help="Machines; `--print` shows what to type on each."),
+    click.option("--node-rank", type=int, help="Which of them this is: 0 answers requests."),
+    click.option("--master-addr", metavar="HOST", help="Where the others reach machine 0."),
+    click.option("--ray", is_flag=True, help="The machines are a Ray cluster."),
+)
+lora_option = click.option(
+    "--lora", multiple=True, metavar="NAME=FOLDER", help="An adapter, which requests name as their model. Repeatable."
+)
+
+
 @cli.command(context_settings={"ignore_unknown_options": False})
 @click.argument("target")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
@@ -335,6 +349,8 @@ safety_options = (  # `serve.safety.Safety`'s
 @click.option("--max-model-len", type=int, help="Longest sequence in tokens.  [default: what fits]")
 @click.option("--served-model-name", help="The model's name in requests.  [default: the folder's]")
 @click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python files run.")
+@several(spread_options)
+@lora_option
 @click.option(
     "--print", "print_only", is_flag=True, help="Print the command with a reason for each flag, start nothing."
 )
@@ -361,8 +377,7 @@ def serve(
     Flags after `--` go to the engine as they are and win over mmq's own.
     """
     from .bench.report import parse_bytes
-    from .serve.engines import plan
-    from .serve.flags import shell_line
+    from .serve.engines import lines, plan
     from .serve.launch import foreground
     from .serve.machine import this_machine
     from .serve.safety import Safety
@@ -373,14 +388,20 @@ def serve(
     with progress(quiet=print_only) as tell:
         folder, name = servable(target, hub=hub, revision=revision, tell=tell)
     options |= {"served_model_name": served_model_name or name, "extra": engine_flags}
-    launch = plan(engine, folder, machine=this_machine(), **options)
+    options |= {"machine": this_machine()}
     if print_only:
-        click.echo(shell_line(launch))
+        for where, typed in lines(engine, folder, **options):
+            click.echo(f"# {where}\n{typed}" if (options["nodes"] or 1) > 1 else typed)
+        options["node_rank"] = options["node_rank"] or (0 if (options["nodes"] or 1) > 1 else None)
+    launch = plan(engine, folder, **options)
     show_table(["", ""], [[flag, why] for flag, why in launch.reasons], err=not print_only)
     if print_only:
         return
 
     def ready(server: Server) -> None:
+        if not launch.serves:
+            click.secho(f"computing for {server.url} (Ctrl-C here ends this machine's part)", fg="green", err=True)
+            return
         line = f"ready after {server.startup_s:.0f} s: {server.url}/v1, model {server.name}"
         click.secho(f"\n{line}", fg="green", err=True)
         next_step(f'mmq infer {server.url} "What is in the picture?" --image PICTURE   (Ctrl-C here ends the server)')

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from ..export.subject import read_subject
-from .flags import Launch, number
+from .flags import Launch, number, shell_line
 from .lmdeploy import lmdeploy
+from .parallel import ray_lines, spread_of
 from .programs import packages_beside
 from .pytorch import pytorch
 from .rules.rule import judge
@@ -48,8 +49,23 @@ def plan(
     launch = ENGINES[engine](target, served_model_name=served_model_name, **options)
     if not ignore_rules:
         _refuse(engine, target, launch)
+    if not launch.serves:
+        return launch  # nobody can ask it anything
     told = {key: options[key] for key in ("extra", "environ") if key in options}
     return guarded(engine, launch, safety, **told)
+
+
+def lines(engine: str, target: Path, *, nodes: int | None = None, **options: Any) -> list[tuple[str, str]]:
+    """(which machine, command): what to type on each of `nodes` machines, in this order. Options and errors as
+    `plan`'s."""
+    if nodes is None or nodes == 1:
+        return [("this machine", shell_line(plan(engine, target, nodes=nodes, **options)))]
+    options |= {"nodes": nodes}
+    if options.get("ray"):
+        spread = spread_of(options.get("extra", ()), ray=True, nodes=nodes, master_addr=options.get("master_addr"))
+        return [*ray_lines(spread), ("machine 0, then", shell_line(plan(engine, target, **options)))]
+    each = [plan(engine, target, **{**options, "node_rank": rank}) for rank in range(nodes)]
+    return [(f"machine {rank}", shell_line(launch)) for rank, launch in enumerate(each)]
 
 
 def _refuse(engine: str, target: Path, launch: Launch) -> None:

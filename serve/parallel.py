@@ -52,6 +52,9 @@ class Spread:
             raise ValueError(f"--nodes {self.nodes} wants --master-addr, the first machine's address for the others")
         if not 0 <= self.rank < self.nodes:
             raise ValueError(f"--node-rank is {self.rank}; of {self.nodes} machines it must be 0 to {self.nodes - 1}")
+        if self.ray and self.rank:
+            line = f"`ray start --address={self.head}:{RAY_PORT} --block`"
+            raise ValueError(f"under Ray the engine is started on machine 0 alone; here: {line}")
         if self.ray:
             return
         if self.dp == 1 and self.tp * self.pp % self.nodes:
