@@ -97,7 +97,10 @@ def spread_of(
 ) -> Spread:
     """What was asked for, the engine's own flags in `extra` first. ValueError where it contradicts itself."""
     asked = {"tp": tp, "pp": pp, "dp": dp}
-    sizes = {name: int(number(extra, flag, short) or asked[name] or 1) for name, flag, short, _ in SIZES}
+    sizes = {}
+    for name, flag, short, _ in SIZES:
+        theirs, ours = number(extra, flag, short), asked[name]
+        sizes[name] = int(theirs) if theirs is not None else 1 if ours is None else ours
     ray = ray or given(extra, "--distributed-executor-backend") == "ray"
     machines, local = number(extra, "--nnodes", "-n"), number(extra, "--data-parallel-size-local", "-dpl")
     if machines or local:  # the user's own layout, with its own ranks and addresses
@@ -109,7 +112,8 @@ def spread_of(
         raise ValueError(
             f"--nodes {nodes} wants --node-rank: 0 on the first machine, which answers, 1 on the next, ..."
         )
-    return Spread(**sizes, nodes=nodes or 1, rank=node_rank or 0, head=master_addr, ray=ray)
+    machines = 1 if nodes is None else nodes
+    return Spread(**sizes, nodes=machines, rank=node_rank or 0, head=master_addr, ray=ray)
 
 
 def check_spread(spread: Spread, subject: Subject, machine: Machine, device: str) -> None:
