@@ -40,8 +40,8 @@ class Lazy:
 
 def load_model(folder: Path, *, trust: bool = False, **options: Any) -> Any:
     """The transformers model of a checkpoint's folder; AWQ, GPTQ and compressed-tensors restored, all else as
-    transformers loads it. `options` as `from_pretrained`'s: `dtype`, `device_map`, `attn_implementation`. Errors as
-    `view`'s, and transformers' own."""
+    transformers loads it. `options` as `from_pretrained`'s: `dtype`, `device_map`, `attn_implementation`. ValueError
+    where parts of the model are not among the files' tensors; errors as `view`'s, and transformers' own."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
@@ -56,7 +56,12 @@ def load_model(folder: Path, *, trust: bool = False, **options: Any) -> Any:
         options["dtype"] = config.dtype or text.dtype or torch.bfloat16
     source = view(folder)
     state = {name: Lazy(source, name, meta.dtype or torch.uint8) for name, meta in source.metas.items()}
-    model = cls.from_pretrained(None, config=config, state_dict=state, **options)
+    model, found = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
+    if made_up := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{folder}: transformers finds no weights for {made_up[0]} (of {len(made_up)}) under the files' names, and "
+            "would make them up; serve it with --engine vllm"
+        )
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.config.name_or_path = model.name_or_path = str(folder)
