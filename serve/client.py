@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 
 from .http import get
@@ -57,8 +58,11 @@ def root(url: str) -> str:
 
 
 def _client_options(url: str, api_key: str | None, timeout: float, retries: int) -> dict[str, Any]:
-    key = api_key or os.environ.get("MMQ_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
-    return {"base_url": f"{root(url)}/v1", "api_key": key, "timeout": timeout, "max_retries": retries}
+    return {"base_url": f"{root(url)}/v1", "api_key": api_key or _key(), "timeout": timeout, "max_retries": retries}
+
+
+def _key() -> str:
+    return os.environ.get("MMQ_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
 
 
 def connect(url: str, *, api_key: str | None = None, timeout: float = TIMEOUT, retries: int = 2) -> openai.OpenAI:
@@ -78,12 +82,15 @@ def connect_async(
 
 @contextmanager
 def plain_errors(url: str) -> Iterator[None]:
-    """The openai client's exceptions as ours: OSError for the connection, ValueError for what was asked."""
+    """The openai client's exceptions as ours: OSError for the connection, ValueError for what was asked, RuntimeError
+    for a server that fails, or breaks off while it answers."""
     try:
         yield
     except openai.APITimeoutError:
         raise OSError(f"the server at {url} did not answer in time; is it busy, or the answer too long?") from None
-    except openai.APIConnectionError:
+    except openai.APIConnectionError as e:
+        if isinstance(e.__cause__, httpx.RemoteProtocolError | httpx.ReadError):  # it was there, and is gone
+            raise RuntimeError(f"the server at {url} broke off its answer; its log tells whether it died") from None
         raise OSError(f"no server answers at {url}; start one with `mmq serve ARTIFACT`") from None
     except (openai.AuthenticationError, openai.PermissionDeniedError):
         raise OSError(f"the server at {url} wants an API key; set MMQ_API_KEY") from None
@@ -92,6 +99,8 @@ def plain_errors(url: str) -> Iterator[None]:
         said = body.get("message") if isinstance(body, dict) else None
         text = f"the server refused the request ({e.status_code}): {said or e.message}"
         raise (ValueError(text) if e.status_code < 500 else RuntimeError(text)) from None
+    except openai.APIError as e:  # an error in the middle of a stream
+        raise RuntimeError(f"the server at {url} broke off its answer: {e.message}") from None
 
 
 def key_in(path: Path) -> str:
@@ -282,7 +291,7 @@ def parse_metrics(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
 def metrics(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     """The server's /metrics. OSError when it has none."""
     address = f"{root(url)}/metrics"
-    status, text = get(address)
+    status, text = get(address, key=_key())
     if status != 200:
         raise OSError(f"the server gives no metrics at {address} ({status})")
     return parse_metrics(text)

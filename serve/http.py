@@ -9,10 +9,12 @@ import urllib.request
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def get(url: str, *, timeout: float = 10.0) -> tuple[int, str]:
-    """(status, text) of an http(s) address. OSError when nobody answers within `timeout` seconds."""
+def get(url: str, *, timeout: float = 10.0, key: str | None = None) -> tuple[int, str]:
+    """(status, text) of an http(s) address, asked with the API key where there is one. OSError when nobody answers
+    within `timeout` seconds."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with _OPENER.open(url, timeout=timeout) as reply:
+        with _OPENER.open(request, timeout=timeout) as reply:
             return reply.status, reply.read().decode("utf-8", "replace")
     except urllib.error.HTTPError as e:
         return e.code, e.read().decode("utf-8", "replace")

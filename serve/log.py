@@ -12,11 +12,15 @@ _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception)(?:: .*)?$")
 _USAGE = re.compile(r"^\S+(?: \w+)*: error: .+")
 _FRAME = re.compile(r'^\s*(?:Traceback|File "|During handling|The above exception|\^+$|~*\^+~*$)')
 # what other processes of the engine say after the one that failed: true, and no help
-_HOLLOW = ("initialization failed", "see root cause above", "see stack trace for root cause", "engine process failed")
+_HOLLOW = (
+    *("initialization failed", "see root cause above", "see stack trace for root cause", "engine process failed"),
+    "enginecore encountered an issue",
+)
 _PYDANTIC = re.compile(
     r"(?:\S*ValidationError: \d+ validation errors? for \w+ )?(?:Value error, )?(.*?)(?: \[type=.*)?$"
 )
 _LOADED = re.compile(r"Model loading took ([\d.]+) GiB")
+_SILENT = "a process of the engine went without an error; most often the machine's memory was full, and it was killed"
 LONGEST = 400  # characters of one message; vLLM lists all its 300 architectures in one
 SIGNALS = {
     -4: "an illegal instruction (SIGILL): this build of the engine uses instructions that the processor lacks",
@@ -35,14 +39,19 @@ def plain_lines(text: str) -> list[str]:
 def useful_lines(text: str, *, most: int = 4) -> list[str]:
     """The lines of a dead engine's log that say why, at most `most`: its own error, not its traceback.
 
-    The first real error is the cause; what the engine's other processes then say follows from it. An error without
-    words (a failed assertion) comes with the line of code that raised it. Without any error, the log's last lines.
+    The first real error is the cause; what the engine's other processes then say follows from it, and where they alone
+    speak the first was killed. An error without words (a failed assertion) comes with the line of code that raised it.
+    Without any error, the log's last lines.
     """
     lines = plain_lines(text)
+    hollow = False
     for at, line in enumerate(lines):
         if _USAGE.match(line):
             return [line]
-        if not _ERROR.match(line) or any(h in line.lower() for h in _HOLLOW):
+        if not _ERROR.match(line):
+            continue
+        if any(h in line.lower() for h in _HOLLOW):
+            hollow = True
             continue
         if ": " not in line:
             before = [item.strip() for item in lines[max(0, at - 4) : at] if not _FRAME.match(item)]
@@ -53,7 +62,7 @@ def useful_lines(text: str, *, most: int = 4) -> list[str]:
                 break
             kept.append(further.strip())
         return kept
-    return lines[-most:]
+    return [_SILENT] if hollow else lines[-most:]
 
 
 def why_it_died(path: Path, *, returncode: int | None = None) -> str:
