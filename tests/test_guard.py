@@ -1,4 +1,4 @@
-"""The guard of a server, before a real one (uvicorn) that echoes what was let in; the web is one of this file's."""
+"""The guard of a server, before a real one (uvicorn) that echoes what was let in; the web is one of the tests' own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from guarding import FORBIDDEN, asking, picture, web
 
 INSIDE = Path(__file__).resolve().parent.parent / "serve" / "inside"
 PIXEL = base64.b64encode(b"\x89PNG not looked at here").decode()
@@ -95,39 +95,6 @@ class Client:
         status, text = self.send(body, **headers)
         assert status == 400, text
         return json.loads(text)["error"]["message"]
-
-
-def asking(*urls: str, kind: str = "image_url") -> dict[str, Any]:
-    parts = [{"type": kind, kind: {"url": url}} for url in urls]
-    return {"model": "m", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "图中有什么？"}]}]}
-
-
-@contextmanager
-def web(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[tuple[int, list[str]]]:
-    """An http server on loopback: its port, and the paths that it was asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            answer(self)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        try:
-            yield server.server_address[1], asked
-        finally:
-            server.shutdown()
-
-
-def picture(handler: http.server.BaseHTTPRequestHandler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Type", "image/webp")
-    handler.end_headers()
-    handler.wfile.write(b"the picture's bytes")
 
 
 def test_it_stands_alone_and_loads_fast() -> None:
@@ -246,54 +213,6 @@ def test_a_medium_is_found_wherever_it_is_named(serve: Callable[..., Client], at
         assert "http" not in text
         data = text.partition("base64,")[2].partition('"')[0]
         assert base64.b64decode(data) == b"the picture's bytes"
-
-
-FORBIDDEN = [
-    "http://127.0.0.1:{port}/",
-    "http://localhost:{port}/",
-    "http://LOCALHOST.:{port}/",
-    "http://2130706433:{port}/",  # 127.0.0.1 in one number
-    "http://0x7f.1:{port}/",
-    "http://0177.0.0.1:{port}/",
-    "http://127.1:{port}/",
-    "http://0.0.0.0:{port}/",
-    "http://0:{port}/",
-    "http://\uff11\uff12\uff17.0.0.1:{port}/",  # full-width digits
-    "http://[::1]:{port}/",
-    "http://[::ffff:127.0.0.1]:{port}/",
-    "http://[::ffff:7f00:1]:{port}/",
-    "http://[::]:{port}/",
-    "http://[::127.0.0.1]:{port}/",
-    "http://[64:ff9b::7f00:1]:{port}/",
-    "http://[2002:7f00:1::]:{port}/",
-    "http://[fe80::1]/",
-    "http://[fd00:ec2::254]/latest/meta-data/",
-    "http://169.254.169.254/latest/meta-data/",
-    "http://100.100.100.200/",
-    "http://168.63.129.16/",
-    "http://10.0.0.1/",
-    "http://192.168.1.1/",
-    "http://172.16.0.1/",
-    "http://224.0.0.1/",
-    "http://255.255.255.255/",
-    "http://no-such-host.invalid/",
-    "http://user@127.0.0.1:{port}/",
-    "http://example.org@127.0.0.1:{port}/",
-    "http://example.org\\@127.0.0.1:{port}/",
-    "http://127.0.0.1:{port}\t/",
-    "http:///etc/passwd",
-    "http://",
-    "http://[::1",
-    "http://a:99999/",
-    "ftp://127.0.0.1/",
-    "gopher://127.0.0.1/",
-    "/etc/passwd",
-    "//127.0.0.1/",
-    "file:///etc/passwd",
-    "FILE:///etc/passwd",
-    "file://localhost/etc/passwd",
-    "",
-]
 
 
 def test_forbidden_places_are_not_asked(serve: Callable[..., Client]) -> None:
