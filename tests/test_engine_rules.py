@@ -633,6 +633,27 @@ def tokens(folder: Path, ranks: int) -> list[int] | None:
     return json.loads(told[0].removeprefix("TOKENS ")) if told else None
 
 
+@pytest.mark.parametrize(
+    ("kind", "version", "beside", "found"),
+    [
+        ("llava", "0.26.0", "5.17.0", ["version"]),
+        ("mistral3", "0.31.0", "5.17.1", ["version"]),
+        ("llava", "0.26.0", "5.15.1", []),
+        ("llava", "0.32.0", "5.19.0", []),
+        ("llava", "", "5.19.0", []),
+        ("glm4v", "0.26.0", "5.17.0", ["positions"]),
+        ("glm4v", "0.27.0", "5.17.0", []),
+    ],
+)
+def test_older_vllm_beside_newer_transformers(
+    kind: str, version: str, beside: str, found: list[str], tmp_path: Path
+) -> None:
+    """What an H100 with vLLM 0.26.0 and transformers 5.17.0 showed; the later versions by their sources."""
+    base = zoo.write(kind, tmp_path / kind)
+    told = verdict(base, "vllm:cuda", version=version, packages={"transformers": beside})
+    assert [f.rule for f in told.findings] == found
+
+
 def test_every_engine_named_is_refused_only_where_all_its_places_are(artifact: Callable[..., Path]) -> None:
     found = verdicts(artifact("awq"), chosen("lmdeploy,vllm"))
     assert refused(found) == []  # TurboMind would not, LMDeploy's PyTorch engine would

@@ -41,6 +41,22 @@ _GROUPS = "quantize again with --group-size 32, 64 or 128"
 NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
 OWN_CONFIG = frozenset({"deepseek_vl_v2", "kimi_vl", "ovis"})  # model types whose config vLLM reads by itself
 METHODS = ("", "awq", "gptq", "compressed-tensors", "bitsandbytes")
+# classes that import transformers' PixtralRotaryEmbedding, themselves or through a neighbour; it left transformers in
+# 5.17, and vLLM looks for both names since 0.32
+PIXTRAL = frozenset(
+    {
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextVideoForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
+        "PixtralForConditionalGeneration",
+    }
+)
+PIXTRAL_GONE, PIXTRAL_MENDED = (5, 17), (0, 32)
+# a text model of GLM-4 with positions in three parts: neighbours are turned together, and the kernel turned halves
+NEIGHBOURS = frozenset({"Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"})
+NEIGHBOURS_MENDED = (0, 27)  # vllm-project/vllm#49290
 
 
 def known(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -61,6 +77,23 @@ def dtype(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if subject.config.get("model_type") in NO_FLOAT16 and subject.dtype == "float16":
         why = f"config.json says float16, in which vLLM does not run {subject.config['model_type']}"
         yield Finding("dtype", True, why, "set dtype to bfloat16 in config.json, or serve with `-- --dtype bfloat16`")
+
+
+def beside(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """A transformers too new for this vLLM's class."""
+    here = setting.packages.get("transformers")
+    old = setting.version and release(setting.version) < PIXTRAL_MENDED
+    if subject.architecture in PIXTRAL and old and here and release(here) >= PIXTRAL_GONE:
+        why = f"vLLM {setting.version} looks for PixtralRotaryEmbedding, which transformers {here} no longer has"
+        yield Finding("version", True, why, "`pip install 'transformers<5.17'` in the engine's environment")
+
+
+def rotary(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """GLM-4.1V's positions, by the kernel that runs where the model is not compiled."""
+    old = setting.version and release(setting.version) < NEIGHBOURS_MENDED
+    if subject.architecture in NEIGHBOURS and old and setting.device == "cuda":
+        why = f"vLLM {setting.version} turns {subject.architecture}'s positions wrongly under --enforce-eager"
+        yield Finding("positions", False, why, "leave --enforce-eager out, or take vLLM 0.27 or newer")
 
 
 def own_code(subject: Subject, setting: Setting) -> Iterator[Finding]:
@@ -186,6 +219,8 @@ def _head(subject: Subject, believed: bool, where: str) -> Iterator[Finding]:
 RULES = (
     known,
     new_enough,
+    beside,
+    rotary,
     whole,
     files_there,
     remote_code,
