@@ -1,0 +1,86 @@
+"""Hollow checkpoints against real ones, and how a plan is held against what an engine says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmq.bench import hollow
+from mmq.bench.plan_against import Held, hold, row
+from mmq.export.subject import read_subject
+from mmq.serve.bill import Ask, read_model
+from mmq.serve.cards import card_named
+from mmq.serve.machine import GIB, Gpu, Machine
+from mmq.serve.planner import planned
+from mmq.serve.rules.verdicts import chosen, verdicts
+
+TOTALS = {"qwen2.5-vl-7b": 16584333312, "qwen2-vl-2b": 4417971200}  # `total_size` in the index of the released models
+HERE = Machine("a processor", 16, 128 * GIB, 100 * GIB, False, (Gpu("H100", 80 * GIB, 79 * GIB, 9.0),))
+
+
+@pytest.mark.parametrize("shape", list(hollow.SHAPES))
+def test_a_hollow_checkpoint_is_as_large_as_the_released_one(shape: str, tmp_path: Path) -> None:
+    folder = hollow.write(shape, tmp_path / shape)
+    weights = read_model(folder).weights
+    if shape in TOTALS:
+        assert weights.total == TOTALS[shape]
+    assert (folder / "model.safetensors").stat().st_blocks * 512 < 1 << 20
+    assert not weights.parts["other"] or weights.parts["other"] < 1 << 20
+    packed = hollow.write(shape, tmp_path / "packed", packed=True)
+    assert read_model(packed).weights.total == pytest.approx(weights.as_int4.total, rel=0.002)
+    (verdict,) = verdicts(packed, chosen("vllm:cuda"))
+    assert verdict.answer == "yes", verdict.findings
+    assert planned(read_model(packed), card_named("4090").gpu, Ask(context=4096)).problem == ""
+
+
+def test_hollow_awq_has_the_tensors_of_a_real_artifact(pebble: Path, artifact: Callable[..., Path]) -> None:
+    real, made = tensors(artifact("awq")), hollow.as_awq(tensors(pebble))
+    assert made.keys() == real.keys()
+    assert {n: shape for n, (_, shape) in made.items()} == {n: shape for n, (_, shape) in real.items()}
+    assert {n: hollow.BYTES[kind] for n, (kind, _) in made.items()} == {
+        n: hollow.BYTES[k] for n, (k, _) in real.items()
+    }
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found = read_subject(folder).tensors
+    return {name: (t.dtype, t.shape) for name, t in found.items()}
+
+
+def test_what_does_not_fit_is_not_started(tmp_path: Path) -> None:
+    folder = hollow.write("qwen2.5-vl-7b", tmp_path / "7b")
+    held = hold(folder, 8 * GIB, machine=HERE)
+    assert "15.45 GiB of weights" in held.problem
+    assert (held.failure, held.argv, held.startup_s) == ("", (), None)
+    assert "does not fit" in row(held)
+    with pytest.raises(ValueError, match="a budget cannot be larger"):
+        hold(folder, 81 * GIB, machine=HERE)
+
+
+def test_an_engine_that_does_not_start_is_a_failure(
+    pebble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's own flags reach it, its share of the card in proportion to the budget."""
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\necho 'ValueError: No available memory for the cache blocks.' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("MMQ_VLLM", str(program))
+    held = hold(pebble, 8 * GIB, extra=("--enforce-eager",), machine=HERE)
+    assert held.failure == f"the plan says it fits, and the engine did not start: {held.error}"
+    assert "No available memory" in held.error
+    assert "CUDA graphs" not in held.parts
+    given = dict(zip(held.argv, held.argv[1:], strict=False))
+    assert float(given["--gpu-memory-utilization"]) == pytest.approx(0.9 * 8 / 80, abs=1e-6)
+    assert (given["--max-num-batched-tokens"], given["--max-num-seqs"]) == ("2048", "256")
+    assert given["--max-model-len"] == "4096"
+
+
+def test_errors_are_relative_to_the_engine() -> None:
+    held = Held("x", 8 * GIB, weights=102 * GIB, tokens=890, parts={}, engine_weights=100 * GIB, engine_tokens=1000)
+    assert held.off == (pytest.approx(0.02), pytest.approx(-0.11))
+    assert held.failure == "tokens -11.0%"
+    assert replace(held, tokens=900).failure == ""
+    assert replace(held, engine_weights=None).failure == "the engine does not tell its weights, tokens -11.0%"
