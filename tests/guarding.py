@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import http.server
+import io
+import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from PIL import Image
 
 FORBIDDEN = [
     "http://127.0.0.1:{port}/",
@@ -56,6 +61,23 @@ FORBIDDEN = [
 ]
 
 
+def png(width: int, height: int) -> bytes:
+    """A red PNG."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it is so large, and holds nothing."""
+    whole = png(1, 1)
+    head = b"IHDR" + struct.pack(">II", width, height) + whole[24:29]
+    return whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + whole[33:]
+
+
+PICTURE = png(56, 56)
+
+
 def asking(*urls: str, kind: str = "image_url") -> dict[str, Any]:
     parts = [{"type": kind, kind: {"url": url}} for url in urls]
     return {"model": "m", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "图中有什么？"}]}]}
@@ -88,4 +110,4 @@ def picture(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.send_header("Content-Type", "image/webp")
     handler.end_headers()
-    handler.wfile.write(b"the picture's bytes")
+    handler.wfile.write(PICTURE)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guarding import FORBIDDEN, asking, picture, web
+from guarding import FORBIDDEN, PICTURE, asking, bomb, picture, png, web
 
 INSIDE = Path(__file__).resolve().parent.parent / "serve" / "inside"
-PIXEL = base64.b64encode(b"\x89PNG not looked at here").decode()
+PIXEL = base64.b64encode(png(1, 1)).decode()
 LOCAL = ("127.0.0.0/8",)
 
 
@@ -98,13 +98,13 @@ class Client:
 
 
 def test_it_stands_alone_and_loads_fast() -> None:
-    own = {path.stem for path in INSIDE.glob("mmq_*.py")}
-    for path in INSIDE.glob("*.py"):
+    own = {"mmq_guard", "mmq_fetch", "mmq_media", "mmq_settings"}
+    for path in (INSIDE / f"{name}.py" for name in own):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
-            assert {n.split(".")[0] for n in names} <= set(sys.stdlib_module_names) | own, path
-    code = "import time; t = time.perf_counter(); import mmq_guard; print(time.perf_counter() - t)"
+            assert {n.split(".")[0] for n in names} <= {*sys.stdlib_module_names, *own, "PIL"}, path
+    code = "import time; t = time.process_time(); import mmq_guard; print(time.process_time() - t)"
     runs = [
         subprocess.run([sys.executable, "-S", "-c", code], cwd=INSIDE, capture_output=True, text=True, check=True)
         for _ in range(3)
@@ -183,6 +183,18 @@ def test_broken_base64(serve: Callable[..., Client], url: str) -> None:
             client.refused({"messages": [{"content": [{"type": "image", "source": source}]}]})
 
 
+def test_what_is_no_picture(serve: Callable[..., Client], tmp_path: Path) -> None:
+    client = serve(folder=str(tmp_path))
+    for data, said in (
+        (b"%PDF", "no picture"),
+        (bomb(20_000, 20_000), "178956970 pixels"),
+        (png(3, 3)[:20], "no pict"),
+    ):
+        assert said in client.refused(asking(f"data:image/png;base64,{base64.b64encode(data).decode()}"))
+        (tmp_path / "x.png").write_bytes(data)
+        assert said in client.refused(asking((tmp_path / "x.png").as_uri()))
+
+
 SHAPES: tuple[Callable[[str], dict[str, Any]], ...] = (  # how the engines' APIs name a medium by URL
     asking,
     lambda url: asking(url, kind="video_url"),
@@ -212,7 +224,7 @@ def test_a_medium_is_found_wherever_it_is_named(serve: Callable[..., Client], at
         assert asked == ["/a.webp"]
         assert "http" not in text
         data = text.partition("base64,")[2].partition('"')[0]
-        assert base64.b64decode(data) == b"the picture's bytes"
+        assert base64.b64decode(data) == PICTURE
 
 
 def test_forbidden_places_are_not_asked(serve: Callable[..., Client]) -> None:
@@ -243,7 +255,7 @@ def test_every_address_of_a_name_counts(guard: Any, monkeypatch: pytest.MonkeyPa
         target = fetch.Target(
             f"http://one.example:{port}/图 片.webp".replace(" ", "%20"), guard.Settings(networks=LOCAL)
         )
-        assert target.fetch(guard.Allowance(100), "image").startswith("data:image/webp;base64,")
+        assert target.fetch(guard.Allowance(10_000), "image").startswith("data:image/webp;base64,")
         assert looks.count("one.example") == 2  # once here and once in `two`
 
 
@@ -252,7 +264,7 @@ def test_this_machine_by_a_public_address(guard: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fetch, "may_reach", lambda address, networks: True)
     with web(picture) as (port, asked):
         with pytest.raises(guard.Refused, match="this machine itself"):
-            fetch.Target(f"http://127.0.0.1:{port}/", guard.Settings()).fetch(guard.Allowance(100), "image")
+            fetch.Target(f"http://127.0.0.1:{port}/", guard.Settings()).fetch(guard.Allowance(10_000), "image")
         assert not asked
 
 
@@ -328,14 +340,14 @@ def test_a_slow_host_and_a_large_medium_end(
 def test_local_files_only_under_the_folder(serve: Callable[..., Client], tmp_path: Path) -> None:
     folder = tmp_path / "媒体"
     folder.mkdir()
-    (folder / "a b.png").write_bytes(b"inside")
+    (folder / "a b.png").write_bytes(PICTURE)
     (tmp_path / "secret").write_bytes(b"outside")
     (folder / "link").symlink_to(tmp_path / "secret")
     (folder / "large").write_bytes(b"x" * (2 << 20))
     client = serve(folder=str(folder), max_body=1 << 20)
     status, text = client.send(asking((folder / "a b.png").as_uri()))
     assert status == 200
-    assert base64.b64encode(b"inside").decode() in text
+    assert base64.b64encode(PICTURE).decode() in text
     for name in ("link", "../secret", "%2e%2e/secret", "none", "", "a\0b"):
         said = client.refused(asking(f"file://{folder}/{name}"))
         assert "media folder" in said

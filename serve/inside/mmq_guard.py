@@ -4,7 +4,8 @@ It stands outside everything else of the server: a request is judged before the 
 that says what was wrong. Media that are named by URL are fetched here and handed on as data URLs, so that the engine
 itself fetches nothing and opens no file.
 
-Standard library only, for Python 3.10 and later. Settings come in the variable MMQ_GUARD, the key in MMQ_API_KEY.
+Standard library alone (and Pillow where it is there), for Python 3.10 and later. Settings come in the variable
+MMQ_GUARD, the key in MMQ_API_KEY.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmq_fetch import FETCH_SECONDS, Target
-from mmq_media import MIME, as_data_url, check_base64, media_in, read_local
+from mmq_media import MIME, as_data_url, check_sent, media_in, read_local
 from mmq_settings import Allowance, Refused, Settings, mebibytes, settings_of
 
 OPEN = ("/health", "/ping")  # answered without the key: they say that the server lives, and nothing else
@@ -147,7 +148,7 @@ class Guard:
                 raise Refused(400, f"a request may have {count} pictures, videos and sounds together")
             value = holder[key]
             if raw or value[:5].lower() == "data:":
-                check_base64(value, raw=raw)
+                check_sent(value, kind, raw=raw)
             elif value[:8].lower().startswith(("http://", "https://", "file://")):
                 named.append((holder, key, kind, value))
             else:

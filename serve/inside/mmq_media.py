@@ -1,4 +1,4 @@
-"""The media of a request: where its JSON holds them, whether base64 is whole, which file a file:// URL means.
+"""The media of a request: where its JSON holds them, whether they can be read, which file a file:// URL means.
 
 Knows the shapes that OpenAI's chat and responses, Anthropic's messages and transformers' chat templates give them, and
 takes a medium for one wherever it stands. Fetches nothing.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,8 @@ def media_in(tree: Any) -> Iterator[tuple[Any, Any, str, bool]]:
                     todo.append((value, here))
 
 
-def check_base64(value: str, *, raw: bool = False) -> None:
-    """Refused unless a data URL, or bare base64 where `raw`, can be decoded."""
+def check_sent(value: str, kind: str, *, raw: bool = False) -> None:
+    """Refused unless a data URL, or bare base64 where `raw`, can be decoded, to a picture where the kind is one."""
     pieces = [value]
     if not raw or value[:5].lower() == "data:":
         head, comma, data = value.partition(",")
@@ -74,9 +76,30 @@ def check_base64(value: str, *, raw: bool = False) -> None:
         if not piece:
             raise Refused(400, "a medium is empty")
         try:
-            base64.b64decode(piece, validate=True)
+            data = base64.b64decode(piece, validate=True)
         except (binascii.Error, ValueError) as e:
             raise Refused(400, f"a medium's base64 is broken: {e}") from None
+        if kind == "image" and not raw:
+            check_picture(data)
+
+
+def check_picture(data: bytes) -> None:
+    """Refused for what is no picture, or one of so many pixels that it would fill the memory; only its head is read.
+
+    Pillow is in every engine's environment; without it the engine is left to say so.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(io.BytesIO(data)).close()
+    except Image.DecompressionBombError:
+        raise Refused(400, f"a picture has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
+    except Exception:  # a format's reader may raise anything over broken bytes
+        raise Refused(400, "a medium is no picture that can be read") from None
 
 
 def read_local(url: str, folder: str | None, allowance: Allowance) -> bytes:
@@ -98,7 +121,9 @@ def read_local(url: str, folder: str | None, allowance: Allowance) -> bytes:
 
 
 def as_data_url(data: bytes, mime: str) -> str:
-    """Bytes as a data URL. Refused when there are none."""
+    """Bytes as a data URL. Refused when there are none, or they are no picture and should be."""
     if not data:
         raise Refused(400, "a medium is empty")
+    if mime.startswith("image/"):
+        check_picture(data)
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
