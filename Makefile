@@ -1,5 +1,6 @@
 # make demo   the main job, from a checkpoint to a comparison table
 # make test   the tests (ARGS="-k name" chooses)
+# make accept write tests/data/launches.md and docs/commands.md as they are now (look at the difference)
 # make lint   ruff and pyright
 # make pins   resolve requirements/*.in anew
 # make clean  remove .venv, caches and build leftovers (artifacts and measurements stay)
@@ -8,13 +9,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint environment pins clean
+.PHONY: demo test accept lint environment pins clean
 
 demo: environment
 	@tools/demo.sh
 
 test: environment
 	$(BIN)/python -m pytest $(ARGS)
+
+accept: environment
+	MMQ_ACCEPT=1 $(BIN)/python -m pytest -q tests/test_snapshots.py tests/test_commands_page.py
 
 lint: environment
 	$(BIN)/ruff check

@@ -16,12 +16,13 @@ from ..export.subject import Subject, read_subject
 from .flags import Flag, Launch, given, host_reason, launch_of, number
 from .machine import GIB, Machine
 from .programs import find_program, packages_beside, python_of
-from .shape import context_length, weight_bytes
+from .shape import Shape, read_shape, tokens_in, weight_bytes
 from .weights import ITEM
 
 NEEDS = ("transformers", "fastapi", "uvicorn", "mmq-toolkit")
 RESTORED = ("awq", "gptq", "compressed-tensors")
 RUNTIME = GIB  # what Python and torch take beside the weights (0.6 GiB seen with a tiny model on a CPU)
+CACHE = 0.7  # of what is left, for one sequence's keys and values
 # what requests find here, for --print and `mmq doctor`
 LACKS = "no structured outputs, no prompt_logprobs, one request at a time"
 
@@ -59,13 +60,13 @@ def pytorch(
     name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
     if max_model_len is not None and max_model_len < 1:
         raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
-    place, why = _place(subject, machine, packages)
-    length = min(max_model_len or context_length(subject.config), context_length(subject.config))
+    place, why, room = _place(subject, machine, packages)
+    length, length_why = _context(read_shape(target), max_model_len, room)
     flags = [
         Flag("--host", host, host_reason(host)),
         Flag("--port", str(port), "where clients connect"),
         Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"),
-        Flag("--max-model-len", str(length), "you asked for it" if max_model_len else "the model's whole context"),
+        Flag("--max-model-len", str(length), length_why),
         Flag("--device", place, why),
     ]
     if trust_remote_code:
@@ -90,21 +91,34 @@ def restored_bytes(subject: Subject) -> int:
     return stored - theirs + sum(2 * linear.inputs * linear.outputs for linear in packed.values())
 
 
-def _place(subject: Subject, machine: Machine, packages: Mapping[str, str]) -> tuple[str, str]:
-    """(--device, why). ValueError where the model does not fit there."""
+def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:
+    """(tokens, why): the longest sequence, of those that leave a part of `room` bytes to a step's own tensors."""
+    if wanted is not None:
+        return min(
+            wanted, shape.context
+        ), "you asked for it" if wanted <= shape.context else "the model's whole context"
+    fits = tokens_in(int(CACHE * room), shape.kv_token)
+    if fits >= shape.context:
+        return shape.context, "the model's whole context fits"
+    return max(1, fits), f"of {shape.context} tokens this many fit beside the weights"
+
+
+def _place(subject: Subject, machine: Machine, packages: Mapping[str, str]) -> tuple[str, str, int]:
+    """(--device, why, bytes left beside the weights). ValueError where the model does not fit there."""
     need = restored_bytes(subject) + RUNTIME
     how = f"{subject.method} restored to 16 bit as it is loaded" if subject.method in RESTORED else "weights as stored"
     said = f"{how}: about {need / GIB:.1f} GiB with PyTorch's own"
     if machine.gpus and not packages.get("torch", "").endswith("+cpu"):
-        first = machine.gpus[0]
+        first, every = machine.gpus[0], sum(gpu.free for gpu in machine.gpus)
         if need <= first.free:
-            return "cuda:0", f"{said}, of {first.free / GIB:.1f} GiB free; {LACKS}"
-        if need <= sum(gpu.free for gpu in machine.gpus):
-            return "auto", f"{said}: more than one card has, so layers are spread over {len(machine.gpus)}; {LACKS}"
-        room, where = sum(gpu.free for gpu in machine.gpus), "this machine's cards have"
+            return "cuda:0", f"{said}, of {first.free / GIB:.1f} GiB free; {LACKS}", first.free - need
+        if need <= every:
+            why = f"{said}: more than one card has, so layers are spread over {len(machine.gpus)}; {LACKS}"
+            return "auto", why, every - need
+        room, where = every, "this machine's cards have"
     else:
         if need <= machine.available:
-            return "cpu", f"no GPU that this PyTorch can use; {said}; {LACKS}"
+            return "cpu", f"no GPU that this PyTorch can use; {said}; {LACKS}", machine.available - need
         room, where = machine.available, "this machine has"
     raise ValueError(
         f"{said}; {where} {room / GIB:.1f} GiB free. --engine vllm keeps int4 weights packed; or quantize with "
