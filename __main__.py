@@ -256,6 +256,23 @@ def convert(
     next_step(f"mmq check --engines all {out}")
 
 
+size_options = (
+    click.option("--tp", type=int, help="GPUs that share each layer."),
+    click.option("--pp", type=int, help="Stages of a pipeline that share the layers."),
+    click.option("--dp", type=int, help="Replicas behind one address."),
+)
+spread_options = (  # with the sizes, as `spread_of`'s
+    *size_options,
+    click.option("--nodes", type=int, help="Machines; `--print` shows what to type on each."),
+    click.option("--node-rank", type=int, help="Which of them this is: 0 answers requests."),
+    click.option("--master-addr", metavar="HOST", help="Where the others reach machine 0."),
+    click.option("--ray", is_flag=True, help="The machines are a Ray cluster."),
+)
+lora_option = click.option(
+    "--lora", multiple=True, metavar="NAME=FOLDER", help="An adapter, which requests name as their model. Repeatable."
+)
+
+
 @cli.command("plan")
 @click.argument("target")
 @click.option("--vram", metavar="SIZE", help="A card's memory, as 24GiB.  [default: this machine's GPU]")
@@ -264,7 +281,8 @@ def convert(
 @click.option("--concurrency", type=int, help="Sequences at once, each as long as the context.")
 @click.option("--images", type=int, help="Pictures a prompt, and no video.  [default: 8, and videos]")
 @click.option("--pixels", type=int, help="The largest picture, for families that scale pictures (Qwen-VL).")
-@click.option("--tp", type=int, default=1, show_default=True, help="GPUs that share each layer.")
+@several(size_options)
+@lora_option
 @click.option("--kv-cache-dtype", "kv_dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True)
 @several(hub_options)
 @json_option
@@ -322,20 +340,6 @@ safety_options = (  # `serve.safety.Safety`'s
     click.option(
         "--grace", type=int, default=30, show_default=True, help="Seconds that requests under way have at the end."
     ),
-)
-
-
-spread_options = (  # as `spread_of`'s
-    click.option("--tp", type=int, help="GPUs that share each layer."),
-    click.option("--pp", type=int, help="Stages of a pipeline that share the layers."),
-    click.option("--dp", type=int, help="Replicas behind one address."),
-    click.option("--nodes", type=int, help="Machines; `--print` shows what to type on each."),
-    click.option("--node-rank", type=int, help="Which of them this is: 0 answers requests."),
-    click.option("--master-addr", metavar="HOST", help="Where the others reach machine 0."),
-    click.option("--ray", is_flag=True, help="The machines are a Ray cluster."),
-)
-lora_option = click.option(
-    "--lora", multiple=True, metavar="NAME=FOLDER", help="An adapter, which requests name as their model. Repeatable."
 )
 
 

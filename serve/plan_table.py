@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..recipes.terminal import human
 from .bill import Ask, read_model
+from .lora import rank_of, read_adapters, slots_of
 from .machine import Gpu
 from .overhead import UNVERIFIED
 from .planner import Plan, planned
@@ -77,15 +79,20 @@ def rows(plan: Plan, *, bandwidth: float | None = None) -> list[list[str]]:
 
 
 def told(
-    folder: Path, card: Gpu, *, bandwidth: float | None = None, **asked: Any
+    folder: Path, card: Gpu, *, bandwidth: float | None = None, lora: Sequence[str] = (), **asked: Any
 ) -> tuple[dict[str, Any], list[list[str]], list[str]]:
-    """Facts, rows and closing lines of the plan for the checkpoint in `folder`; `asked` as `Ask`'s fields.
+    """Facts, rows and closing lines of the plan for the checkpoint in `folder`, with adapters NAME=FOLDER beside it;
+    `asked` as `Ask`'s fields, its own defaults where None.
 
-    Errors as `read_model`'s and `planned`'s; OSError where there is no such folder.
+    Errors as `read_model`'s, `read_adapters`' and `planned`'s; OSError where there is no such folder.
     """
     if not folder.is_dir():
         raise OSError(f"no folder {folder}; give an artifact, or a checkpoint's folder")
-    plan = planned(read_model(folder), card, Ask(**asked))
+    model = read_model(folder)
+    adapters = read_adapters(lora, model.subject)
+    said = {name: value for name, value in asked.items() if value is not None}
+    ask = Ask(**said, lora_rank=rank_of(adapters), lora_slots=slots_of(adapters))
+    plan = planned(model, card, ask)
     lines = [f"weights and cache are counted; the rest is an {UNVERIFIED}"]
     if plan.problem:
         lines += [f"mmq: does not fit: {plan.problem}", *(f"mmq: would fit with {line}" for line in plan.changes)]
