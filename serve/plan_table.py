@@ -18,9 +18,9 @@ def decode_bound(plan: Plan, bandwidth: float | None) -> float | None:
     """Tokens a second of one sequence that no engine can pass: bandwidth / bytes of weights read for a token.
 
     Bandwidth in bytes a second of one card, None where it is not known. A head that is tied to the embeddings is the
-    embeddings. None for a mixture, which reads only some of its experts.
+    embeddings. None for a mixture, which reads only some of its experts, and for a pipeline, whose stages take turns.
     """
-    if plan.mixture:
+    if plan.mixture or plan.ask.pp > 1:
         return None
     sizes = {part.name: part.size for part in plan.parts}
     head = sizes.get("weights: head") or sizes.get("weights: embeddings", 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import ATTENTION, write_adapter
 from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
 from test_serve import DESK, LAPTOP, RTX_4090, checkpoint, program, value  # noqa: F401  (two are fixtures)
 
@@ -31,6 +33,7 @@ from mmq.serve.client import ask, connect, metrics, user_message
 from mmq.serve.engines import lines, plan
 from mmq.serve.flags import Launch
 from mmq.serve.launch import Server, free_port, running
+from mmq.serve.lora import lora_bytes
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
 from mmq.serve.parallel import Spread, check_spread, encoder_flags, spread_of
 from mmq.serve.rules import vllm_classes
@@ -236,6 +239,22 @@ def test_print_tells_what_to_type_on_each_machine(mmq: Run, pebble: Path) -> Non
     ):
         code, _, err = mmq("serve", str(pebble), *asked)
         assert (code, message in one_line(err)) == (2, True), err
+
+
+def test_the_plan_knows_of_all_sizes_and_of_adapters(mmq: Run, pebble: Path, tmp_path: Path) -> None:  # noqa: F811
+    adapter = write_adapter(tmp_path / "colour", pebble, ATTENTION, rank=4)
+    sizes = ("--tp", "2", "--pp", "2", "--dp", "2", "--lora", f"colour={adapter}")
+    code, out, err = mmq("plan", str(pebble), "--card", "4090", "--json", *sizes)
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["card"]["count"], told["replicas"], told["decode_bound"]) == (8, 2, None)
+    bill = {part["name"]: part["bytes"] for part in told["parts"]}
+    whole = lora_bytes(read_subject(pebble), rank=8, slots=1, tp=2)
+    assert bill["LoRA"] == math.ceil(whole * 3 / 5)  # three of five layers on the fuller stage
+    given = {flag["flag"]: flag["value"] for flag in told["flags"]}
+    assert {name: given[name] for name in SIZES} == dict.fromkeys(SIZES, "2")
+    code, _, err = mmq("plan", str(pebble), "--card", "4090", "--pp", "6")
+    assert (code, "5 layers cannot be dealt to 6 stages" in one_line(err)) == (2, True)
 
 
 # vLLM's own classes
