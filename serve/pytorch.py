@@ -51,8 +51,7 @@ def pytorch(
     subject = read_subject(target)
     program = python_of(find_program("pytorch", environ, named=engine_bin))
     packages = packages_beside(program)
-    missing = [name for name in NEEDS if packages and name not in packages]
-    if missing:
+    if missing := missing_beside(packages):
         line = f"`{program} -m pip install 'mmq-toolkit[pytorch]'`"
         raise OSError(f"the engine pytorch has no {', '.join(missing)} in the environment of {program}: {line}")
     host = given(extra, "--host") or host
@@ -75,6 +74,11 @@ def pytorch(
     head = (str(program), "-m", f"{__package__}.pytorch_engine", str(target.resolve()))
     device = "cpu" if given(extra, "--device") == "cpu" or place == "cpu" else "cuda"
     return launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
+
+
+def missing_beside(packages: Mapping[str, str]) -> list[str]:
+    """What the engine needs and is not there; empty where it is not known what is there."""
+    return [name for name in NEEDS if packages and name not in packages]
 
 
 def restored_bytes(subject: Subject) -> int:

