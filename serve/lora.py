@@ -28,7 +28,7 @@ PREFIX = "base_model.model."  # PEFT's wrapper around every name
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 ENCODER_FLAG = "--enable-tower-connector-lora"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # beginnings that leave the base's weights alone
-# what vLLM does not compute (lora/peft_helper.py): key of adapter_config.json, what it is
+# what vLLM does not compute (lora/peft_helper.py refuses the first six): key of adapter_config.json, what it is
 UNKNOWN: Mapping[str, str] = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of its own",
@@ -36,6 +36,9 @@ UNKNOWN: Mapping[str, str] = {
     "layer_replication": "replicated layers",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow's routing",
+    "trainable_token_indices": "trained tokens",
 }
 
 
