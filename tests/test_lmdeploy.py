@@ -129,7 +129,7 @@ def run():
 
 
 def test_its_program_is_behind_the_guard(tmp_path: Path) -> None:
-    """A package called lmdeploy whose command starts a server as LMDeploy's does; wrapper and guard are the real ones."""
+    """A package called lmdeploy whose command starts a server as LMDeploy does; wrapper and guard are the real ones."""
     pytest.importorskip("uvicorn")
     (tmp_path / "lmdeploy" / "cli").mkdir(parents=True)
     (tmp_path / "lmdeploy" / "__init__.py").write_text("")
