@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .bench.check import Checked
     from .recipes.progress import Tell
     from .serve.launch import Server
+    from .serve.request import RequestConfig
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -440,6 +441,8 @@ dataset_options = (
     ),
     click.option("--concurrency", type=int, default=8, show_default=True, help="Requests under way at once."),
     click.option("--overwrite", is_flag=True, help="Ask again what --result-path has answers for."),
+    click.option("--ray", "cluster", metavar="ADDRESS", help="Answer --dataset on Ray: local, auto or HOST:PORT."),
+    click.option("--replicas", type=int, default=1, show_default=True, help="With --ray: how many engines."),
 )
 
 
@@ -466,9 +469,6 @@ def infer(
     videos: tuple[str, ...],
     audios: tuple[str, ...],
     datasets: tuple[str, ...],
-    result_path: Path | None,
-    concurrency: int,
-    overwrite: bool,
     engine: str,
     engine_bin: str | None,
     model: str | None,
@@ -476,7 +476,7 @@ def infer(
     hub: str,
     revision: str | None,
     as_json: bool,
-    **how: Any,
+    **rest: Any,
 ) -> None:
     """Ask TARGET (an artifact, a model, or the URL of a running server) PROMPT, or every row of --dataset.
 
@@ -494,55 +494,78 @@ def infer(
         raise ValueError(f"{' '.join(engine_flags)} is for an engine that is started here; {target} runs already")
     from .recipes.terminal import line_reader
     from .serve.chat import HELP, asked, begin, talk
-    from .serve.client import key_in
-    from .serve.dataset import check_dataset, infer_dataset
-    from .serve.infer import answering, asking, serving, video_flags
+    from .serve.infer import answering, asking, at
     from .serve.request import config_of
-    from .serve.results import failed
-    from .serve.target import servable
+    from .serve.safety import Safety, key_of
 
-    write = partial(click.echo, nl=False)
-    config = config_of(**how, by_default=not datasets and not as_json)
+    many = {name: rest.pop(name) for name in ("result_path", "concurrency", "overwrite", "cluster", "replicas")}
+    config = config_of(**rest, by_default=not datasets and not as_json)
     if config.logprobs and not datasets and not as_json:
         raise ValueError("--logprobs goes with --dataset, or with a prompt and --json")
     if datasets and (images or videos or audios):
         raise ValueError("the rows of --dataset name their own pictures, videos and sounds; leave the options out")
+    if many["cluster"] is not None and (not datasets or "://" in target or engine != "vllm"):
+        raise ValueError("--ray starts vLLM engines for a --dataset; TARGET is an artifact or a model then, no URL")
     chat = begin(system=system, images=images, videos=videos, audios=audios)  # bad input is told before a server starts
     if prompt is not None:
         chat = asked(chat, prompt)
+    key = key_of(Safety(api_key_file=api_key_file), {}) if api_key_file else None
+    who: dict[str, Any] = {"model": model, "api_key": key.value if key else None}
+    where: dict[str, Any] = {"hub": hub, "revision": revision, "engine": engine, "engine_bin": engine_bin}
+    where["extra"] = engine_flags
     if datasets:
-        check_dataset(datasets, system=system)
-    who: dict[str, Any] = {"model": model, "api_key": key_in(api_key_file) if api_key_file else None}
-    out = result_path or Path(f"{Path(datasets[0].partition('#')[0]).stem if datasets else 'mmq'}-answers.jsonl")
-    facts: dict[str, float] = {}
+        infer_rows(target, datasets, config, where, {**who, "system": system}, as_json=as_json, **many)
+        return
+    write = partial(click.echo, nl=False)
     with ExitStack() as stack:
-        # the bars end before answers are written under them
-        with progress(quiet=as_json or bool(datasets and config.stream)) as tell:
-            more: dict[str, Any] = {}
-            if "://" not in target:
-                folder, more["served_model_name"] = servable(target, hub=hub, revision=revision, tell=tell)
-                target = str(folder)
-                config, flags = video_flags(engine, config)
-                more |= {"extra": (*flags, *engine_flags), "engine_bin": engine_bin}
-            url = stack.enter_context(serving(target, engine=engine, tell=tell, **more))
-            if datasets:
-                options: dict[str, Any] = {"concurrency": concurrency, "overwrite": overwrite, "tell": tell}
-                options["show"] = lambda number, piece: write(piece)
-                facts = infer_dataset(url, datasets, out, config, system=system, **who, **options)
-        if prompt is not None and as_json:
-            click.echo(
-                json.dumps(stack.enter_context(asking(url, config, **who))(chat.messages).facts(), ensure_ascii=False)
-            )
-        elif prompt is not None:
-            for piece in stack.enter_context(answering(url, config, **who))(chat.messages):
-                write(piece)
-            write("\n")
-        elif not datasets:
+        with progress(quiet=as_json) as tell:  # the bars end before an answer is written under them
+            url, config = stack.enter_context(at(target, config, tell=tell, **where))
+        if prompt is None:
             click.secho(HELP, dim=True, err=True)
             answer = stack.enter_context(answering(url, config, **who))
             talk(chat, answer, read=line_reader(), write=write, note=partial(click.secho, dim=True, err=True))
-    if not datasets:
-        return
+        elif as_json:
+            whole = stack.enter_context(asking(url, config, **who))(chat.messages)
+            click.echo(json.dumps(whole.facts(), ensure_ascii=False))
+        else:
+            for piece in stack.enter_context(answering(url, config, **who))(chat.messages):
+                write(piece)
+            write("\n")
+
+
+def infer_rows(
+    target: str,
+    datasets: Sequence[str],
+    config: RequestConfig,
+    where: dict[str, Any],
+    who: dict[str, Any],
+    *,
+    result_path: Path | None,
+    concurrency: int,
+    overwrite: bool,
+    cluster: str | None,
+    replicas: int,
+    as_json: bool,
+) -> NoReturn:
+    """Answers to datasets, by a server or a cluster; exit 1 where rows got none."""
+    from .serve.dataset import check_dataset, infer_dataset
+    from .serve.infer import at
+    from .serve.results import failed
+
+    check_dataset(datasets, system=who["system"])
+    out = result_path or Path(f"{Path(datasets[0].partition('#')[0]).stem}-answers.jsonl")
+    with ExitStack() as stack:
+        tell = stack.enter_context(progress(quiet=as_json or config.stream))
+        options: dict[str, Any] = {"overwrite": overwrite, "tell": tell}
+        if cluster is not None:
+            from .serve.cluster import infer_on_ray
+
+            options |= {"address": cluster, "replicas": replicas, "system": who["system"]}
+            facts = infer_on_ray(target, datasets, out, config, **where, **options)
+        else:
+            url, config = stack.enter_context(at(target, config, tell=tell, **where))
+            options |= {"concurrency": concurrency, "show": lambda number, piece: click.echo(piece, nl=False)}
+            facts = infer_dataset(url, datasets, out, config, **who, **options)
     if as_json:
         click.echo(json.dumps({"result": str(out), **facts}))
     else:

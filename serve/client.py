@@ -103,17 +103,6 @@ def plain_errors(url: str) -> Iterator[None]:
         raise RuntimeError(f"the server at {url} broke off its answer: {e.message}") from None
 
 
-def key_in(path: Path) -> str:
-    """The API key that a file holds, without the space around it. OSError when it cannot be read or is empty."""
-    try:
-        key = path.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise OSError(f"the API key in {path} cannot be read: {e}") from None
-    if not key:
-        raise OSError(f"the file {path} holds no API key")
-    return key
-
-
 def models(client: openai.OpenAI, *, url: str = "the given address") -> list[str]:
     """The names that the server answers to, LoRA adapters' too. OSError when nobody answers."""
     with plain_errors(url):

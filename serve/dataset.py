@@ -19,14 +19,14 @@ from .request import DEFAULT, RequestConfig
 from .results import Record, finished, line_of, summary, write
 
 
-def check_dataset(sources: Sequence[str | Path], *, system: str | None = None) -> list[str]:
-    """Read all of the input, files that it names too, before anything is started or asked: the samples' digests, in
-    order. ValueError names the line that is broken.
+def check_dataset(sources: Sequence[str | Path], *, system: str | None = None) -> list[Question]:
+    """Read all of the input, files that it names too, before anything is started or asked: the questions in order,
+    without their messages. ValueError names the line that is broken.
     """
-    marks = [question.digest for question in questions(sources, system=system)]
-    if not marks:
+    found = [replace(question, messages=()) for question in questions(sources, system=system)]
+    if not found:
         raise ValueError(f"{', '.join(map(str, sources))} holds no samples")
-    return marks
+    return found
 
 
 def infer_dataset(
@@ -55,46 +55,44 @@ def infer_dataset(
     """
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
-    marks = check_dataset(sources, system=system)
+    asked = check_dataset(sources, system=system)
     with connect(url, api_key=api_key) as client:
         name = served_name(client, model, url=url)
     logprobs = bool(config.options().get("logprobs"))
-    done = {} if overwrite else finished(out, marks, name, logprobs=logprobs)
+    done = {} if overwrite else finished(out, [q.mark for q in asked], name, logprobs=logprobs)
     write(out, done.values())
     fresh: list[Record] = []
-    asked: dict[int, Question] = {}  # under way
-    piece, end = in_order((i for i in range(len(marks)) if i not in done), show or (lambda number, text: None))
+    piece, end = in_order((i for i in range(len(asked)) if i not in done), show or (lambda number, text: None))
     begun = time.perf_counter()
 
     def todo() -> Iterable[tuple[int, Any]]:
         for index, question in enumerate(questions(sources, system=system)):
             if index not in done:
-                asked[index] = replace(question, messages=())
                 yield index, question.messages
 
     with out.open("a", encoding="utf-8") as file:
 
         def keep(index: int, found: Answer | Exception) -> None:
-            record = _record(index, marks[index], name, asked.pop(index), found, logprobs=logprobs)
+            record = record_of(index, name, asked[index], found, logprobs=logprobs)
             file.write(line_of(record))
             file.flush()
             fresh.append(record)
             end(index)
             rate = sum(r.get("tokens", 0) for r in fresh) / max(time.perf_counter() - begun, 1e-9)
-            tell(Step("infer", len(done) + len(fresh), len(marks), f"{rate:.0f} tok/s"))
+            tell(Step("infer", len(done) + len(fresh), len(asked), f"{rate:.0f} tok/s"))
 
-        tell(Step("infer", len(done), len(marks)))
-        options: dict[str, Any] = {"model": name, "concurrency": min(concurrency, len(marks)), **config.options()}
+        tell(Step("infer", len(done), len(asked)))
+        options: dict[str, Any] = {"model": name, "concurrency": min(concurrency, len(asked)), **config.options()}
         waited(crowd(url, todo(), keep, api_key=api_key, on_piece=piece if config.stream else None, **options))
     runtime = time.perf_counter() - begun
     write(out, sorted([*done.values(), *fresh], key=lambda record: record["index"]))
     return summary(fresh, runtime) | {"resumed": len(done)}
 
 
-def _record(
-    index: int, mark: str, model: str, question: Question, found: Answer | Exception, *, logprobs: bool
-) -> Record:
-    record: Record = {"index": index, "source": question.where, "sample": mark, "model": model, **question.about}
+def record_of(index: int, model: str, question: Question, found: Answer | Exception, *, logprobs: bool) -> Record:
+    """The line of one answer, or of the error in its place, as `infer_dataset` tells it."""
+    record: Record = {"index": index, "source": question.where, "sample": question.mark, "model": model}
+    record |= question.about
     if question.reference is not None:
         record["reference"] = question.reference
     if isinstance(found, Exception):

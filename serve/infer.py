@@ -19,6 +19,7 @@ from .engines import plan
 from .launch import START_TIMEOUT, free_port, running
 from .machine import this_machine
 from .request import DEFAULT, RequestConfig
+from .target import servable
 
 
 @contextmanager
@@ -41,6 +42,29 @@ def serving(
     launch = plan(engine, Path(target).expanduser(), machine=this_machine(), port=free_port(), **options)
     with running(launch, timeout=timeout, log_path=log_path, tell=tell) as server:
         yield server.url
+
+
+@contextmanager
+def at(
+    target: str,
+    config: RequestConfig,
+    *,
+    engine: str = "vllm",
+    hub: str = "hf",
+    revision: str | None = None,
+    extra: Sequence[str] = (),
+    tell: Tell = silent,
+    **options: Any,
+) -> Iterator[tuple[str, RequestConfig]]:
+    """(URL, how to ask there) of a running server, or of one that is started for what `target` names, as `serving`."""
+    if "://" in target:
+        yield root(target), config
+        return
+    folder, name = servable(target, hub=hub, revision=revision, tell=tell)
+    config, flags = video_flags(engine, config)
+    options |= {"served_model_name": name, "extra": (*flags, *extra)}
+    with serving(str(folder), engine=engine, tell=tell, **options) as url:
+        yield url, config
 
 
 def video_flags(engine: str, config: RequestConfig) -> tuple[RequestConfig, tuple[str, ...]]:

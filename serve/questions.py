@@ -24,19 +24,15 @@ FORMS = '{"messages": [...]} or {"query": ..., "response": ..., "history": [...]
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a dataset: what is sent, and what is known of it. `where` is "file.jsonl:3", `about` the row's "task"
-    and "id", `reference` its answer."""
+    """One row of a dataset: what is sent, and what is known of it. `mark` is the sha256 (hex) of the messages, the same
+    for the same text and the same files; `where` "file.jsonl:3", `about` the row's "task" and "id", `reference` its
+    answer."""
 
     messages: Sequence[Message]
+    mark: str
     where: str
     reference: str | None
     about: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of what is sent: the same for the same text and the same files."""
-        text = json.dumps(self.messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def source_of(text: str | Path) -> tuple[Path, int | None]:
@@ -53,25 +49,52 @@ def source_of(text: str | Path) -> tuple[Path, int | None]:
     return Path(head), int(count)
 
 
-def questions(sources: Sequence[str | Path], *, system: str | None = None) -> Iterator[Question]:
-    """The rows of the datasets, one after the other; `system` is the system message of those that have none.
+@dataclass(frozen=True)
+class Line:
+    """A row of a dataset as it was read: the JSON of a file's line, or a picture of a folder (number 0)."""
 
-    ValueError names the file, the line and what is wrong.
-    """
+    file: Path
+    number: int
+    data: Any
+
+    @property
+    def where(self) -> str:
+        """As "file.jsonl:3"."""
+        return f"{self.file.name}:{self.number}" if self.number else self.file.name
+
+
+def read_lines(sources: Sequence[str | Path]) -> Iterator[Line]:
+    """The rows of the datasets, one after the other, as they were read. ValueError for what is no JSON."""
     for source in sources:
         path, count = source_of(source)
-        yield from islice(_questions(path, system), count)
+        yield from islice(_lines(path), count)
 
 
-def _questions(source: Path, system: str | None) -> Iterator[Question]:
+def _lines(source: Path) -> Iterator[Line]:
     files, pictures = files_of(source)
     for file in files:
-        for number, (messages, reference, about) in rows(file, lambda data, file=file: _row(data, file.parent, system)):
-            yield Question(messages, f"{file.name}:{number}", reference, about)
+        for number, data in rows(file, lambda data: data):
+            yield Line(file, number, data)
     for picture in pictures:
-        said = [{"role": "system", "content": system}] if system else []
-        messages = InferRequest([*said, {"role": "user", "content": DESCRIBE}], [picture]).as_openai()
-        yield Question(messages, str(picture.relative_to(source)), None, {})
+        yield Line(picture, 0, {"query": DESCRIBE, "images": [picture.name]})
+
+
+def question_of(line: Line, *, system: str | None = None) -> Question:
+    """A row as what is sent, its files read; `system` is its system message where it has none. ValueError names the
+    file, the line and what is wrong."""
+    try:
+        messages, reference, about = _row(line.data, line.file.parent, system)
+    except ValueError as e:
+        raise ValueError(f"{line.file}, line {line.number}: {e}" if line.number else str(e)) from None
+    text = json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Question(messages, mark, line.where, reference, about)
+
+
+def questions(sources: Sequence[str | Path], *, system: str | None = None) -> Iterator[Question]:
+    """The rows of the datasets as questions. Errors as `question_of`'s."""
+    for line in read_lines(sources):
+        yield question_of(line, system=system)
 
 
 def _row(data: Any, folder: Path, system: str | None) -> tuple[Sequence[Message], str | None, dict[str, Any]]:

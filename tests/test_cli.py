@@ -70,7 +70,7 @@ def one_line(err: str) -> str:
         (["infer", "pebble", "hello", "--logprobs"], "--logprobs goes with --dataset"),
         (["infer", "pebble", "--dataset", "in.jsonl#no"], "after # comes how many rows"),
         (["infer", "pebble", "--dataset", "in.jsonl", "--image", "a.png"], "name their own pictures"),
-        (["infer", "pebble", "hello", "--api-key-file", "none.key"], "the API key in none.key cannot be read"),
+        (["infer", "pebble", "hello", "--api-key-file", "none.key"], "none.key cannot be read"),
         (["infer", "http://127.0.0.1:9", "--", "--max-model-len", "64"], "runs already"),
         (["bench", "--compare", "fp16", "awq"], "awq"),
         (["bench", "pebble", "--vram", "lots"], "lots"),
