@@ -30,6 +30,7 @@ from .beside import copy_small_files, write_config, write_index
 from .order import Order, address, expected_bytes, files_of, quantized_names, versions
 from .packing import LAYOUTS, unpack_gptq
 from .view import packed_linears, packed_shape
+from .words import mend_words
 from .writer import Writer
 
 
@@ -142,6 +143,7 @@ def adopt(
     write_index(order)
     write_config(skeleton, order)
     copy_small_files(base.path, out)
+    mend_words(out)
     manifest = {
         "name": f"{recipe.name}-{backend['backend']}-{method}",
         "method": method,

@@ -30,6 +30,7 @@ from .order import REST_SHARD, versions
 from .packing import LAYOUTS
 from .skips import skip_lists
 from .subject import Subject, read_config, read_subject, text_config
+from .words import mend_words
 from .writer import Writer
 
 FORMATS = ("awq", "gptq", "compressed-tensors")
@@ -124,6 +125,7 @@ def convert(
     _write_index(out, files)
     write_json(out / "config.json", _config(move))
     _copy_beside(folder, out, source)
+    mend_words(out)
     return finish(out, hashes, _manifest(move, source, grid))
 
 

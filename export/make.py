@@ -31,6 +31,7 @@ from .config import check_head, settle
 from .layers import done_layers, is_whole, read_note, write_layers
 from .marks import Pace, keep_pace, marks, pace, paces
 from .order import Order, address, check_experts, expected_bytes, files_of, quantized_names, versions
+from .words import mend_words
 from .writer import Writer
 
 
@@ -111,6 +112,7 @@ def make(
     write_index(order)
     write_config(skeleton, order)
     copy_small_files(base.path, out)
+    mended = mend_words(out)
     made = finish(
         out,
         hashes,
@@ -133,7 +135,7 @@ def make(
             "quantized": sorted(quantized_names(skeleton, order)),
             "layers": notes[: len(skeleton.layers)],
             "head": notes[-1] | {"name": head.stored, "untied": head.tied} if head else None,
-            "notes": list(skeleton.notes),
+            "notes": [*skeleton.notes, *mended],
             "paces": [dataclasses.asdict(p) for p in paces(out)],  # more than one: the bytes are so within rounding
             "versions": versions(),
         },

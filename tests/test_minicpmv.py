@@ -17,11 +17,13 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from mmq.bench.check import check
 from mmq.export.artifact import open_artifact
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
+from mmq.export.words import mend_words
 from mmq.quantize import skeleton as skeletons
 from mmq.quantize.inputs import answer_mask, media_mask, micro_batches
 from mmq.quantize.minicpmv.model import MiniCPMV, build, build_model
@@ -149,7 +151,8 @@ def test_quantized_whole_and_no_remote_code_runs(
     assert packed == {f"llm.model.layers.{i}.{n}" for i in range(2) for n in text} == set(opened.manifest["quantized"])
     assert set(open_source(base).metas) == set(view(artifact).metas)
     for path in base.iterdir():
-        if path.suffix == ".py" or "token" in path.name or "preprocessor" in path.name:
+        mended = release == "2.5" and path.name == "tokenizer_config.json"
+        if not mended and (path.suffix == ".py" or "token" in path.name or "preprocessor" in path.name):
             assert (artifact / path.name).read_bytes() == path.read_bytes()
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
     assert config["auto_map"] == json.loads((base / "config.json").read_text(encoding="utf-8"))["auto_map"]
@@ -313,3 +316,18 @@ def test_places_and_pictures_must_agree(opened: Opened) -> None:
     said = processor(["<unk>" + cases.messages("small")[0]["content"][1]["text"]])
     with pytest.raises(ValueError, match=r"1 places for (24|16) image vectors"):
         model(**said, pixel_values=torch.zeros(1, 3, 14, 14), tgt_sizes=torch.tensor([[1, 1]]))
+
+
+def test_two_fives_tokenizer_is_mended_where_it_is_carried(tmp_path: Path) -> None:
+    """transformers 5 builds the checkpoint's own class anew and loses the pre-tokenizer; the plain class does not."""
+    cases.checkpoint("2.5", tmp_path / "2.5")
+    cases.checkpoint("2.6", tmp_path / "2.6")
+    (note,) = mend_words(tmp_path / "2.5")
+    assert "PreTrainedTokenizerFast" in note
+    said = json.loads((tmp_path / "2.5" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "auto_map" not in said
+    assert said["chat_template"] == cases.HEADERS
+    assert mend_words(tmp_path / "2.5") == mend_words(tmp_path / "2.6") == []
+    words = PreTrainedTokenizerFast.from_pretrained(tmp_path / "2.5")
+    assert words.decode(words.encode("red and blue", add_special_tokens=False)) == "red and blue"
