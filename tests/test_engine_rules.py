@@ -633,6 +633,13 @@ def tokens(folder: Path, ranks: int) -> list[int] | None:
     return json.loads(told[0].removeprefix("TOKENS ")) if told else None
 
 
+def test_a_class_that_vllm_serves_as_a_text_model(tmp_path: Path) -> None:
+    """vLLM 0.32 loads it and answers words; a picture is "not available for text-only models"."""
+    told = verdict(zoo.write("phi4_multimodal", tmp_path / "phi4"))
+    assert told.answer == "condition"
+    assert "refuses pictures" in told.findings[0].why
+
+
 @pytest.mark.parametrize(
     ("kind", "version", "beside", "found"),
     [

@@ -40,6 +40,7 @@ ORDER_GONE = (0, 29)  # 0.28 still loads columns in activation order across grou
 _GROUPS = "quantize again with --group-size 32, 64 or 128"
 NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
 OWN_CONFIG = frozenset({"deepseek_vl_v2", "kimi_vl", "ovis"})  # model types whose config vLLM reads by itself
+WORDS_ALONE = frozenset({"Phi4MultimodalForCausalLM"})  # served as text models, by a stand-in on transformers' own
 METHODS = ("", "awq", "gptq", "compressed-tensors", "bitsandbytes")
 # classes that import transformers' PixtralRotaryEmbedding, themselves or through a neighbour; it left transformers in
 # 5.17, and vLLM looks for both names since 0.32
@@ -64,6 +65,9 @@ def known(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if subject.architecture in NOT_IN_VLLM:
         why = f"vLLM has no {subject.architecture}, and its stand-in for unknown classes cannot use its processor"
         yield Finding("architecture", True, why, "`transformers serve`, or another family")
+    elif subject.architecture in WORDS_ALONE:
+        why = f"vLLM serves {subject.architecture} as a text model and refuses pictures and sound"
+        yield Finding("architecture", False, why, "ask it in words, or use transformers itself")
     elif subject.architecture not in VLLM:
         why = f"mmq has no name table for {subject.architecture or 'a config without architectures'} under vLLM"
         yield Finding("architecture", False, why, "start it once and ask; names are judged as they stand on disk")
