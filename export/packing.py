@@ -24,10 +24,9 @@ def pack_last(values: Tensor, order: tuple[int, ...] = SEQUENTIAL) -> Tensor:
     if values.shape[-1] % 8:
         values = torch.nn.functional.pad(values, (0, 8 - values.shape[-1] % 8))
     eight = values.unflatten(-1, (-1, 8))
-    word = torch.zeros(eight.shape[:-1], dtype=torch.int32, device=values.device)
-    for place, column in enumerate(order):
-        word |= eight[..., column].to(torch.int32) << (4 * place)  # place 7 sets the sign bit, as it must
-    return word
+    low, high = (torch.tensor(order[start::2], device=values.device) for start in (0, 1))
+    pairs = eight.index_select(-1, high).mul_(16).bitwise_or_(eight.index_select(-1, low))
+    return pairs.view(torch.int32).squeeze(-1)  # four bytes a word, the first lowest
 
 
 def unpack_last(words: Tensor, count: int, order: tuple[int, ...] = SEQUENTIAL) -> Tensor:

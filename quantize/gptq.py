@@ -12,6 +12,8 @@ load.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,7 @@ BLOCK = 128  # columns rounded one by one before their errors are handed on
 WIDE = 512  # columns that take the errors of all behind them in one product
 CHUNK = 1024  # rows of H gathered at a time
 PANEL = 1024  # columns factored at a time
+SMALL = 64  # columns of a triangle inverted by substitution
 DAMP = 0.01  # share of the mean diagonal added to H, as in the authors' code
 FEW = 0.5  # damping by the share of columns to tokens: what few tokens say of many channels is half chance
 
@@ -87,7 +90,7 @@ def feedback(
             by = torch.ones_like(order, dtype=gram.dtype) if norm is None else norm
             if columns is not None:
                 by = by * columns[order]
-            h = _taken(gram, order, by)
+            h = _taken(gram, order, by, lower=factor is _factor_fast)
             h.diagonal().add_(damp * added / (1.0 if norm is None else norm.square()))
             lower = factor(h)
             if lower is not None:
@@ -99,10 +102,11 @@ def feedback(
     raise ValueError("the Gram matrix of its inputs has no Cholesky factor")
 
 
-def _taken(gram: Tensor, order: Tensor, by: Tensor) -> Tensor:
-    """H [in, in] with its rows and columns in this `order`, divided by `by` [in] both ways."""
+def _taken(gram: Tensor, order: Tensor, by: Tensor, *, lower: bool) -> Tensor:
+    """H [in, in] with its rows and columns in this `order`, divided by `by` [in] both ways; with `lower` no more of it
+    is called for than what lies below the diagonal and on it."""
     if kernels := fused(gram):
-        return kernels.taken(gram, order, 1 / by)
+        return kernels.taken(gram, order, 1 / by, lower=lower)
     h = torch.empty_like(gram)
     for rows, part, own in zip(h.split(CHUNK), order.split(CHUNK), by.split(CHUNK), strict=True):
         torch.index_select(gram[part], 1, order, out=rows)
@@ -138,14 +142,47 @@ def _factor_fast(h: Tensor) -> Tensor | None:
         failed.append(info)
         h[start:stop, start:stop] = corner
         below = h[stop:, start:stop]
-        ones = torch.eye(stop - start, device=h.device)
-        below.copy_(below @ torch.linalg.solve_triangular(corner, ones, upper=False).mT)  # solving takes 7 times longer
+        below.copy_(below @ _inverse(corner).mT)  # solving takes 7 times longer
         for left in range(stop, len(h), PANEL):
             right = min(left + PANEL, len(h))
             h[left:, left:right].addmm_(below[left - stop :], below[left - stop : right - stop].mT, alpha=-1)
     if bool(torch.stack(failed).any()) or not bool(torch.isfinite(h.diagonal()).all()):
         return None
     return h.tril_()
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle [n, n]: that of small blocks on the diagonal, all at once, then of twice as large
+    ones, [[a, 0], [b, c]] having the inverse [[a', 0], [-c' b a', c']]."""
+    width = len(lower)
+    size = SMALL if width % SMALL == 0 and (width // SMALL).bit_count() == 1 else width
+    inverse = torch.linalg.solve_triangular(_diagonal(lower, size), torch.eye(size, device=lower.device), upper=False)
+    with exact():
+        while size < width:
+            a, c = inverse[::2], inverse[1::2]
+            b = _diagonal(lower, 2 * size)[:, size:, :size]
+            inverse = torch.zeros(len(a), 2 * size, 2 * size, device=lower.device)
+            inverse[:, :size, :size], inverse[:, size:, size:] = a, c
+            inverse[:, size:, :size] = -(c @ b @ a)
+            size *= 2
+    return inverse[0]
+
+
+def _diagonal(matrix: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonal, [n / size, size, size]."""
+    count = len(matrix) // size
+    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Float32 products in float32, not on the tensor cores."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def column_order(gram: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -156,30 +193,30 @@ def column_order(gram: Tensor, columns: Tensor | None = None) -> Tensor:
 def round_columns(
     weight: Tensor, follow: Tensor, order: Tensor, scale: Tensor, zero: Tensor, *, symmetric: bool
 ) -> Quantized:
-    """Quantize float32 [out, in], whose columns stand in `order` already, onto the grid that `scale` and `zero`
-    (float32 [out, groups], groups in the original order) fix. `follow` is `feedback`'s. The codes are in the original
-    order."""
-    group_size = weight.shape[1] // scale.shape[1]
+    """Quantize a weight, given turned over, float32 [in, out], its columns in `order` already, onto the grid that
+    `scale` and `zero` (float32 [out, groups], groups in the original order) fix. `follow` is `feedback`'s. The result
+    is the right way round and in the original order. Turned over, a column's values are neighbours in memory."""
+    group_size = len(weight) // scale.shape[1]
     owner = (order // group_size).to(torch.int32)
+    steps, middles = scale.T.contiguous(), zero.T.contiguous()
     errors = torch.empty_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     kernels = fused(weight)
     round_block = kernels.round_block if kernels else _round_block
-    for end in range(weight.shape[1], 0, -WIDE):
+    for end in range(len(weight), 0, -WIDE):
         wide = slice(max(end - WIDE, 0), end)
-        targets = torch.addmm(weight[:, wide], errors[:, end:], follow[end:, wide])
+        targets = torch.addmm(weight[wide], follow[end:, wide].mT, errors[end:])
         for stop in range(end, wide.start, -BLOCK):
             block = slice(max(stop - BLOCK, wide.start), stop)
-            target = targets[:, block.start - wide.start : block.stop - wide.start]
+            target = targets[block.start - wide.start : block.stop - wide.start]
             if stop < end:
-                target = torch.addmm(target, errors[:, stop:end], follow[stop:end, block])
+                target = torch.addmm(target, follow[stop:end, block].mT, errors[stop:end])
             round_block(
-                weight[:, block], target, follow[block, block], scale, zero, owner[block], codes[:, block],
-                errors[:, block],
-            )  # fmt: skip
+                weight[block], target, follow[block, block], steps, middles, owner[block], codes[block], errors[block]
+            )
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return Quantized(codes[:, back], scale, zero.to(torch.uint8), group_size, symmetric)
+    return Quantized(codes[back].T.contiguous(), scale, zero.to(torch.uint8), group_size, symmetric)
 
 
 def _round_block(
@@ -187,9 +224,9 @@ def _round_block(
     errors: Tensor,
 ) -> None:  # fmt: skip
     """One block of columns, last first; shapes as in kernels.round_block. Writes `codes` and `errors`."""
-    s, z = scale[:, owner], zero[:, owner]  # [rows, b]
-    for k in reversed(range(weight.shape[1])):
-        code = ((target[:, k] / s[:, k]).round_() + z[:, k]).clamp_(0, LEVELS)
-        codes[:, k] = code
-        errors[:, k] = weight[:, k] - (code - z[:, k]) * s[:, k]
-        target[:, :k] += errors[:, k, None] * follow[k, :k]
+    s, z = scale[owner], zero[owner]  # [b, rows]
+    for k in reversed(range(len(weight))):
+        code = ((target[k] / s[k]).round_() + z[k]).clamp_(0, LEVELS)
+        codes[k] = code
+        errors[k] = weight[k] - (code - z[k]) * s[k]
+        target[:k] += follow[k, :k, None] * errors[k]

@@ -43,7 +43,7 @@ class Gram:
             if x.dtype == torch.float32:
                 rows.addmm_(left, right)
             else:  # exact products of 16-bit inputs, summed in float32 by the tensor cores
-                rows += torch.mm(left, right, out_dtype=torch.float32)
+                torch.addmm(rows, left, right, out_dtype=torch.float32, out=rows)
 
     def mean(self) -> Tensor:
         """H of every rank's tokens, float32 [in, in]. The sum is handed over: nothing can be added afterwards."""

@@ -5,7 +5,8 @@ the path of a CPU; the tests hold the two together. Divisions and roundings are 
 weight gets the same code on either path.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# ruff: noqa: RUF005 (Triton knows no (*a, b))
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ from .clip import SHARES
 from .descent import LENGTH, MOMENTA, ROWS, SMALL, STEPS
 from .grid import HUGE, LEVELS, MIDDLE, TINY, Grid, Quantized
 
-ROUNDED = 4  # rows that one warp rounds: a column waits for the one before it, so many warps must be under way
-BLOCK = 128  # columns that GPTQ rounds in one piece
+ROUNDED = 32  # rows that one program rounds
+BLOCK = 128  # columns that GPTQ rounds in one call
+CHAIN = 16  # columns that it rounds one after another before what they hand on is multiplied
 PLAIN = {"enable_fp_fusion": False}  # a fused multiply-add rounds once where torch rounds twice
 
 
@@ -79,11 +81,12 @@ def best_shrink(weight: Tensor, costs: Tensor, grid: Grid, shares: tuple[float, 
     return best
 
 
-def taken(gram: Tensor, order: Tensor, by: Tensor) -> Tensor:
-    """gram[order][:, order] times `by` [in] both ways, float32 [in, in]."""
+def taken(gram: Tensor, order: Tensor, by: Tensor, *, lower: bool) -> Tensor:
+    """gram[order][:, order] times `by` [in] both ways, float32 [in, in]; with `lower` nothing in particular above the
+    diagonal. One program takes a whole row, which stays in the processor's cache while it is gathered."""
     width = len(gram)
     out = torch.empty_like(gram)
-    _taken[(width, triton.cdiv(width, 1024))](gram, order, by, out, width, B=1024)
+    _taken[(width,)](gram, order, by, out, width, LOWER=lower, B=4096, num_warps=16)
     return out
 
 
@@ -97,21 +100,19 @@ def outer(matrix: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def round_block(
-    weight: Tensor, target: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, owner: Tensor, codes: Tensor,
+    weight: Tensor, target: Tensor, follow: Tensor, scale: Tensor, zero: Tensor, owner: Tensor, codes: Tensor,
     errors: Tensor,
 ) -> None:  # fmt: skip
     """GPTQ inside one block of columns, last column first; see gptq.py for the order and the names.
 
-    weight, target, errors: float32 [rows, b], rows apart by a stride; feedback [b, b], column k below its diagonal;
-    scale, zero: float32 [rows, groups]; owner: int32 [b], the group of each column; codes: uint8 [rows, b]. Writes
-    codes and errors.
+    weight, target, errors: float32 [b, rows]; follow: [b, b], column k below its diagonal; scale, zero: float32
+    [groups, rows]; owner: int32 [b], the group of each column; codes: uint8 [b, rows]. All but `follow` contiguous.
+    Writes codes and errors, and `target` is spent.
     """
-    rows, columns = weight.shape
-    block = ROUNDED
-    _round_block[(triton.cdiv(rows, block),)](
-        weight, target, feedback, scale, zero, owner, codes, errors, rows, scale.shape[1],
-        weight.stride(0), target.stride(0), feedback.stride(0), feedback.stride(1), codes.stride(0), errors.stride(0),
-        **PLAIN, LEVELS=LEVELS, B=columns, R=block, num_warps=1,
+    columns, rows = weight.shape
+    _round_block[(triton.cdiv(rows, ROUNDED),)](
+        weight, target, follow, scale, zero, owner, codes, errors, rows, columns, follow.stride(0), follow.stride(1),
+        LEVELS=LEVELS, B=triton.next_power_of_2(max(columns, 16)), C=CHAIN, R=ROUNDED, num_warps=4,
     )  # fmt: skip
 
 
@@ -130,6 +131,27 @@ def quantize(weight: Tensor, grid: Grid, shrink: Tensor) -> Quantized:
     return Quantized(codes, scale, zero, grid.group_size, grid.symmetric)
 
 
+def rounding_errors(
+    found: Quantized, weight: Tensor, columns: Tensor | None, rows: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What `found` makes of float32 `weight` [rows, in], less it, divided by `columns` [in] and times `rows` [rows]
+    where these are given: [rows, in] in `dtype`."""
+    height, width = weight.shape
+    count, block = width // found.group_size, 32
+    out = torch.empty(height, width, dtype=dtype, device=weight.device)
+    _rounding_errors[(triton.cdiv(height, block), count)](
+        found.q, found.scale, found.zero, weight, weight if columns is None else columns,
+        weight if rows is None else rows, out, height, found.q.stride(0), count, weight.stride(0), width,
+        COLUMNS=columns is not None, ROWS=rows is not None, G=found.group_size, R=block,
+    )  # fmt: skip
+    return out
+
+
+def add_row_dots(one: Tensor, other: Tensor, out: Tensor) -> None:
+    """Add to `out` float32 [rows] the products of the rows of float32 `one` and 16-bit `other`, both [rows, n]."""
+    _add_row_dots[(len(one),)](one, other, out, one.shape[1], one.stride(0), other.stride(0), B=1024)
+
+
 def warm(grid: Grid, widths: Sequence[int], device: torch.device) -> None:
     """Compile every kernel that inputs of these widths will need, on a few rows, beside whatever else is under way."""
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
@@ -145,10 +167,15 @@ def warm(grid: Grid, widths: Sequence[int], device: torch.device) -> None:
             spans(stored, weight[0], grid)
             best_shrink(weight, blocks, grid, SHARES)
             made = quantize(weight, grid, best_shrink(weight, blocks[:, 0].flatten(), grid, SHARES))
-            part, square = weight[:, :BLOCK], torch.zeros(BLOCK, BLOCK, device=device)
-            owner = torch.zeros(BLOCK, dtype=torch.int32, device=device)
-            zero = made.zero.float()
-            round_block(part, part.contiguous(), square.mT, made.scale, zero, owner, made.q[:, :BLOCK], part.clone())
+            square = torch.zeros(BLOCK, BLOCK, device=device)
+            part, owner = square[:, : len(weight)].contiguous(), torch.zeros(BLOCK, dtype=torch.int32, device=device)
+            steps, codes = torch.ones(1, len(weight), device=device), torch.empty_like(part, dtype=torch.uint8)
+            for follow in (square, square.mT):  # as the tensor cores' factor lies and as cuSOLVER's
+                round_block(part, part.clone(), follow, steps, steps, owner, codes, part.clone())
+            d = rounding_errors(made, weight, weight[0], None, torch.bfloat16)
+            rounding_errors(made, weight, None, weight[:, 0].contiguous(), torch.bfloat16)
+            rounding_errors(made, weight, None, None, torch.bfloat16)
+            add_row_dots(weight, d, torch.zeros(len(weight), device=device))
         torch.cuda.current_stream().synchronize()
 
 
@@ -333,14 +360,52 @@ def _quantize(
 
 
 @triton.jit
-def _taken(h_ptr, order_ptr, by_ptr, out_ptr, width, B: tl.constexpr):
+def _rounding_errors(
+    q_ptr, scale_ptr, zero_ptr, w_ptr, column_ptr, row_ptr, out_ptr, rows, q_stride, s_stride, w_stride, o_stride,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
+    group = tl.program_id(1)
+    c = group * G + tl.arange(0, G)
+    here = r < rows
+    inside = here[:, None]
+    q = tl.load(q_ptr + r[:, None] * q_stride + c[None, :], mask=inside, other=0).to(tl.float32)
+    w = tl.load(w_ptr + r[:, None] * w_stride + c[None, :], mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + r * s_stride + group, mask=here, other=0.0)
+    zero = tl.load(zero_ptr + r * s_stride + group, mask=here, other=0).to(tl.float32)
+    d = (q - zero[:, None]) * scale[:, None] - w
+    if COLUMNS:
+        d = d / tl.load(column_ptr + c)[None, :]
+    if ROWS:
+        d = d * tl.load(row_ptr + r, mask=here, other=0.0)[:, None]
+    tl.store(out_ptr + r[:, None] * o_stride + c[None, :], d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_row_dots(a_ptr, b_ptr, out_ptr, width, a_stride, b_stride, B: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * B + tl.arange(0, B)
-    inside = c < width
-    column = tl.load(order_ptr + c, mask=inside, other=0)
-    h = tl.load(h_ptr + tl.load(order_ptr + row) * width + column, mask=inside, other=0.0)
-    h = h * tl.load(by_ptr + row) * tl.load(by_ptr + c, mask=inside, other=0.0)
-    tl.store(out_ptr + row * width + c, h, mask=inside)
+    dots = tl.zeros((B,), tl.float32)
+    for start in range(0, width, B):
+        c = start + tl.arange(0, B)
+        a = tl.load(a_ptr + row * a_stride + c, mask=c < width, other=0.0)
+        b = tl.load(b_ptr + row * b_stride + c, mask=c < width, other=0.0)
+        dots += a * b.to(tl.float32)
+    tl.store(out_ptr + row, tl.load(out_ptr + row) + tl.sum(dots, 0))
+
+
+@triton.jit
+def _taken(h_ptr, order_ptr, by_ptr, out_ptr, width, LOWER: tl.constexpr, B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(order_ptr + row) * width
+    own = tl.load(by_ptr + row)
+    stop = row + 1 if LOWER else width
+    for start in range(0, stop, B):
+        c = start + tl.arange(0, B)
+        inside = c < stop
+        column = tl.load(order_ptr + c, mask=inside, other=0)
+        h = tl.load(h_ptr + first + column, mask=inside, other=0.0)
+        h = h * own * tl.load(by_ptr + c, mask=inside, other=0.0)
+        tl.store(out_ptr + row * width + c, h, mask=inside)
 
 
 @triton.jit
@@ -354,40 +419,72 @@ def _outer(m_ptr, down_ptr, right_ptr, width, B: tl.constexpr):
 
 
 @triton.jit
+def _fetch(at):
+    """Ask for what lies there, so that it is near when it is read."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["columns", "m_down", "m_right"])
 def _round_block(
-    w_ptr, t_ptr, m_ptr, scale_ptr, zero_ptr, owner_ptr, q_ptr, e_ptr, rows, groups,
-    w_stride, t_stride, m_down, m_right, q_stride, e_stride,
-    LEVELS: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+    w_ptr, t_ptr, m_ptr, scale_ptr, zero_ptr, owner_ptr, q_ptr, e_ptr, rows, columns, m_down, m_right,
+    LEVELS: tl.constexpr, B: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
+    # a thread has a row, in every warp alike: of C columns at a time nothing but their own errors is waited for, and
+    # what those hand on to the block's other columns is a product, which the warps share
     r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     inside = r < rows
-    column = tl.arange(0, B)
-    e = tl.zeros((R, B), tl.float32)
-    # what a column needs is loaded while the one before is rounded: the chain of columns waits for no memory
-    k = B - 1
-    m = tl.load(m_ptr + column * m_down + k * m_right, mask=column > k, other=0.0)
-    w = tl.load(w_ptr + r * w_stride + k, mask=inside, other=0.0)
-    t = tl.load(t_ptr + r * t_stride + k, mask=inside, other=0.0)
-    owner = tl.load(owner_ptr + k)
-    scale = tl.load(scale_ptr + r * groups + owner, mask=inside, other=1.0)
-    zero = tl.load(zero_ptr + r * groups + owner, mask=inside, other=0.0)
-    owner = tl.load(owner_ptr + max(k - 1, 0))
-    for step in range(B):
-        k = B - 1 - step
-        coming = max(k - 1, 0)
-        next_m = tl.load(m_ptr + column * m_down + coming * m_right, mask=column > coming, other=0.0)
-        next_w = tl.load(w_ptr + r * w_stride + coming, mask=inside, other=0.0)
-        next_t = tl.load(t_ptr + r * t_stride + coming, mask=inside, other=0.0)
-        next_scale = tl.load(scale_ptr + r * groups + owner, mask=inside, other=1.0)
-        next_zero = tl.load(zero_ptr + r * groups + owner, mask=inside, other=0.0)
-        owner = tl.load(owner_ptr + max(k - 2, 0))
-        code = _code(t + tl.sum(e * m[None, :], 1), scale, zero, LEVELS)
-        error = w - (code - zero) * scale
-        tl.store(q_ptr + r * q_stride + k, code.to(tl.uint8), mask=inside)
-        e = tl.where((column == k)[None, :], error[:, None], e)
-        m = next_m
-        w = next_w
-        t = next_t
-        scale = next_scale
-        zero = next_zero
-    tl.store(e_ptr + r[:, None] * e_stride + column[None, :], e, mask=inside[:, None])
+    several = tl.arange(0, C)
+    every = tl.arange(0, B)
+    first = (tl.program_id(0) * R).to(tl.int64)
+    column = tl.minimum(every, columns - 1)
+    groups = tl.load(owner_ptr + column) * rows + first
+    _fetch(w_ptr + column * rows + first)
+    _fetch(t_ptr + column * rows + first)
+    _fetch(scale_ptr + groups)
+    _fetch(zero_ptr + groups)
+    chunk = tl.maximum(columns - (columns - 1 - column) // C * C - C, 0)  # where the C columns begin that it is among
+    _fetch(m_ptr + column * m_down + chunk * m_right)
+    _fetch(m_ptr + tl.minimum(chunk + column % C, columns - 1) * m_down + chunk * m_right)
+    for top in range(columns - C, -C, -C):
+        ws = ()
+        us = ()
+        scales = ()
+        inverses = ()
+        zeros = ()
+        for i in tl.static_range(C):
+            k = max(top + C - 1 - i, 0)  # what is read twice where columns run out is not written
+            group = tl.load(owner_ptr + k) * rows + r
+            scale = tl.load(scale_ptr + group, mask=inside, other=1.0)
+            ws = ws + (tl.load(w_ptr + k * rows + r, mask=inside, other=0.0),)
+            us = us + (tl.load(t_ptr + k * rows + r, mask=inside, other=0.0),)
+            scales = scales + (scale,)
+            inverses = inverses + (1.0 / scale,)
+            zeros = zeros + (tl.load(zero_ptr + group, mask=inside, other=0.0),)
+        codes = ()
+        errors = ()
+        for i in tl.static_range(C):
+            m_row = m_ptr + max(top + C - 1 - i, 0) * m_right
+            u = us[i]
+            for j in tl.static_range(i):
+                u += errors[j] * tl.load(m_row + max(top + C - 1 - j, 0) * m_down)
+            code = tl.minimum(tl.maximum(libdevice.rint(u * inverses[i]) + zeros[i], 0.0), LEVELS * 1.0)
+            codes = codes + (code,)
+            errors = errors + (ws[i] - (code - zeros[i]) * scales[i],)
+        for i in tl.static_range(C):
+            k = top + C - 1 - i
+            tl.store(q_ptr + k * rows + r, codes[i].to(tl.uint8), mask=inside & (k >= 0))
+            tl.store(e_ptr + k * rows + r, errors[i], mask=inside & (k >= 0))
+        tl.debug_barrier()
+        if top > 0:
+            mine = top + several
+            behind = (every < top)[:, None] & inside[None, :]
+            e = tl.load(e_ptr + mine[:, None] * rows + r[None, :], mask=inside[None, :], other=0.0)
+            m = tl.load(
+                m_ptr + mine[None, :] * m_down + every[:, None] * m_right, mask=(every < top)[:, None], other=0.0
+            )
+            place = t_ptr + every[:, None] * rows + r[None, :]
+            t = tl.load(place, mask=behind, other=0.0)
+            tl.store(place, tl.dot(m, e, t, input_precision="tf32x3"), mask=behind)
+        tl.debug_barrier()

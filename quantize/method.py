@@ -60,7 +60,8 @@ def restored(x: Quantized | Nf4) -> Tensor:
 def output_squares(weight: Tensor, gram: Tensor | None) -> Tensor:
     """The mean square of each row's output, w H w^T, or of the row itself where there is no H: [rows]."""
     if gram is None:
-        return weight.square().sum(1)
-    if gram.dtype == weight.dtype:
+        return weight.float().square().sum(1)
+    if gram.dtype.itemsize > 2:
+        weight = weight.to(gram.dtype)
         return ((weight @ gram) * weight).sum(1)
     return (torch.mm(weight.to(gram.dtype), gram, out_dtype=torch.float32) * weight).sum(1)

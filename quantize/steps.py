@@ -16,11 +16,12 @@ from torch import Tensor
 from .awq import Scaled, fold, scalable, scale
 from .clip import best_shrink
 from .descent import descended, first_scale
+from .device import beside, rejoin
 from .family import Group
 from .gptq import DAMP, Factor, damping, factored, rescaled, round_columns
 from .gram import diagonal_blocks
 from .grid import Grid, Quantized, fit, groups, rows_of, split_rows, stacked
-from .judge import judged, nearest
+from .judge import judged, nearest, weighing
 from .method import Problem, Solution
 from .pull import pulled, push
 from .ranks import everyones, rank, sent, share, spread, total, world
@@ -103,12 +104,12 @@ def solve(
         fallbacks |= dict.fromkeys(group.linears, why) if why else {}
         lap("clip and rounding")
         searched = gram is not None and (steps.clip or steps.feedback)
-        if gram is not None and gram.is_cuda:
-            gram = gram.bfloat16()  # enough to weigh errors, at twice the speed
-        now, costs = judged(problem, moved, group, shares, rounded, aim, gram, grid, tried=searched)
+        weigh = weighing(gram)
+        del gram
+        now, costs = judged(problem, moved, group, shares, rounded, aim, weigh, grid, tried=searched)
         quantized |= now
         lost |= costs
-        del gram, rounded, aim  # the next group may be about to need the room
+        del weigh, rounded, aim  # the next group may be about to need the room
         lap("errors")
     names = [name for group in problem.groups for name in group.linears]
     errors: dict[str, float] = {}
@@ -144,6 +145,7 @@ def _factors(
     ties = scalable(problem) if steps.scale else {}
     found: dict[Group, Factor] = {}
     scales: dict[Group, Tensor] = {}
+    read = []  # by the descents, which take few of a GPU's processors: the next factor is begun beside them
     for group, gram in problem.grams.items():
         if owners[group] != rank() or not bool(gram.diagonal().any()):
             continue
@@ -155,10 +157,15 @@ def _factors(
         except ValueError:  # rounding meets it again, and says so
             continue
         if tied:
-            scales[group] = descended(weights, factor, grid, **tied)
+            read.append((torch.cat(weights) if weights[1:] else weights[0], factor))
+            with beside(gram.device):
+                scales[group] = descended([read[-1][0]], factor, grid, **tied)
         if not steps.pull:  # else H is taken anew when the group's turn comes
             found[group] = factor
         del factor
+    for gram in list(problem.grams.values())[:1]:
+        rejoin(gram.device)
+    del read
     for group, tie in ties.items():
         none = torch.ones(len(problem.grams[group]), device=problem.grams[group].device)
         fold(moved, group, sent(scales.get(group, none), owners[group]), tie, problem)
@@ -201,6 +208,7 @@ def _round(
     if pushed is not None:
         weight = aim = pulled(pushed, factor.follow, factor.pivots, factor.order).mul_(PULL).add_(weight)
     weight = weight[:, factor.order]
+    weight = weight.T.contiguous()  # one copy less at a time than in one line
     return round_columns(weight, factor.follow, factor.order, scale, zero, symmetric=grid.symmetric), aim, ""
 
 

@@ -31,7 +31,7 @@ def ours(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
     order = gptq.column_order(gram)
     scale, zero = grid_of(weight, grid)
     follow, _ = gptq.feedback(gram, order)
-    return gptq.round_columns(weight[:, order], follow, order, scale, zero, symmetric=grid.symmetric).q
+    return gptq.round_columns(weight[:, order].T.contiguous(), follow, order, scale, zero, symmetric=grid.symmetric).q
 
 
 def published(weight: Tensor, gram: Tensor, grid: Grid, *, block: int) -> Tensor:
@@ -102,7 +102,7 @@ def test_the_loss_falls_apart_into_rounding_errors() -> None:
     follow, _ = gptq.feedback(gram, order)
     assert torch.equal(follow.diagonal(), torch.ones(256, dtype=torch.float64))
     assert float(follow.triu(1).abs().max()) == 0
-    made = gptq.round_columns(weight[:, order], follow, order, scale, zero, symmetric=False)
+    made = gptq.round_columns(weight[:, order].T.contiguous(), follow, order, scale, zero, symmetric=False)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(256, dtype=gram.dtype)
     lower = torch.linalg.cholesky(damped[order][:, order])
     torch.testing.assert_close(follow, lower / lower.diagonal(), rtol=1e-9, atol=1e-12)

@@ -86,7 +86,7 @@ def test_error_feedback(grid: Grid, plain: pytest.MonkeyPatch) -> None:
     g = groups(weight, grid.group_size)
     scale, zero = fit(g.amin(-1), g.amax(-1), grid)
     order = gptq.column_order(gram)
-    given = (weight[:, order], gptq.feedback(gram, order)[0], order, scale, zero)
+    given = (weight[:, order].T.contiguous(), gptq.feedback(gram, order)[0], order, scale, zero)
     a = gptq.round_columns(*given, symmetric=grid.symmetric)
     _off(plain)
     b = gptq.round_columns(*given, symmetric=grid.symmetric)
@@ -153,7 +153,7 @@ def test_the_fast_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     scale, zero = fit(g.amin(-1), g.amax(-1), Grid())
     losses = []
     for follow in (exact, fast):
-        q = gptq.round_columns(weight, follow, order, scale, zero, symmetric=False)
+        q = gptq.round_columns(weight.T.contiguous(), follow, order, scale, zero, symmetric=False)
         back = torch.argsort(order)
         d = (dequantize(q) - weight[:, back]).double()
         losses.append(float(((d @ gram.double()) * d).sum()))
