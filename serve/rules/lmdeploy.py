@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...export.names import TEXT_ONLY
 from ...export.subject import Subject
 from .releases import new_enough
 from .rule import (
@@ -50,30 +51,16 @@ QWEN_VISION_HEADS = (64, 80)  # the head sizes that TurboMind's own Qwen2-VL enc
 
 # PyTorch engine: classes that hand quantization_config to the decoder, and those whose decoder looks for it in a
 # nested config that it is never copied to
-HANDED = frozenset(
-    {
-        "Qwen2VLForConditionalGeneration",
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLMoeForConditionalGeneration",
-        "InternVLForConditionalGeneration",
-        "InternS1ForConditionalGeneration",
-        "MiniCPMV",
-        "Phi3VForCausalLM",
-        "LlamaForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-        "MistralForCausalLM",
-        "MixtralForCausalLM",
-        "InternLM2ForCausalLM",
-        "InternLM3ForCausalLM",
-        "Phi3ForCausalLM",
-        "GemmaForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-    }
-)
+HANDED = frozenset(TEXT_ONLY) - {"Qwen2MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"} | {
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "InternS1ForConditionalGeneration",
+    "MiniCPMV",
+    "Phi3VForCausalLM",
+}
 NESTED = {
     "LlavaForConditionalGeneration": "text_config",
     "LlavaNextForConditionalGeneration": "text_config",
