@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 
 from .http import get
 
 TIMEOUT = 600.0  # seconds for one answer
+# by name: openai has its HTTP client from httpx or httpx2, as its version will; the server was there, and is gone
+BROKEN_OFF = ("RemoteProtocolError", "ReadError")
 SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
@@ -89,7 +90,7 @@ def plain_errors(url: str) -> Iterator[None]:
     except openai.APITimeoutError:
         raise OSError(f"the server at {url} did not answer in time; is it busy, or the answer too long?") from None
     except openai.APIConnectionError as e:
-        if isinstance(e.__cause__, httpx.RemoteProtocolError | httpx.ReadError):  # it was there, and is gone
+        if type(e.__cause__).__name__ in BROKEN_OFF:
             raise RuntimeError(f"the server at {url} broke off its answer; its log tells whether it died") from None
         raise OSError(f"no server answers at {url}; start one with `mmq serve ARTIFACT`") from None
     except (openai.AuthenticationError, openai.PermissionDeniedError):

@@ -26,6 +26,7 @@ from .http import get
 from .log import why_it_died
 
 GRACE = 15.0  # seconds between SIGTERM and SIGKILL, after those that requests under way have
+LEFT_BEHIND = 3.0  # seconds between the two for what is left of an engine that died
 BROKEN_OFF = 8.0  # seconds; vLLM's server notices within five that its core is dead, and ends then
 DIED = "the engine died"
 LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
@@ -139,8 +140,8 @@ def _started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
                 yield process
             finally:
                 closed.touch()
-                try:
-                    end(process, grace=grace)
+                try:  # what a dead engine left behind would answer nobody
+                    end(process, grace=grace if process.poll() is None else LEFT_BEHIND)
                 finally:
                     watch.kill()
 
