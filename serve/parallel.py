@@ -17,6 +17,7 @@ from .shares import undealt
 
 PORT = 29501  # of the first machine, where the others find it; vLLM's own for `--master-port`
 RAY_PORT = 6379
+OPEN = "open between them and to nobody else: vLLM trusts what comes there (and at ports that it chooses itself)"
 SIZES = (  # field, flag, its short spelling, why
     ("tp", "--tensor-parallel-size", "-tp", "each layer over so many cards"),
     ("pp", "--pipeline-parallel-size", "-pp", "the layers in so many stages"),
@@ -154,7 +155,7 @@ def node_flags(spread: Spread) -> list[Flag]:
         flags.append(Flag("--nnodes", str(spread.nodes), "machines that share the model", ("-n",)))
         flags.append(Flag("--node-rank", str(spread.rank), "which of them this is", ("-r",)))
         flags.append(Flag("--master-addr", str(spread.head), "where the others find the first"))
-        flags.append(Flag("--master-port", str(spread.port), "and its port, which must be open between them"))
+        flags.append(Flag("--master-port", str(spread.port), f"and its port, {OPEN}"))
     elif spread.nodes > 1:
         each = spread.dp // spread.nodes
         flags.append(Flag("--data-parallel-size-local", str(each), "replicas on this machine", ("-dpl",)))
@@ -162,7 +163,7 @@ def node_flags(spread: Spread) -> list[Flag]:
             first = str(spread.rank * each)
             flags.append(Flag("--data-parallel-start-rank", first, "the first of them, counted over all", ("-dpr",)))
         flags.append(Flag("--data-parallel-address", str(spread.head), "where the others find the first", ("-dpa",)))
-        flags.append(Flag("--data-parallel-rpc-port", str(spread.port), "and its port, open between them", ("-dpp",)))
+        flags.append(Flag("--data-parallel-rpc-port", str(spread.port), f"and its port, {OPEN}", ("-dpp",)))
     if spread.headless:
         flags.append(Flag("--headless", None, "this machine computes; the first one answers requests"))
     return flags

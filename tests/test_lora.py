@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapters import ATTENTION, MLP, merge, write_adapter
 from safetensors.torch import save_file
+from test_cli import Run, mmq  # noqa: F401  (a fixture)
 
 from mmq.bench.served import answer_logprobs
 from mmq.bench.walked import walk_both
@@ -23,7 +24,7 @@ from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
 from mmq.serve.bill import Ask, parts_of, read_model
 from mmq.serve.cards import card_named
-from mmq.serve.client import connect
+from mmq.serve.client import ask, connect, user_message
 from mmq.serve.engines import plan
 from mmq.serve.launch import free_port, running
 from mmq.serve.lora import lora_bytes, lora_flags, rank_of, read_adapter, read_adapters
@@ -160,7 +161,13 @@ def test_names_are_told_apart(pebble: Path, colour: Path) -> None:
 @needs_vllm
 @pytest.mark.parametrize("kind", ["awq", pytest.param("16 bit", marks=pytest.mark.slow)])
 def test_an_adapter_says_what_the_merged_weights_say(
-    kind: str, artifact: Callable[..., Path], pebble: Path, colour: Path, shape: Path, tmp_path: Path
+    kind: str,
+    mmq: Run,  # noqa: F811
+    artifact: Callable[..., Path],
+    pebble: Path,
+    colour: Path,
+    shape: Path,
+    tmp_path: Path,
 ) -> None:
     base = artifact("awq") if kind == "awq" else pebble
     asked = list(samples("test", 6, tasks=["describe", "word", "text"]))
@@ -188,6 +195,12 @@ def test_an_adapter_says_what_the_merged_weights_say(
                 answer_logprobs(client, name, s, count=t.kl.numel(), behind=t.behind)
                 for s, t in zip(asked, tokens, strict=True)
             ]
+        words = "What do you see?"
+        talk = [user_message(words)]
+        answers = {name: ask(client, talk, model=name, max_tokens=16).text for name in (server.name, *adapters)}
+        assert len(set(answers.values())) == 3
+        code, out, err = mmq("infer", server.url, words, "--model", "shape", "--max-tokens", "16")
+        assert (code, out.strip()) == (0, answers["shape"].strip()), err
     own = [(-t.nll_before).tolist() for t in walked["colour"].tokens]
     assert apart(said[server.name], own) <= LIMIT / 20
     for name, walk in walked.items():
