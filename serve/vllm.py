@@ -23,9 +23,11 @@ from .parallel import Spread, check_spread, encoder_flags, node_flags, size_flag
 from .plan_flags import asked_in
 from .planner import MIN_CONTEXT, planned
 from .programs import find_program, packages_beside
+from .rules.rule import release
 from .rules.vllm_shapes import vision_heads
 from .shape import Shape, context_length, kv_token_bytes, read_shape, tokens_in
 
+RUNNER_COUNTS = (0, 29)  # the release since which vLLM's newer model runner sets memory aside for all that it will take
 CPU_CONTEXT = 8192  # tokens; a CPU prefills slowly, and eight such sequences bound the cache
 CPU_SEQUENCES = 8
 FEW_CORES = 4
@@ -81,6 +83,7 @@ def vllm(
     variables: dict[str, tuple[str, str]] = {}
     if device == "cuda":
         flags += _cuda_flags(target, machine, max_model_len, extra, spread, adapters)
+        variables = _runner(shape, packages)
     else:
         more, variables = _cpu_flags(shape, machine, max_model_len, extra, spread, subject)
         flags += more
@@ -118,6 +121,20 @@ def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
             f"a bitsandbytes checkpoint under vLLM {version} needs {' and '.join(missing)}: "
             f"`pip install {' '.join(missing)}` in the engine's environment"
         )
+
+
+def _runner(shape: Shape, packages: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """vLLM's older model runner for models with pictures, where the newer one measures its memory without them.
+
+    Read in v1/worker/gpu/model_runner.py of 0.26 to 0.30 and 0.32: `profile_run` looks at pictures since 0.27,
+    `profile_cudagraph_memory` tells more than 0 since 0.29. The older one (gpu_model_runner.py) does both.
+    """
+    version = packages.get("vllm")
+    if version is None or not shape.vision or release(version) >= RUNNER_COUNTS:
+        return {}
+    missing = "pictures and CUDA graphs" if release(version) < (0, 27) else "CUDA graphs"
+    why = f"the newer runner of vLLM {version} sets no memory aside for {missing}"
+    return {"VLLM_USE_V2_MODEL_RUNNER": ("0", why)}
 
 
 def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:

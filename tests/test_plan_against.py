@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from environments import environment
 
 from mmq.bench import hollow
 from mmq.bench.plan_against import Held, hold, row
 from mmq.export.subject import read_subject
 from mmq.serve.bill import Ask, read_model
 from mmq.serve.cards import card_named
+from mmq.serve.engines import plan
 from mmq.serve.machine import GIB, Gpu, Machine
 from mmq.serve.planner import planned
 from mmq.serve.rules.verdicts import chosen, verdicts
@@ -84,3 +86,16 @@ def test_errors_are_relative_to_the_engine() -> None:
     assert held.failure == "tokens -11.0%"
     assert replace(held, tokens=900).failure == ""
     assert replace(held, engine_weights=None).failure == "the engine does not tell its weights, tokens -11.0%"
+
+
+@pytest.mark.parametrize(
+    ("version", "missing"), [("0.26.0", "pictures and CUDA graphs"), ("0.28.1", "CUDA graphs"), ("0.29.0", "")]
+)
+def test_the_runner_that_measures_all_of_its_memory(pebble: Path, tmp_path: Path, version: str, missing: str) -> None:
+    """What the plan counts is what the engine counts; the user's own environment wins."""
+    program = environment(tmp_path, "vllm", f"vllm-{version}")
+    launch = plan("vllm", pebble, machine=HERE, engine_bin=program, environ={})
+    assert launch.env.get("VLLM_USE_V2_MODEL_RUNNER") == ("0" if missing else None)
+    assert bool(missing) == any(f"sets no memory aside for {missing}" in why for _, why in launch.reasons if missing)
+    theirs = plan("vllm", pebble, machine=HERE, engine_bin=program, environ={"VLLM_USE_V2_MODEL_RUNNER": "1"})
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in theirs.env
