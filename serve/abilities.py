@@ -85,7 +85,7 @@ def _lmdeploy(program: Path, packages: Mapping[str, str], machine: Machine) -> A
 
 def _pytorch(program: Path, packages: Mapping[str, str], machine: Machine) -> Ability:
     python = python_of(program)
-    if missing := missing_beside(packages):
+    if missing := missing_beside(python, packages):
         why = f"{python} has no {', '.join(missing)}"
         return Ability("pytorch", False, why, mend=_install(program, "'mmq-toolkit[pytorch]'"))
     gpu = machine.gpus and "+cpu" not in packages.get("torch", "")

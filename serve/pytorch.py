@@ -6,8 +6,10 @@ stays in 4 bit. The flags are those of transformers 5.19.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ def pytorch(
     subject = read_subject(target)
     program = python_of(find_program("pytorch", environ, named=engine_bin))
     packages = packages_beside(program)
-    if missing := missing_beside(packages):
+    if missing := missing_beside(program, packages):
         line = f"`{program} -m pip install 'mmq-toolkit[pytorch]'`"
         raise OSError(f"the engine pytorch has no {', '.join(missing)} in the environment of {program}: {line}")
     host = given(extra, "--host") or host
@@ -76,8 +78,10 @@ def pytorch(
     return launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
 
 
-def missing_beside(packages: Mapping[str, str]) -> list[str]:
+def missing_beside(python: Path, packages: Mapping[str, str]) -> list[str]:
     """What the engine needs and is not there; empty where it is not known what is there."""
+    if python.absolute() == Path(sys.executable).absolute():  # this very one, which may have packages from anywhere
+        return [name for name in NEEDS[:-1] if importlib.util.find_spec(name) is None]
     return [name for name in NEEDS if packages and name not in packages]
 
 

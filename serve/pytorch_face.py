@@ -25,6 +25,11 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+TEXTS = ("text", "input_text", "output_text")
+MEDIA = {  # a part's type as people write it -> as transformers has it
+    **dict.fromkeys(("image_url", "image", "input_image"), "image_url"),
+    **dict.fromkeys(("video_url", "video"), "video_url"),
+}
 # ours and other servers' that only say how the answer is sent, and whose
 LEFT_OUT = frozenset(
     {
@@ -80,31 +85,45 @@ def asked(body: Mapping[str, Any], *, name: str) -> Asked:
         raise ValueError(f"top_logprobs is {top!r}; it must be 0 to {MAX_LOGPROBS}")
     else:
         count = top
-    for message in kept.get("messages") or ():
-        check_media(message)
+    loaded = (kept.pop("media_io_kwargs", None) or {}).get("video") or {}
+    frames = {key: loaded[key] for key in ("fps", "num_frames") if loaded.get(key) is not None}
+    if frames:  # vLLM's words; transformers takes one of the two
+        first = "fps" if "fps" in frames else "num_frames"
+        kept["chat_template_kwargs"] = {**(kept.get("chat_template_kwargs") or {}), first: frames[first]}
+    if chat:
+        kept["messages"] = [plain_message(message) for message in kept["messages"]]
     return Asked(kept, count)
 
 
-def check_media(message: Any) -> None:
-    """ValueError where a message is none, or names a medium in another way than by a data URL: transformers would read
-    any file of this machine, and follow any redirect."""
+def plain_message(message: Any) -> dict[str, Any]:
+    """A message whose parts are text, image_url and video_url; those of other spellings ({"type": "image", "image":
+    URL}) turned into them. ValueError where it is no message, or a medium is named in another way than by a data URL:
+    transformers would read any file of this machine, and follow any redirect."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError("a message must have a role and a content")
     content = message.get("content")
-    for part in content if isinstance(content, list) else ():
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise ValueError("a part of a message must have a type, as text or image_url")
-        if kind in ("text", "input_text", "output_text"):
-            if not isinstance(part.get("text"), str):
-                raise ValueError("a part of type text must have a text")
-            continue
-        held = part.get(kind)
-        url = held.get("url") if isinstance(held, dict) else None
-        if kind not in ("image_url", "video_url"):
-            raise ValueError(f"the pytorch engine takes parts of type text, image_url and video_url, not {kind!r}")
-        if not isinstance(url, str) or not url.startswith("data:"):
-            raise ValueError(f"a part of type {kind} must have a url of this medium, {{'{kind}': {{'url': ...}}}}")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [plain_part(part) for part in content]}
+
+
+def plain_part(part: Any) -> dict[str, Any]:
+    """One part of a message, as `plain_message` wants it."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError("a part of a message must have a type, as text or image_url")
+    if kind in TEXTS:
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of type {kind} must have a text")
+        return {"type": "text", "text": part["text"]}
+    if kind not in MEDIA:
+        raise ValueError(f"the pytorch engine takes parts of type text, image_url and video_url, not {kind!r}")
+    name = MEDIA[kind]
+    held = next((part[key] for key in (kind, name, name.removesuffix("_url"), "url") if key in part), None)
+    url = held.get("url") if isinstance(held, dict) else held
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise ValueError(f"a part of type {name} must have a url of this medium, {{'{name}': {{'url': ...}}}}")
+    return {"type": name, name: {"url": url}}
 
 
 def failure(why: str, status: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mmq.recipes.samples import Sample, as_openai
 from mmq.serve.engines import plan
 from mmq.serve.launch import Server, free_port, running
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
-from mmq.serve.pytorch_face import asked, check_media, failure
+from mmq.serve.pytorch_face import asked, failure, plain_part
 
 needs_server = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="transformers[serving] is absent")
 KINDS = {
@@ -148,13 +148,23 @@ def test_videos(served_as: tuple[Path, Server], tmp_path: Path) -> None:
     writer.release()
     url = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
     parts = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "What is in the video?"}]
-    reply = client_of(served_as[1]).chat.completions.create(
-        model=served_as[1].name,
-        messages=[{"role": "user", "content": parts}],  # pyright: ignore
-        max_tokens=30,
-        temperature=0,
-    )
-    assert "red" in (reply.choices[0].message.content or "")
+    client = client_of(served_as[1])
+
+    def asked_with(**extra: object) -> tuple[str, int]:
+        reply = client.chat.completions.create(
+            model=served_as[1].name,
+            messages=[{"role": "user", "content": parts}],  # pyright: ignore
+            max_tokens=30,
+            temperature=0,
+            extra_body=extra,
+        )
+        assert reply.usage is not None
+        return reply.choices[0].message.content or "", reply.usage.prompt_tokens
+
+    text, length = asked_with()
+    assert "red" in text
+    less = asked_with(media_io_kwargs={"video": {"fps": 2}})[1]  # as vLLM takes it: half of the four a second
+    assert less < length
 
 
 def picture(data: bytes) -> list[dict[str, object]]:
@@ -176,7 +186,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"max_tokens": 10**6}, 400, "context is 4096 tokens"),
         ({"messages": [{"role": "user", "content": "hello " * 5000}]}, 400, "context is 4096 tokens"),
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
-        ({"messages": picture(b"no picture")}, 400, "decode"),
+        ({"messages": picture(b"no picture")}, 400, "picture"),
         ({"messages": [{"content": "hello"}]}, 400, "role"),
         ({"temperature": "warm"}, 400, "temperature"),
         ({"no_such_field": 1}, 422, "no_such_field"),
@@ -217,11 +227,19 @@ def test_what_is_asked_in_other_words() -> None:
     for wrong in ({"stream": True}, {"top_logprobs": 50}, {"messages": None, "prompt": "x"}):
         with pytest.raises(ValueError, match="logprobs"):
             asked(body | {"logprobs": True} | wrong, name="it")
+    sampled = {"media_io_kwargs": {"video": {"fps": 1.0, "max_frames": 8, "num_frames": 8}}}
+    assert asked(body | sampled, name="it").body["chat_template_kwargs"] == {"fps": 1.0}
     with pytest.raises(ValueError, match="neither messages"):
         asked({}, name="it")
     for url in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1/x.png", 7):
         with pytest.raises(ValueError, match="must have a url"):
-            check_media({"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]})
+            plain_part({"type": "image_url", "image_url": {"url": url}})
+    one = {"type": "image_url", "image_url": {"url": "data:x"}}
+    for part in (one, {"type": "image", "image": "data:x"}, {"type": "input_image", "image_url": "data:x"}):
+        assert plain_part(part) == one
+    assert plain_part({"type": "video", "video": "data:x"}) == {"type": "video_url", "video_url": {"url": "data:x"}}
+    with pytest.raises(ValueError, match="not 'audio_url'"):
+        plain_part({"type": "audio_url", "audio_url": {"url": "data:x"}})
     assert failure("x", 404)["error"]["type"] == "NotFoundError"
 
 
