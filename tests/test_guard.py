@@ -98,7 +98,7 @@ class Client:
 
 
 def test_it_stands_alone_and_loads_fast() -> None:
-    own = {"mmq_guard", "mmq_fetch", "mmq_media", "mmq_settings"}
+    own = {"mmq_guard", "mmq_fetch", "mmq_media", "mmq_parts", "mmq_settings"}
     for path in (INSIDE / f"{name}.py" for name in own):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -110,6 +110,30 @@ def test_it_stands_alone_and_loads_fast() -> None:
         for _ in range(3)
     ]
     assert min(float(run.stdout) for run in runs) < 0.5
+
+
+def test_other_forms_arrive_as_openais(serve: Callable[..., Client]) -> None:
+    client = serve()
+    url = f"data:image/png;base64,{PIXEL}"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    text = {"type": "text", "text": "what?"}
+    for content, beside in (
+        ([{"type": "image", "image": url}, text], {}),
+        ([{"type": "image_url", "image_url": url}, text], {}),
+        ("<image>what?", {"images": [url]}),
+        ("what?", {"images": [{"url": url}]}),
+        ([{"type": "image"}, text], {"images": url}),
+    ):
+        status, got = client.send({"messages": [{"role": "user", "content": content}], "n": 1} | beside)
+        assert (status, json.loads(got)) == (200, {"messages": [{"role": "user", "content": [image, text]}], "n": 1})
+    anthropic = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}}
+    body = json.dumps({"messages": [{"role": "user", "content": [anthropic]}]})
+    assert client.send(body.encode()) == (200, body)
+    there = {"messages": [{"role": "user", "content": "<image><image>"}], "images": [url]}
+    assert "more <image> tags" in client.refused(there)
+    assert "images must be a list" in client.refused(there | {"images": [3]})
+    sized = {"type": "image", "image": url, "max_pixels": 1}
+    assert "max_pixels of a part" in client.refused({"messages": [{"role": "user", "content": [sized]}]})
 
 
 def test_what_is_fine_arrives_as_it_was_sent(serve: Callable[..., Client]) -> None:

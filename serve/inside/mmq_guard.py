@@ -23,6 +23,7 @@ from typing import Any
 
 from mmq_fetch import FETCH_SECONDS, Target
 from mmq_media import MIME, as_data_url, check_sent, media_in, read_local
+from mmq_parts import rewritten
 from mmq_settings import Allowance, Refused, Settings, mebibytes, settings_of
 
 OPEN = ("/health", "/ping")  # answered without the key: they say that the server lives, and nothing else
@@ -109,13 +110,13 @@ class Guard:
             self.arriving -= size
 
     async def _judged(self, body: bytes, headers: Mapping[str, str]) -> bytes:
-        """The body as it is handed on: its own bytes, or with the media in it that it only named."""
+        """The body as it is handed on: its own bytes, or in OpenAI's form, with the media in it that it only named."""
         loop = asyncio.get_running_loop()
         if len(body) <= SMALL:
-            tree, named = self._media_of(body, headers)
+            tree, named, changed = self._media_of(body, headers)
         else:
-            tree, named = await loop.run_in_executor(self.readers, self._media_of, body, headers)
-        if not named:
+            tree, named, changed = await loop.run_in_executor(self.readers, self._media_of, body, headers)
+        if not named and not changed:
             return body
         allowance = Allowance(self.settings.max_body)
         jobs = [asyncio.ensure_future(self._data_url(url, kind, allowance)) for _, _, kind, url in named]
@@ -129,8 +130,9 @@ class Guard:
             holder[key] = url
         return await loop.run_in_executor(self.readers, lambda: json.dumps(tree).encode("ascii"))
 
-    def _media_of(self, body: bytes, headers: Mapping[str, str]) -> tuple[Any, list[Named]]:
-        """The request's JSON and the media that it names. Refused for media that cannot be, and for broken JSON.
+    def _media_of(self, body: bytes, headers: Mapping[str, str]) -> tuple[Any, list[Named], bool]:
+        """The request's JSON, the media that it names, and whether it had another form than OpenAI's. Refused for media
+        that cannot be, and for broken JSON.
 
         What is no JSON by its content type and its bytes, as a file's upload is, is the engine's matter.
         """
@@ -141,7 +143,11 @@ class Guard:
         except ValueError as e:  # its text or its encoding
             if headers.get("content-type", "json").partition(";")[0].strip().lower().endswith("json"):
                 raise Refused(400, f"the request is not valid JSON: {e}") from None
-            return None, []
+            return None, [], False
+        try:
+            changed = rewritten(tree)
+        except (ValueError, RecursionError) as e:
+            raise Refused(400, str(e)) from None
         named: list[Named] = []
         for count, (holder, key, kind, raw) in enumerate(media_in(tree)):
             if count == self.settings.max_media:
@@ -153,7 +159,7 @@ class Guard:
                 named.append((holder, key, kind, value))
             else:
                 raise Refused(400, f"a medium is no data:, http(s): or file: URL: {value[:60]!r}")
-        return tree, named
+        return tree, named, changed
 
     async def _data_url(self, url: str, kind: str, allowance: Allowance) -> str:
         """A medium that is named as a data URL. Refused when it may not be had, or cannot."""
