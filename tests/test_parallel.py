@@ -29,7 +29,7 @@ from mmq.export.subject import read_subject
 from mmq.export.view import view
 from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
-from mmq.serve.client import ask, connect, metrics, user_message
+from mmq.serve.client import ask, cache_tokens, connect, metrics, user_message
 from mmq.serve.engines import lines, plan
 from mmq.serve.flags import Launch
 from mmq.serve.launch import Server, free_port, running
@@ -37,6 +37,7 @@ from mmq.serve.lora import lora_bytes
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
 from mmq.serve.parallel import Spread, check_spread, encoder_flags, spread_of
 from mmq.serve.rules import vllm_classes
+from mmq.serve.shape import kv_token_bytes
 
 LIMIT = 0.05  # nats, the largest difference of any answer token's logprob
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -350,6 +351,9 @@ def test_two_processes_share_each_layer(
 ) -> None:
     with running(planned_here(artifact("awq"), tp=2), timeout=400, log_path=tmp_path / "log") as server:
         assert distance(server, expected) <= LIMIT
+        each = kv_token_bytes(read_subject(artifact("awq")).config, tp=2)
+        space = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * GIB  # of each process
+        assert cache_tokens(metrics(server.url)) == pytest.approx(space / each, rel=0.01)
     assert "Worker_TP1" in (tmp_path / "log").read_text()
 
 
