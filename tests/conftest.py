@@ -53,12 +53,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def served(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """AWQ pebble under the real vLLM, one server for all tests."""
+    """AWQ pebble under the real vLLM, one server for all tests; they have media on this machine."""
     from mmq.serve.engines import plan
     from mmq.serve.launch import free_port, running
     from mmq.serve.machine import this_machine
+    from mmq.serve.safety import Safety
 
     log = tmp_path_factory.mktemp("served") / "vllm.log"
-    launch = plan("vllm", artifact("awq"), machine=this_machine(), port=free_port())
+    safety = Safety(media_networks=("127.0.0.0/8",))
+    launch = plan("vllm", artifact("awq"), machine=this_machine(), port=free_port(), safety=safety)
     with running(launch, timeout=300, log_path=log) as server:
         yield server
