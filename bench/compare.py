@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Tell, silent
-from ..serve.engines import plan
+from ..serve.engines import plan, weights_kept
 from ..serve.flags import Launch, shell_line
 from ..serve.footprint import footprint
 from ..serve.launch import START_TIMEOUT, free_port, running
@@ -27,7 +27,7 @@ from .speed import CPU_LOAD, Load
 SPREAD = 1.25  # fastest run over slowest: beyond it the rates are not to be trusted
 CONTEXT = 2048  # tokens, as the field's own tables have it
 # random prompts would hit no cache, but warm-ups and repetitions may: switched off, so every run does all its work
-SAME_FOR_ALL = ("--no-enable-prefix-caching",)
+SAME_FOR_ALL = {"vllm": ("--no-enable-prefix-caching",)}  # the other engines keep no prefix unless told to
 
 
 def compare(
@@ -60,7 +60,7 @@ def compare(
     load = load or (Load() if machine.gpus else CPU_LOAD)
     created = now()
     place = out / "-".join([re.sub(r"\W", "", created[:19]), *(s.label for s in subjects)])
-    flags, budgeted = _budget_flags(machine, vram, extra)
+    flags, budgeted = _budget_flags(engine, machine, vram, extra)
     described, numbers, raw, packages = {}, {}, {}, {}
     for subject in subjects:
         launch = plan(
@@ -87,7 +87,14 @@ def compare(
             taken = footprint(server)
         numbers[subject.label] = {
             **speed.figures(runs),
-            **memory.figures(subject.path, budget=vram, context=context, measured=taken, same_budget=budgeted),
+            **memory.figures(
+                subject.path,
+                budget=vram,
+                context=context,
+                measured=taken,
+                same_budget=budgeted,
+                weights=weights_kept(engine, subject.path),
+            ),
             "startup": Figure(server.startup_s, "s", "measured"),
         }
         raw[subject.label] = {"runs": [dataclasses.asdict(r) for r in runs], "footprint": dataclasses.asdict(taken)}
@@ -113,10 +120,16 @@ def compare(
     return report, place
 
 
-def _budget_flags(machine: Machine, vram: int, extra: Sequence[str]) -> tuple[tuple[str, ...], bool]:
-    """Flags for all servers, and whether they hold the engine to `vram` bytes: only a GPU with that much free can."""
-    flags = (*SAME_FOR_ALL, *extra)
-    if not machine.gpus or vram > 0.97 * machine.gpus[0].free or "--gpu-memory-utilization" in extra:
+def _budget_flags(engine: str, machine: Machine, vram: int, extra: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """Flags for all servers, and whether they hold the engine to `vram` bytes: only vLLM on a GPU with that much free
+    can."""
+    flags = (*SAME_FOR_ALL.get(engine, ()), *extra)
+    if (
+        engine != "vllm"
+        or not machine.gpus
+        or vram > 0.97 * machine.gpus[0].free
+        or "--gpu-memory-utilization" in extra
+    ):
         return flags, False
     return ("--gpu-memory-utilization", f"{vram / machine.gpus[0].memory:.4f}", *flags), True
 
@@ -127,8 +140,9 @@ def _describe(subject: Subject, launch: Launch) -> dict[str, Any]:
         manifest = subject.artifact.manifest
         described |= {k: manifest.get(k) for k in ("name", "method", "format", "group_size", "base")}
     # as a reader would type it: the program by its name, the checkpoint by its own
-    program, serve, _, *flags = launch.argv
-    typed = (Path(program).name, serve, subject.shown, *flags)
+    program, *words = launch.argv
+    first = next((at for at, word in enumerate(words) if word.startswith("--")), len(words))  # the folder stands before
+    typed = (Path(program).name, *words[: first - 1], subject.shown, *words[first:])
     return described | {"command": shell_line(dataclasses.replace(launch, argv=typed))}
 
 

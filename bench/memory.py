@@ -34,16 +34,17 @@ def weight_bytes(folder: Path) -> int:
     return read_weights(read_subject(folder)).total
 
 
-def fit(folder: Path, *, budget: int, context: int, cache_tokens: int | None = None) -> Fit:
+def fit(folder: Path, *, budget: int, context: int, cache_tokens: int | None = None, weights: int | None = None) -> Fit:
     """What the checkpoint in `folder` does with `budget` bytes, `context` tokens a sequence.
 
     `cache_tokens` is an engine's own count for this budget, taken instead of the arithmetic (budget less weights
-    less a reserve of 10%, divided by the bytes of a token).
+    less a reserve of 10%, divided by the bytes of a token); `weights` its bytes of them, where those differ from the
+    files'.
     """
     if context < 1:
         raise ValueError(f"the context is {context}; it must be at least 1 token")
     config = read_config(folder)
-    weights, kv_token = weight_bytes(folder), kv_token_bytes(config)
+    weights, kv_token = weights or weight_bytes(folder), kv_token_bytes(config)
     cache = max(0, int(budget * (1 - RESERVE)) - weights)
     tokens = cache_tokens if cache_tokens is not None else tokens_in(cache, kv_token)
     if cache_tokens is not None:
@@ -52,14 +53,21 @@ def fit(folder: Path, *, budget: int, context: int, cache_tokens: int | None = N
 
 
 def figures(
-    folder: Path, *, budget: int, context: int, measured: Footprint | None = None, same_budget: bool = False
+    folder: Path,
+    *,
+    budget: int,
+    context: int,
+    measured: Footprint | None = None,
+    same_budget: bool = False,
+    weights: int | None = None,
 ) -> dict[str, Figure]:
     """Model memory, cache bytes a token, max length and max batch, and the server's memory where it was measured.
 
-    `same_budget` says that the engine ran with just this budget, so that its cache's size is the measured answer.
+    `same_budget` says that the engine ran with just this budget, so that its cache's size is the measured answer;
+    `weights` as in `fit`.
     """
     tokens = measured.cache_tokens if measured and same_budget else None
-    found = fit(folder, budget=budget, context=context, cache_tokens=tokens)
+    found = fit(folder, budget=budget, context=context, cache_tokens=tokens, weights=weights)
     how = "measured" if tokens is not None else "computed"
     loaded = measured.weights if measured else None
     result = {

@@ -15,7 +15,7 @@ from .flags import Launch, number, shell_line
 from .lmdeploy import lmdeploy
 from .parallel import ray_lines, spread_of
 from .programs import packages_beside
-from .pytorch import pytorch
+from .pytorch import pytorch, restored_bytes
 from .rules.rule import judge
 from .rules.verdicts import PLACES, setting_of
 from .safety import USUAL, Safety, guarded
@@ -66,6 +66,11 @@ def lines(engine: str, target: Path, *, nodes: int | None = None, **options: Any
         return [*ray_lines(spread), ("machine 0, then", shell_line(plan(engine, target, **options)))]
     each = [plan(engine, target, **{**options, "node_rank": rank}) for rank in range(nodes)]
     return [(f"machine {rank}", shell_line(launch)) for rank, launch in enumerate(each)]
+
+
+def weights_kept(engine: str, target: Path) -> int | None:
+    """Bytes of weights that the engine keeps in memory, where they are not those of the files."""
+    return restored_bytes(read_subject(target)) if engine == "pytorch" else None
 
 
 def _refuse(engine: str, target: Path, launch: Launch) -> None:

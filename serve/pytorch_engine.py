@@ -146,6 +146,8 @@ class Bounded:
                 f"the model's context is {self.context} tokens; the prompt's {length}{more} are more: ask for less"
             )
         config.max_new_tokens = given or self.context - length
+        if UNDER_WAY.get()["asked"].ignore_eos:
+            config.eos_token_id = None
         UNDER_WAY.get()["generating"] = True
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:

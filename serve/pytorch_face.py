@@ -48,10 +48,12 @@ LEFT_OUT = frozenset(
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as transformers takes it; `logprobs`: None, or how many of the likeliest tokens go with each."""
+    """A request as transformers takes it; `logprobs`: None, or how many of the likeliest tokens go with each;
+    `ignore_eos`: the answer is as long as it may be, which is for measuring."""
 
     body: dict[str, Any]
     logprobs: int | None = None
+    ignore_eos: bool = False
 
 
 def asked(body: Mapping[str, Any], *, name: str) -> Asked:
@@ -85,6 +87,7 @@ def asked(body: Mapping[str, Any], *, name: str) -> Asked:
         raise ValueError(f"top_logprobs is {top!r}; it must be 0 to {MAX_LOGPROBS}")
     else:
         count = top
+    endless = bool(kept.pop("ignore_eos", False))
     loaded = (kept.pop("media_io_kwargs", None) or {}).get("video") or {}
     frames = {key: loaded[key] for key in ("fps", "num_frames") if loaded.get(key) is not None}
     if frames:  # vLLM's words; transformers takes one of the two
@@ -92,7 +95,7 @@ def asked(body: Mapping[str, Any], *, name: str) -> Asked:
         kept["chat_template_kwargs"] = {**(kept.get("chat_template_kwargs") or {}), first: frames[first]}
     if chat:
         kept["messages"] = [plain_message(message) for message in kept["messages"]]
-    return Asked(kept, count)
+    return Asked(kept, count, endless)
 
 
 def plain_message(message: Any) -> dict[str, Any]:
