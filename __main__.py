@@ -407,7 +407,8 @@ def serve(
         if not launch.serves:
             click.secho(f"computing for {server.url} (Ctrl-C here ends this machine's part)", fg="green", err=True)
             return
-        line = f"ready after {server.startup_s:.0f} s: {server.url}/v1, model {server.name}"
+        names = ", ".join([server.name, *(item.partition("=")[0] for item in options["lora"])])
+        line = f"ready after {server.startup_s:.0f} s: {server.url}/v1, model {names}"
         click.secho(f"\n{line}", fg="green", err=True)
         next_step(f'mmq infer {server.url} "What is in the picture?" --image PICTURE   (Ctrl-C here ends the server)')
 
