@@ -124,6 +124,8 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
             elsewhere = ask.pp > 1 and name in ends and name != larger
             why = "another stage's of the pipeline" if elsewhere else "the files' headers"
             found.append(Part(f"weights: {name}", math.ceil(size / (1 if whole else ask.tp)), why, not elsewhere))
+    beside = math.ceil(model.weights.rounding / (ask.tp * ask.pp)) + overhead.rotary_bytes(model.config)
+    found.append(Part("weights: beside them", beside, "PyTorch's blocks of 2 MiB, and the table of positions"))
     if ask.lora_slots:
         size = lora_bytes(model.subject, rank=ask.lora_rank, slots=ask.lora_slots, tp=ask.tp)
         why = f"{ask.lora_slots} x rank {ask.lora_rank}, beside every linear of the decoder"

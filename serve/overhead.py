@@ -49,6 +49,17 @@ def widths(config: Mapping[str, Any]) -> tuple[int, int, int]:
         raise ValueError(f"config.json does not tell the decoder's size: {e} is missing or not a number") from None
 
 
+def rotary_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of the decoder's table of sines and cosines: a row for each position; four times as many where positions
+    have three parts (MRotaryEmbedding in vLLM's rotary_embedding/mrope.py). 0 where the config does not tell."""
+    text = text_config(config)
+    heads = int(text.get("num_attention_heads") or 0)
+    rope: Any = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    width = int(text.get("head_dim") or int(text.get("hidden_size") or 0) // max(heads, 1))
+    parts = 4 if isinstance(rope, Mapping) and rope.get("mrope_section") else 1
+    return parts * int(text.get("max_position_embeddings") or 0) * width * ITEM
+
+
 def profiled_tokens(vision: Vision, *, batched: int, sequences: int, images: int, video: bool, context: int) -> int:
     """Tokens of vision features in the profiling pass: as many of the largest items as the encoder's budget holds.
 

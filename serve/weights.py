@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..export.names import shards
 from ..export.subject import HEADS, Subject
 
 PARTS = ("decoder", "embeddings", "head", "vision tower", "projector", "other")
@@ -29,6 +30,10 @@ VISION = re.compile(
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in)\.weight$")
 LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 EXPERT = re.compile(r"\.experts\.")  # of a mixture; shared experts have another name
+MIB = 1 << 20
+STEP = 2 * MIB  # PyTorch takes memory of the GPU in such steps where a tensor has 10 MiB or more, and
+WHOLE = 20 * MIB  # keeps the block whole where it has this many, as vLLM asks it to while it loads (max_split_size_mb)
+SPLIT = 10 * MIB
 INT4_BITS = 4 + (16 + 4) / 128  # a weight in groups of 128 with a 16-bit scale and a 4-bit zero point
 
 
@@ -36,12 +41,13 @@ INT4_BITS = 4 + (16 + 4) / 128  # a weight in groups of 128 with a 16-bit scale 
 class Weights:
     """Bytes by part, all parts present. `loose` is the number of weights in the decoder's 16-bit matrices, which int4
     would take; `packed` says that something is packed already; `experts` are the bytes of a mixture's routed experts,
-    which are among the decoder's."""
+    which are among the decoder's. `rounding` is what the tensors take beside their bytes where an engine has them."""
 
     parts: Mapping[str, int]
     loose: int
     packed: bool
     experts: int = 0
+    rounding: int = 0
 
     @property
     def total(self) -> int:
@@ -54,7 +60,7 @@ class Weights:
         less = int(self.loose * (16 - INT4_BITS) / 8)
         whole = self.parts["decoder"]
         experts = int(self.experts * (1 - less / whole)) if whole else 0  # nearly all of a mixture is experts
-        return Weights({**self.parts, "decoder": whole - less}, 0, True, experts)
+        return Weights({**self.parts, "decoder": whole - less}, 0, True, experts, self.rounding)
 
 
 def part_of(name: str) -> str:
@@ -74,13 +80,25 @@ def read_weights(subject: Subject) -> Weights:
     """Count the subject's tensors. ValueError for a dtype whose size is not known."""
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     loose = experts = 0
+    joined: dict[str, int] = {}
     for name, tensor in subject.tensors.items():
         if tensor.dtype not in ITEM:
             raise ValueError(f"{subject.folder}: {name} is {tensor.dtype}, whose size is not known: {', '.join(ITEM)}")
         part, size = part_of(name), math.prod(tensor.shape)
         parts[part] += size * ITEM[tensor.dtype]
+        module, _, leaf = name.rpartition(".")
+        together = f"{shards(module)[0]}.{leaf}"  # what engines make one tensor: q, k and v, gate and up
+        joined[together] = joined.get(together, 0) + size * ITEM[tensor.dtype]
         if part == "decoder" and EXPERT.search(name):
             experts += size * ITEM[tensor.dtype]
         if part == "decoder" and len(tensor.shape) >= 2 and tensor.dtype in ("F64", "F32", "BF16", "F16"):
             loose += 0 if name.endswith(("scales", "weight_scale")) else size
-    return Weights(parts, loose, bool(subject.packed), experts)
+    return Weights(parts, loose, bool(subject.packed), experts, sum(map(rounding, joined.values())))
+
+
+def rounding(size: int) -> int:
+    """Bytes that PyTorch's allocator gives to a tensor of `size` bytes beyond its own (c10's CUDACachingAllocator)."""
+    rest = -size % STEP
+    if size >= WHOLE or (size >= SPLIT and rest <= MIB):  # what is left of a smaller block serves another tensor
+        return rest
+    return 0

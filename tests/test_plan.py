@@ -29,7 +29,7 @@ from mmq.serve.plan_table import decode_bound, facts, rows
 from mmq.serve.planner import Plan, planned
 from mmq.serve.shape import kv_token_bytes, tokens_in
 from mmq.serve.shares import stages
-from mmq.serve.weights import part_of
+from mmq.serve.weights import part_of, rounding
 
 CARD = card_named("4090").gpu
 QWEN2 = {  # the decoder of Qwen2.5-VL-7B and of MiniCPM-V 2.6
@@ -344,7 +344,7 @@ def test_more_asked_never_fits_better(qwen: Model) -> None:
 def test_where_nothing_fits_the_smallest_change_is_told(qwen: Model) -> None:
     small = card_named("4080").gpu
     plan = planned(qwen, small, Ask(images=1))
-    assert "15.45 GiB of weights leave room for 0 tokens" in plan.problem
+    assert "15.57 GiB of weights leave room for 0 tokens" in plan.problem
     assert any(line.startswith("int4 weights") for line in plan.changes)
     assert any(line.startswith("two cards (--tp 2)") for line in plan.changes)
     assert not any(line.startswith("an FP8 cache (--kv-cache-dtype fp8):") for line in plan.changes)
@@ -482,3 +482,24 @@ def test_a_recipe_is_planned_for_by_its_name(mmq: Run, pebble: Path) -> None:  #
     _, there, _ = mmq("plan", str(pebble), "--card", "4090", "--json")
     one, two = (json.loads(out) for out in (named, there))
     assert one["cache_tokens"] == two["cache_tokens"] > 0
+
+
+def test_what_tensors_take_beside_their_bytes(qwen: Model) -> None:
+    """By hand, from c10's CUDACachingAllocator and the shapes of Qwen2.5-VL-7B as vLLM joins them: 259.05, 129.5, 31.5
+    and 24.5 MiB a layer, each in whole blocks of 2 MiB; and four rows of 128 for each of 128,000 positions."""
+    mib = 1 << 20
+    assert [rounding(int(x * mib)) / mib for x in (9.4, 10.5, 16.7, 17.5, 24.5, 31.5, 32)] == [
+        0,
+        0,
+        0,
+        0.5,
+        1.5,
+        0.5,
+        0,
+    ]
+    layers = sum(rounding(3584 * n * 2) for n in (4608, 3584, 37888, 18944)) * 28
+    assert layers / mib == pytest.approx(28 * (0.5 + 1.5 + 1 + 0.5), abs=0.1)
+    assert layers <= qwen.weights.rounding < layers + 8 * mib
+    rope = {"rope_parameters": {"mrope_section": [16, 24, 24]}}
+    assert overhead.rotary_bytes(QWEN | rope) == 4 * 128000 * 128 * 2
+    assert overhead.rotary_bytes(QWEN) == 128000 * 128 * 2
