@@ -118,8 +118,11 @@ def _group_alive(pgid: int) -> bool:
 _WATCH = """
 read -r nothing
 : > "$3/closed"
+left=$2
 kill -TERM "$1"
-while kill -0 "-$1" && [ "$2" -gt 0 ]; do sleep 0.2; set -- "$1" $(($2 - 1)) "$3"; done
+while kill -0 "$1" && [ "$left" -gt 0 ]; do sleep 0.2; left=$((left - 1)); done
+kill -TERM "-$1"
+while kill -0 "-$1" && [ "$left" -gt 0 ]; do sleep 0.2; left=$((left - 1)); done
 kill -KILL "-$1"
 rm -f "$3/closed" && rmdir "$3"
 """
@@ -321,7 +324,7 @@ def _once(
                     if launch.grace:
                         on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off")
                     raise
-                reader.join(5)
+                reader.join(1)  # its last words; children that it left may hold the pipe open
                 raise RuntimeError(f"{DIED}: {why_it_died(log_path, returncode=code)} (log: {log_path})")
         except (KeyboardInterrupt, SystemExit):
             return

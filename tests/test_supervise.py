@@ -1,0 +1,231 @@
+"""An engine that dies is started again, one that should end is let finish, and none outlives us; with a small server.
+
+The real engine's deaths are in test_bad_requests.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmq.serve.flags import Launch, Secret
+from mmq.serve.launch import Server, foreground, free_port, healthy, running
+from mmq.serve.log import why_it_died
+
+# answers /slow in a second, in two pieces; dies of /die; like an HTTP server worth the name it ends after its answers
+SERVER = """
+import http.server, os, signal, subprocess, sys, threading, time
+print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+print("key", os.environ.get("MMQ_API_KEY"), flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        closed = os.path.exists(os.environ["MMQ_CLOSED"])
+        self.send_response(503 if closed else 200); self.end_headers()
+        if self.path == "/slow":
+            print("asked", flush=True)
+            self.wfile.write(b"one "); self.wfile.flush(); time.sleep(1); self.wfile.write(b"two")
+        if self.path == "/die":
+            print("MemoryError: the card is full", flush=True); os._exit(1)
+    def log_message(self, *what): pass
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = False
+server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
+signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+server.serve_forever(0.05)
+server.server_close()
+"""
+# an mmq of this file's own: `foreground` of the launch above, in a process that can be killed
+MMQ = """
+import sys, pathlib
+from mmq.serve.flags import Launch
+from mmq.serve.launch import foreground, running
+how, code, port, log, grace = sys.argv[1], sys.argv[2], sys.argv[3], pathlib.Path(sys.argv[4]), float(sys.argv[5])
+argv = (sys.executable, "-c", code, port)
+launch = Launch(argv, {}, (), f"http://127.0.0.1:{port}", "x", "127.0.0.1", int(port), "cpu", grace=grace)
+say = lambda *words: print(*words, flush=True)
+if how == "foreground":
+    ready = lambda server: say("ready", server.pid)
+    sys.exit(foreground(launch, log_path=log, on_line=say, on_ready=ready, on_note=lambda note: say("note", note)))
+with running(launch, log_path=log) as server:
+    say("ready", server.pid)
+    import time; time.sleep(600)
+"""
+
+
+def small(code: str = SERVER, **more: object) -> Launch:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    return Launch((sys.executable, "-c", code, str(port)), {}, (), url, "x", "127.0.0.1", port, "cpu", **more)  # pyright: ignore
+
+
+def started(how: str, tmp_path: Path, grace: float = 0.0) -> tuple[subprocess.Popen[str], int, int, int]:
+    """(mmq's process, the port, the engine's pid, its child's)."""
+    port = free_port()
+    argv = [sys.executable, "-c", MMQ, how, SERVER, str(port), str(tmp_path / "log"), str(grace)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = dict(next(process.stdout).split() for _ in range(3 if how == "foreground" else 1))
+    child = said.get("child") or (tmp_path / "log").read_text().split()[1]
+    return process, port, int(said["ready"]), int(child)
+
+
+def die(port: int, path: str = "/die") -> None:
+    """Ask the server for what it dies of."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", path)
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        connection.getresponse().read()
+    connection.close()
+
+
+def gone(*pids: int) -> bool:
+    """Whether all of them end within ten seconds; a zombie that nobody reaps counts as ended."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        stats = [Path(f"/proc/{pid}/stat") for pid in pids]
+        if not any(s.exists() and s.read_text().rpartition(")")[2].split()[0] != "Z" for s in stats):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("how", ["foreground", "running"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_no_engine_outlives_us(how: str, number: signal.Signals, tmp_path: Path) -> None:
+    """Though nothing of ours runs any more: a kill, an out-of-memory kill, a closed terminal."""
+    process, _, engine, child = started(how, tmp_path)
+    assert process.stdout is not None
+    process.send_signal(number)
+    assert process.wait(10) == -number
+    assert gone(engine, child)
+    process.stdout.close()
+    watches = [
+        int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if b"mmq-watch\0%d\0" % engine in _read(p)
+    ]
+    assert gone(*watches)  # and it goes itself
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_answers_under_way_are_finished(number: signal.Signals, tmp_path: Path) -> None:
+    process, port, engine, child = started("foreground", tmp_path, grace=10)
+    assert process.stdout is not None
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/slow")
+    reply = connection.getresponse()
+    assert reply.read(4) == b"one "
+    process.send_signal(number)
+    assert reply.read() == b"two"
+    process.wait(20)
+    assert gone(engine, child)
+    if number != signal.SIGKILL:
+        assert process.returncode == 0
+        assert "note ending: requests under way have 10 s" in process.stdout.read()
+    process.stdout.close()
+
+
+def test_a_second_signal_cuts_them_off(tmp_path: Path) -> None:
+    process, port, engine, child = started("foreground", tmp_path, grace=60)
+    assert process.stdout is not None
+    os.kill(engine, signal.SIGSTOP)  # it would never end by itself
+    process.send_signal(signal.SIGINT)
+    assert next(process.stdout).startswith(("key", "note"))
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+    assert gone(engine, child)
+    process.stdout.close()
+    assert not healthy(f"http://127.0.0.1:{port}", timeout=0.5)
+
+
+def test_a_dead_engine_is_started_again_so_often(tmp_path: Path) -> None:
+    launch = small()
+    ready: list[int] = []
+    notes: list[str] = []
+    begun: list[float] = []
+
+    def on_ready(server: Server) -> None:
+        ready.append(server.pid)
+        begun.append(time.monotonic())
+        die(launch.port)
+
+    log = tmp_path / "engine.log"
+    with pytest.raises(RuntimeError, match=r"died: MemoryError: the card is full \(log: .*\); it was started 3 times"):
+        foreground(launch, log_path=log, on_line=lambda _: None, on_ready=on_ready, on_note=notes.append, restarts=2)
+    assert len(set(ready)) == 3
+    assert gone(*ready)
+    assert [note.rpartition("; ")[2] for note in notes] == ["start 1 of 2 in 1 s", "start 2 of 2 in 2 s"]
+    for number, note in enumerate(notes, 1):  # each life has its log, and its note names it
+        kept = tmp_path / f"engine.{number}.log"
+        assert f"the engine died: MemoryError: the card is full (log: {kept})" in note
+        assert why_it_died(kept, returncode=1) == "MemoryError: the card is full"
+    assert begun[1] - begun[0] >= 1
+    assert begun[2] - begun[1] >= 2
+
+
+def test_what_never_ran_is_not_tried_again(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with pytest.raises(RuntimeError, match="died at its start: ValueError: no such model"):
+        foreground(
+            small("raise ValueError('no such model')"),
+            log_path=tmp_path / "log",
+            on_line=lambda _: None,
+            on_ready=lambda _: None,
+            on_note=notes.append,
+            restarts=5,
+        )
+    assert notes == []
+
+
+def test_an_engine_that_leaves_by_itself_died(tmp_path: Path) -> None:
+    """vLLM's server ends with status 0 when its core is gone."""
+    leaves = SERVER.replace("os._exit(1)", "os._exit(0)")
+    launch = small(leaves)
+
+    with pytest.raises(RuntimeError, match="the engine died: MemoryError"):
+        foreground(launch, log_path=tmp_path / "log", on_line=lambda _: None, on_ready=lambda _: die(launch.port))
+
+
+def test_an_answer_that_breaks_off_is_the_engines_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(launch: Launch, path: str) -> None:
+        with running(launch, log_path=tmp_path / "log"):
+            die(launch.port, path)
+            raise RuntimeError("the server broke off its answer")
+
+    with pytest.raises(RuntimeError, match="the engine died: MemoryError"):
+        asked(small(), "/die")
+    monkeypatch.setattr("mmq.serve.launch.BROKEN_OFF", 0.5)
+    with pytest.raises(RuntimeError, match="broke off"):  # where it runs on, it is what it was
+        asked(small(), "/health")
+
+
+def test_the_engine_has_the_key_and_ps_has_not(tmp_path: Path) -> None:
+    launch = small(secrets={"MMQ_API_KEY": Secret("s3cret", "$MMQ_API_KEY")})
+    with running(launch, log_path=tmp_path / "log") as server:
+        assert "key s3cret" in (tmp_path / "log").read_text()
+        assert b"s3cret" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+    assert "s3cret" not in repr(launch)
+
+
+def test_silent_deaths_are_told_as_such(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above)\n"
+        "INFO:     Shutting down\n"
+    )
+    assert "went without an error" in why_it_died(log, returncode=0)
