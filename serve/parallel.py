@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..export.subject import Subject
 from .flags import Flag, given, number
@@ -103,18 +104,27 @@ def spread_of(
         theirs, ours = number(extra, flag, short), asked[name]
         sizes[name] = int(theirs) if theirs is not None else 1 if ours is None else ours
     ray = ray or given(extra, "--distributed-executor-backend") == "ray"
-    machines, local = number(extra, "--nnodes", "-n"), number(extra, "--data-parallel-size-local", "-dpl")
-    if machines or local:  # the user's own layout, with its own ranks and addresses
-        head = given(extra, "--master-addr") or given(extra, "--data-parallel-address", "-dpa") or "127.0.0.1"
-        first = number(extra, "--data-parallel-start-rank", "-dpr") or 0
-        rank = int(number(extra, "--node-rank", "-r") or first // (local or 1))
-        return Spread(**sizes, nodes=int(machines or sizes["dp"] // (local or 1)), rank=rank, head=head, ray=ray)
+    if own := _own_layout(extra, sizes["dp"]):
+        return Spread(**sizes, **own, ray=ray)
     if nodes is not None and nodes > 1 and node_rank is None and not ray:
         raise ValueError(
             f"--nodes {nodes} wants --node-rank: 0 on the first machine, which answers, 1 on the next, ..."
         )
     machines = 1 if nodes is None else nodes
     return Spread(**sizes, nodes=machines, rank=node_rank or 0, head=master_addr, ray=ray)
+
+
+def _own_layout(extra: Sequence[str], dp: int) -> dict[str, Any]:
+    """Machines, rank and address where the engine's flags in `extra` say them all by themselves; {} where not."""
+    whole, local = number(extra, "--nnodes", "-n"), number(extra, "--data-parallel-size-local", "-dpl")
+    each = int(local or 1)  # a first machine without replicas of its own counts as one with one
+    nodes = int(whole) if whole is not None else 1 if local is None else dp // each
+    if nodes < 2:
+        return {}
+    first = number(extra, "--data-parallel-start-rank", "-dpr") or 0
+    rank = int(number(extra, "--node-rank", "-r") or first // each)
+    head = given(extra, "--master-addr") or given(extra, "--data-parallel-address", "-dpa")
+    return {"nodes": nodes, "rank": rank, "head": head or "127.0.0.1"}
 
 
 def check_spread(spread: Spread, subject: Subject, machine: Machine, device: str) -> None:
@@ -130,7 +140,7 @@ def check_spread(spread: Spread, subject: Subject, machine: Machine, device: str
             raise ValueError("vLLM's CPU backend does not run under Ray; leave --ray out, or use GPUs")
         if spread.here > machine.cores:
             raise ValueError(f"{spread.here} processes want a core each; this machine has {machine.cores}")
-    elif spread.here > len(machine.gpus) and not (spread.ray and spread.nodes > 1):
+    elif spread.here > len(machine.gpus) and not spread.ray:  # a Ray cluster is as large as it is
         raise ValueError(
             f"--tp {spread.tp} x --pp {spread.pp} x --dp {spread.dp}"
             + (f" on {spread.nodes} machines" if spread.nodes > 1 else "")

@@ -22,6 +22,7 @@ from mmq.export.subject import read_subject
 from mmq.export.view import view
 from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
+from mmq.serve.api import Client, InferRequest, RequestConfig
 from mmq.serve.bill import Ask, parts_of, read_model
 from mmq.serve.cards import card_named
 from mmq.serve.client import ask, connect, user_message
@@ -199,6 +200,8 @@ def test_an_adapter_says_what_the_merged_weights_say(
         talk = [user_message(words)]
         answers = {name: ask(client, talk, model=name, max_tokens=16).text for name in (server.name, *adapters)}
         assert len(set(answers.values())) == 3
+        asked_for = Client(server.url, model="colour")
+        assert asked_for.infer([InferRequest(words)], RequestConfig(max_tokens=16)).texts == [answers["colour"]]
         code, out, err = mmq("infer", server.url, words, "--model", "shape", "--max-tokens", "16")
         assert (code, out.strip()) == (0, answers["shape"].strip()), err
     own = [(-t.nll_before).tolist() for t in walked["colour"].tokens]

@@ -123,6 +123,8 @@ def test_a_ray_cluster(program: Callable[..., Path], pebble: Path) -> None:  # n
         "--distributed-executor-backend": "ray",
         "--data-parallel-backend": "ray",
     }
+    there = plan("vllm", pebble, **options | {"nodes": None, "master_addr": None, "machine": DESK})
+    assert words(there, *SIZES)["--pipeline-parallel-size"] == "2"  # on the cards of a cluster that runs already
     with pytest.raises(ValueError, match=r"on machine 0 alone; here: `ray start --address=10\.0\.0\.1:6379 --block`"):
         plan("vllm", pebble, node_rank=1, **options)
 
@@ -174,6 +176,7 @@ def test_the_users_own_layout_is_read() -> None:
     assert spread_of(extra) == Spread(tp=8, nodes=2, rank=1, head=HEAD)
     extra = ["-dp", "4", "-dpl", "2", "--data-parallel-start-rank", "2", "-dpa", HEAD, "--headless"]
     assert spread_of(extra) == Spread(dp=4, nodes=2, rank=1, head=HEAD)
+    assert spread_of(["-dp", "2", "-dpl", "2"]) == Spread(dp=2)
     assert spread_of(["--distributed-executor-backend", "ray"], tp=2).ray
 
 
