@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
+from ..recipes.terminal import bars, listener
 from .client import Answer, connect, models, served_name
 from .client import stream as stream_messages
 from .crowd import crowd, waited
@@ -71,10 +72,11 @@ class Client:
         *,
         concurrency: int = 64,
         on_piece: Callable[[int, str], None] | None = None,
+        bar: bool = False,
         tell: Tell = silent,
     ) -> Inferred:
         """Answers to all requests, `concurrency` at once. With `config.stream` each piece of an answer goes to
-        `on_piece` with the number of its request, as it comes.
+        `on_piece` with the number of its request, as it comes. `bar` shows how far it is, on stderr.
 
         ValueError for a request that cannot be sent (before any is), OSError when the server is gone.
         """
@@ -92,7 +94,9 @@ class Client:
             tell(Step("infer", len(answers), len(bodies)))
 
         wide: dict[str, Any] = {"concurrency": min(concurrency, len(bodies)), "on_piece": on_piece}
-        await crowd(self.url, enumerate(bodies), keep, api_key=self.api_key, model=name, **wide, **config.options())
+        with bars() if bar else nullcontext() as shown:
+            tell = listener(shown) if shown else tell
+            await crowd(self.url, enumerate(bodies), keep, api_key=self.api_key, model=name, **wide, **config.options())
         found = tuple(answers[number] for number in range(len(bodies)))
         records = [
             {"error": str(a)} if isinstance(a, Exception) else {"prompt_tokens": a.prompt_tokens, "tokens": a.tokens}

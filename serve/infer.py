@@ -61,21 +61,24 @@ def at(
         yield root(target), config
         return
     folder, name = servable(target, hub=hub, revision=revision, tell=tell)
-    config, flags = video_flags(engine, config)
+    config, flags = media_flags(engine, config)
     options |= {"served_model_name": name, "extra": (*flags, *extra)}
     with serving(str(folder), engine=engine, tell=tell, **options) as url:
         yield url, config
 
 
-def video_flags(engine: str, config: RequestConfig) -> tuple[RequestConfig, tuple[str, ...]]:
-    """(the config without the frames of a video, an engine's flags that say the same) where mmq starts the engine.
+def media_flags(engine: str, config: RequestConfig) -> tuple[RequestConfig, tuple[str, ...]]:
+    """(the config without what it says of frames and pixels, engine flags that say it) where mmq starts the engine.
 
     A server of vLLM's takes them from a request only when it was told to trust its clients with that.
     """
-    if engine != "vllm" or (config.fps is None and config.frames is None):
+    body = config.options().get("extra_body", {})
+    said = {key: body[key] for key in ("media_io_kwargs", "mm_processor_kwargs") if key in body}
+    if engine != "vllm" or not said:
         return config, ()
-    kwargs = RequestConfig(fps=config.fps, frames=config.frames).options()["extra_body"]["media_io_kwargs"]
-    return replace(config, fps=None, frames=None), ("--media-io-kwargs", json.dumps(kwargs, separators=(",", ":")))
+    flags = [(f"--{key.replace('_', '-')}", json.dumps(value, separators=(",", ":"))) for key, value in said.items()]
+    extra = {key: value for key, value in config.extra.items() if key not in said}
+    return replace(config, fps=None, frames=None, extra=extra), tuple(word for flag in flags for word in flag)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
 from mmq.serve.crowd import in_order
 from mmq.serve.dataset import check_dataset, infer_dataset
-from mmq.serve.infer import answering, asking, serving, video_flags
+from mmq.serve.infer import answering, asking, media_flags, serving
 from mmq.serve.launch import Server, free_port
 from mmq.serve.request import InferRequest, RequestConfig, config_of
 from mmq.serve.results import failed, summary
@@ -254,10 +254,15 @@ def test_what_is_sent_for_a_config() -> None:
         "stop": ["#"],
         "extra_body": {"top_k": 3, "media_io_kwargs": {"video": {"fps": 1.0}}},
     }
-    bare, flags = video_flags("vllm", RequestConfig(fps=1, frames=16))
+    bare, flags = media_flags("vllm", RequestConfig(fps=1, frames=16))
     assert bare == RequestConfig()
     assert json.loads(flags[1]) == {"video": {"num_frames": 16, "max_frames": 16, "fps": 1}}
-    assert video_flags("pytorch", config) == (config, ())
+    sized = RequestConfig(extra={"mm_processor_kwargs": {"max_slice_nums": 2}, "top_k": 1})
+    assert media_flags("vllm", sized) == (
+        RequestConfig(extra={"top_k": 1}),
+        ("--mm-processor-kwargs", '{"max_slice_nums":2}'),
+    )
+    assert media_flags("pytorch", config) == (config, ())
 
 
 @pytest.mark.parametrize(
