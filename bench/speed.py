@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
+from ..serve.client import key_here
 from ..serve.log import useful_lines
 from ..serve.machine import this_machine
 from ..serve.programs import find_program
@@ -97,6 +98,7 @@ def measure(
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "no_proxy": "127.0.0.1,localhost"}
+    env["OPENAI_API_KEY"] = key_here()  # where the generator looks for it
     runs = []
     for number in range(load.runs):
         tell(Step(f"load {label}", number, load.runs, f"{load.requests} requests"))

@@ -59,10 +59,11 @@ def root(url: str) -> str:
 
 
 def _client_options(url: str, api_key: str | None, timeout: float, retries: int) -> dict[str, Any]:
-    return {"base_url": f"{root(url)}/v1", "api_key": api_key or _key(), "timeout": timeout, "max_retries": retries}
+    return {"base_url": f"{root(url)}/v1", "api_key": api_key or key_here(), "timeout": timeout, "max_retries": retries}
 
 
-def _key() -> str:
+def key_here() -> str:
+    """The key that the environment has for servers, "none" where it has none."""
     return os.environ.get("MMQ_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
 
 
@@ -281,7 +282,7 @@ def parse_metrics(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
 def metrics(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     """The server's /metrics. OSError when it has none."""
     address = f"{root(url)}/metrics"
-    status, text = get(address, key=_key())
+    status, text = get(address, key=key_here())
     if status != 200:
         raise OSError(f"the server gives no metrics at {address} ({status})")
     return parse_metrics(text)
