@@ -17,7 +17,7 @@ from typing import Any
 from ..export.subject import Subject, read_subject
 from .bill import PICTURES, read_model
 from .flags import Flag, Launch, given, host_reason, launch_of, number
-from .lora import Adapter, lora_flags, rank_of, read_adapters, slots_of
+from .lora import Adapter, lora_bytes, lora_flags, rank_of, read_adapters, slots_of
 from .machine import GIB, Machine
 from .parallel import Spread, check_spread, encoder_flags, node_flags, size_flags, spread_of, variables_of
 from .plan_flags import asked_in
@@ -85,7 +85,9 @@ def vllm(
         flags += _cuda_flags(target, machine, max_model_len, extra, spread, adapters)
         variables = _runner(shape, packages)
     else:
-        more, variables = _cpu_flags(shape, machine, max_model_len, extra, spread, subject)
+        beside = lora_bytes(subject, rank=rank_of(adapters), slots=slots_of(adapters))
+        held = replace(shape, weights=shape.weights + beside)
+        more, variables = _cpu_flags(held, machine, max_model_len, extra, spread, subject)
         flags += more
         if shape.vision:
             limit = json.dumps({"image": PICTURES}, separators=(",", ":"))
