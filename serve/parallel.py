@@ -14,6 +14,7 @@ from ..export.subject import Subject
 from .flags import Flag, given, number
 from .machine import Machine
 from .rules.vllm_classes import NO_PIPELINE, WHOLE_ENCODER
+from .shape import is_mixture
 from .shares import undealt
 
 PORT = 29501  # of the first machine, where the others find it; vLLM's own for `--master-port`
@@ -59,16 +60,21 @@ class Spread:
             raise ValueError(f"under Ray the engine is started on machine 0 alone; here: {line}")
         if self.ray:
             return
-        if self.dp == 1 and self.tp * self.pp % self.nodes:
+        if self.cards % self.nodes:
             raise ValueError(
-                f"{self.tp * self.pp} cards (--tp {self.tp} x --pp {self.pp}) cannot be dealt evenly to {self.nodes} "
-                "machines; change --nodes, --tp or --pp"
+                f"{self.cards} cards (--tp {self.tp} x --pp {self.pp} x --dp {self.dp}) cannot be dealt evenly to "
+                f"{self.nodes} machines; change one of the four"
             )
-        if self.dp % self.nodes and self.dp > 1:
+        if self.dp % self.nodes and self.nodes % self.dp:
             raise ValueError(
-                f"{self.dp} replicas cannot be dealt evenly to {self.nodes} machines, and vLLM's span machines "
-                "through Ray alone: a multiple of --nodes as --dp, or --ray"
+                f"{self.dp} replicas cannot be dealt evenly to {self.nodes} machines; a multiple of --nodes as --dp, "
+                "or a divisor of it"
             )
+
+    @property
+    def spans(self) -> bool:
+        """Whether each replica takes more than one machine."""
+        return self.nodes > self.dp and not self.ray
 
     @property
     def cards(self) -> int:
@@ -133,6 +139,11 @@ def check_spread(spread: Spread, subject: Subject, machine: Machine, device: str
         raise ValueError(f"{why}; use a smaller {'--pp' if 'stages' in why else '--tp'}")
     if spread.pp > 1 and subject.architecture in NO_PIPELINE:
         raise ValueError(f"vLLM's {subject.architecture} cannot be cut into stages; use --tp instead of --pp")
+    if spread.spans and spread.dp > 1 and not is_mixture(subject.config):
+        raise ValueError(
+            f"{spread.dp} replicas over {spread.nodes} machines: a dense model's replicas span machines in vLLM "
+            f"through Ray alone; --ray, or --dp {spread.nodes} with fewer cards each, or a server for each replica"
+        )
     if device == "cpu":
         if spread.pp > 1:
             raise ValueError("vLLM's CPU backend has no pipeline; use --tp or --dp, or GPUs")
@@ -161,7 +172,7 @@ def node_flags(spread: Spread) -> list[Flag]:
         flags.append(Flag("--distributed-executor-backend", "ray", "the Ray cluster's cards, wherever they are"))
         if spread.dp > 1:
             flags.append(Flag("--data-parallel-backend", "ray", "Ray starts the replicas"))
-    elif spread.nodes > 1 and spread.dp == 1:
+    elif spread.spans:
         flags.append(Flag("--nnodes", str(spread.nodes), "machines that share the model", ("-n",)))
         flags.append(Flag("--node-rank", str(spread.rank), "which of them this is", ("-r",)))
         flags.append(Flag("--master-addr", str(spread.head), "where the others find the first"))

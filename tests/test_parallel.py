@@ -35,7 +35,7 @@ from mmq.serve.flags import Launch
 from mmq.serve.launch import Server, free_port, running
 from mmq.serve.lora import lora_bytes
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
-from mmq.serve.parallel import Spread, check_spread, encoder_flags, spread_of
+from mmq.serve.parallel import Spread, check_spread, encoder_flags, node_flags, spread_of
 from mmq.serve.rules import vllm_classes
 from mmq.serve.shape import kv_token_bytes
 
@@ -91,6 +91,17 @@ def test_a_replica_over_two_machines(program: Callable[..., Path], pebble: Path)
         ("machine 0", line_of(found[0])),
         ("machine 1", line_of(found[1])),
     ]
+
+
+def test_replicas_that_span_machines_are_a_mixtures(pebble: Path) -> None:
+    """The replicas of a dense model would all meet at the first machine's port; a mixture's are one group."""
+    spread = Spread(tp=4, dp=2, nodes=4, rank=2, head=HEAD)
+    subject = read_subject(pebble)
+    with pytest.raises(ValueError, match="through Ray alone; --ray, or --dp 4 with fewer cards each"):
+        check_spread(spread, subject, RACK, "cuda")
+    mixed = replace(subject, config={**subject.config, "text_config": {**subject.text, "num_experts": 8}})
+    check_spread(spread, mixed, RACK, "cuda")
+    assert [flag.name for flag in node_flags(spread)] == [*NODES]
 
 
 def line_of(launch: Launch) -> str:
@@ -162,8 +173,14 @@ def test_a_cpus_cores_and_memory_are_dealt_out(program: Callable[..., Path], peb
             "--node-rank is 2; of 2 machines it must be 0 to 1",
         ),
         ({"node_rank": 1}, "are for several machines; give --nodes N too"),
-        ({"nodes": 3, "master_addr": HEAD, "node_rank": 0, "tp": 4}, "4 cards .* cannot be dealt evenly to 3 machines"),
-        ({"nodes": 2, "master_addr": HEAD, "node_rank": 0, "dp": 3}, "3 replicas cannot be dealt evenly to 2 machines"),
+        (
+            {"nodes": 3, "master_addr": HEAD, "node_rank": 0, "tp": 4},
+            r"4 cards \(--tp 4 .*\) cannot be dealt evenly to 3",
+        ),
+        (
+            {"nodes": 2, "master_addr": HEAD, "node_rank": 0, "dp": 3, "tp": 2},
+            "3 replicas cannot be dealt evenly to 2 machines",
+        ),
     ],
 )
 def test_a_spread_that_contradicts_itself(asked: Mapping[str, Any], message: str) -> None:
