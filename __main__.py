@@ -459,6 +459,8 @@ dataset_options = (
 @click.option("--model", metavar="NAME", help="Which of the server's models, or LoRA adapters.  [default: its first]")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="The server's key.  [default: $MMQ_API_KEY]")
 @several(answer_options)
+@several(size_options)
+@lora_option
 @several(hub_options)
 @json_option
 def infer(
@@ -500,7 +502,12 @@ def infer(
     from .serve.safety import Safety, key_of
 
     many = {name: rest.pop(name) for name in ("result_path", "concurrency", "overwrite", "cluster", "replicas")}
+    started = {name: value for name in ("tp", "pp", "dp", "lora") if (value := rest.pop(name))}
     config = config_of(**rest, by_default=not datasets and not as_json)
+    if started and "://" in target:
+        raise ValueError(f"--{next(iter(started))} is for an engine that is started here; {target} runs already")
+    if "lora" in started and many["cluster"] is not None:
+        raise ValueError("--lora goes without --ray: there the model alone is asked")
     if config.logprobs and not datasets and not as_json:
         raise ValueError("--logprobs goes with --dataset, or with a prompt and --json")
     if datasets and (images or videos or audios):
@@ -513,7 +520,7 @@ def infer(
     key = key_of(Safety(api_key_file=api_key_file), {}) if api_key_file else None
     who: dict[str, Any] = {"model": model, "api_key": key.value if key else None}
     where: dict[str, Any] = {"hub": hub, "revision": revision, "engine": engine, "engine_bin": engine_bin}
-    where["extra"] = engine_flags
+    where |= {"extra": engine_flags, **started}
     if datasets:
         infer_rows(target, datasets, config, where, {**who, "system": system}, as_json=as_json, **many)
         return
