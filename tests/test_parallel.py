@@ -260,6 +260,9 @@ def test_print_tells_what_to_type_on_each_machine(mmq: Run, pebble: Path) -> Non
     ):
         code, _, err = mmq("serve", str(pebble), *asked)
         assert (code, message in one_line(err)) == (2, True), err
+    for asked in (("--tp", "2"), ("--lora", "a=b")):
+        code, _, err = mmq("infer", "http://127.0.0.1:9", "Hello", *asked)
+        assert (code, f"{asked[0]} is for an engine that is started here" in one_line(err)) == (2, True), err
 
 
 def test_the_plan_knows_of_all_sizes_and_of_adapters(mmq: Run, pebble: Path, tmp_path: Path) -> None:  # noqa: F811
