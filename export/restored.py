@@ -38,16 +38,16 @@ class Lazy:
         return self.source.get(self.name)[index]
 
 
-def load_model(folder: Path, *, trust: bool = False, **options: Any) -> Any:
+def load_model(folder: Path, **options: Any) -> Any:
     """The transformers model of a checkpoint's folder; AWQ, GPTQ and compressed-tensors restored, all else as
     transformers loads it. `options` as `from_pretrained`'s: `dtype`, `device_map`, `attn_implementation`. ValueError
     where parts of the model are not among the files' tensors; errors as `view`'s, and transformers' own."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     cls = model_class(config)._model_mapping[type(config)]
     if packed_format(config.to_dict()) not in LAYOUTS:
-        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=trust, **options)
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     text = config.get_text_config()
     for part in (config, text):
         if getattr(part, "quantization_config", None) is not None:

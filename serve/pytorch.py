@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..export.subject import Subject, read_subject
+from ..quantize.family import row_of
 from .flags import Flag, Launch, given, host_reason, launch_of, number
 from .machine import GIB, Machine
 from .programs import find_program, packages_beside, python_of
@@ -113,10 +114,15 @@ def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:
 
 def _place(subject: Subject, machine: Machine, packages: Mapping[str, str]) -> tuple[str, str, int]:
     """(--device, why, bytes left beside the weights). ValueError where the model does not fit there."""
-    need = restored_bytes(subject) + RUNTIME
+    gpu = bool(machine.gpus) and not packages.get("torch", "").endswith("+cpu")
+    size = restored_bytes(subject)
     how = f"{subject.method} restored to 16 bit as it is loaded" if subject.method in RESTORED else "weights as stored"
+    if row_of(subject.config) is not None:
+        how += ", by mmq's own class" if gpu else ", by mmq's own class in float32"
+        size *= 1 if gpu else 2
+    need = size + RUNTIME
     said = f"{how}: about {need / GIB:.1f} GiB with PyTorch's own"
-    if machine.gpus and not packages.get("torch", "").endswith("+cpu"):
+    if gpu:
         first, every = machine.gpus[0], sum(gpu.free for gpu in machine.gpus)
         if need <= first.free:
             return "cuda:0", f"{said}, of {first.free / GIB:.1f} GiB free; {LACKS}", first.free - need

@@ -16,20 +16,26 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import transformers
+import torch
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from transformers.cli.serving import model_manager, server
 from transformers.cli.serving.utils import Modality
 from transformers.cli.transformers import app
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.video_utils import load_video
 
 from ..export.restored import load_model
+from ..quantize.classes import open_processor
+from ..quantize.family import row_of
+from ..quantize.skeleton import read_config
 from .inside.mmq_guard import Guard
 from .pytorch_face import asked, failure, token_entry
+from .pytorch_own import load_own
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")  # no other is opened
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2"}  # of videos: transformers' name, the package's
@@ -46,8 +52,19 @@ class OneModel(model_manager.ModelManager):
     def process_model_name(self, model_id: str) -> str:  # pyright: ignore
         return model_id
 
+    @cached_property
+    def own(self) -> tuple[Any, Any] | None:
+        """Model and processor by mmq's own classes, where transformers has none."""
+        config = read_config(self.folder)
+        if row_of(config) is None and config.get("model_type") in CONFIG_MAPPING:
+            return None
+        device = "cuda" if self.device == "auto" and torch.cuda.is_available() else str(self.device)
+        return load_own(self.folder, device=device.replace("auto", "cpu"), trust=self.trust_remote_code)
+
     def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
-        found = transformers.AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        if self.own is not None:
+            return self.own[1]
+        found = open_processor(self.folder)
         if hasattr(found, "video_processor"):
             found.video_processor.fetch_videos = fetch_videos
         return found
@@ -55,13 +72,16 @@ class OneModel(model_manager.ModelManager):
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         quantization = self.get_quantization_config()
         more = {} if quantization is None else {"quantization_config": quantization}
-        model = load_model(
-            self.folder,
-            trust=self.trust_remote_code,
-            dtype=self.dtype,
-            device_map=self.device,
-            attn_implementation=self.attn_implementation,
-            **more,
+        model = (
+            self.own[0]
+            if self.own is not None
+            else load_model(
+                self.folder,
+                dtype=self.dtype,
+                device_map=self.device,
+                attn_implementation=self.attn_implementation,
+                **more,
+            )
         )
         # a temperature above 0 samples and 0 does not, as in other engines, whatever the checkpoint's own file says
         model.generation_config.do_sample = True
@@ -74,6 +94,8 @@ class OneModel(model_manager.ModelManager):
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:  # pyright: ignore
         """Without ears a model is asked for no sound, which transformers would otherwise take from each video."""
+        if self.own is not None:
+            return Modality.VLM
         found = super().get_model_modality(model, processor)
         deaf = not hasattr(processor, "feature_extractor") and not hasattr(processor, "audio_processor")
         return Modality.VLM if found == Modality.MULTIMODAL and deaf else found
@@ -136,7 +158,7 @@ class Bounded:
     def init_cb(self, *args: Any) -> None:
         self.manager.init_cb(*args)
 
-    def bound(self, inputs: Any, config: Any) -> None:
+    def bound(self, model: Any, inputs: Any, config: Any) -> None:
         ids = inputs["input_ids"]
         length = len(ids) if isinstance(ids, list) else ids.shape[-1]
         given = UNDER_WAY.get()["asked"].body.get("max_tokens")
@@ -145,19 +167,22 @@ class Bounded:
             raise ValueError(
                 f"the model's context is {self.context} tokens; the prompt's {length}{more} are more: ask for less"
             )
+        for name, value in inputs.items():  # a processor may not know in which type the model looks at pictures
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                inputs[name] = value.to(model.dtype)
         config.max_new_tokens = given or self.context - length
         if UNDER_WAY.get()["asked"].ignore_eos:
             config.eos_token_id = None
         UNDER_WAY.get()["generating"] = True
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
-        self.bound(inputs, config)
+        self.bound(model, inputs, config)
         return self.manager.generate_streaming(model, processor, inputs, config, **more)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str
     ) -> Any:
-        self.bound(inputs, config)
+        self.bound(model, inputs, config)
         top = UNDER_WAY.get()["asked"].logprobs
         if top is None:
             return await self.manager.generate_non_streaming(model, processor, inputs, config, request_id)

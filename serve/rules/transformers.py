@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ...export.names import SAME, TRANSFORMERS
 from ...export.subject import Subject
+from ...quantize.family import row_of
 from .releases import new_enough
 from .rule import REMOTE_TYPES, Finding, Place, Setting, disagreement, files_there, matches, whole
 
@@ -101,7 +102,19 @@ def restorable(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("format", False, f"mmq knows no rules for {subject.method}", "load it once and see")
 
 
-OURS = (remote, new_enough, whole, files_there, restorable, stored_in_4_bit)
+def own_classes(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Of `mmq serve --engine pytorch`: where transformers has no class, mmq's own or the checkpoint's."""
+    if str(subject.config.get("model_type")) not in REMOTE_TYPES:
+        return
+    row = row_of(subject.config)
+    if row is None:
+        why = f"transformers has no {subject.config['model_type']}, and mmq none: the checkpoint's own Python would run"
+        yield Finding("remote code", False, why, "read it, then serve with --trust-remote-code")
+    elif row.note:
+        yield Finding("pictures", False, f"words alone: {row.note}", "serve it with vLLM for its pictures")
+
+
+OURS = (own_classes, new_enough, whole, files_there, restorable, stored_in_4_bit)
 PLACES = (
     Place(
         "transformers",
