@@ -1,4 +1,4 @@
-"""Talk to a server: chat by the openai client, pictures as data URLs, /metrics as numbers. Starts nothing.
+"""Talk to a server: chat by the openai client, pictures as data URLs. Starts nothing.
 
 Works with any OpenAI-compatible server; `url` is its root, with or without /v1.
 """
@@ -18,14 +18,10 @@ from typing import Any
 
 import openai
 
-from .http import get
-
 TIMEOUT = 600.0  # seconds for one answer
 # by name: openai has its HTTP client from httpx or httpx2, as its version will; the server was there, and is gone
 BROKEN_OFF = ("RemoteProtocolError", "ReadError")
 SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
-_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)")
-_LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
 
 Message = Mapping[str, Any]
 
@@ -266,32 +262,3 @@ def stream(
             for chunk in chunks:
                 if chunk.choices and chunk.choices[0].delta.content:
                     yield chunk.choices[0].delta.content
-
-
-def parse_metrics(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Prometheus' text form: name -> [(labels, value), ...]."""
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for line in text.splitlines():
-        sample = _SAMPLE.match(line)
-        if sample:
-            name, labels, value = sample.groups()
-            found.setdefault(name, []).append((dict(_LABEL.findall(labels or "")), float(value)))
-    return found
-
-
-def metrics(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """The server's /metrics. OSError when it has none."""
-    address = f"{root(url)}/metrics"
-    status, text = get(address, key=key_here())
-    if status != 200:
-        raise OSError(f"the server gives no metrics at {address} ({status})")
-    return parse_metrics(text)
-
-
-def cache_tokens(found: Mapping[str, list[tuple[dict[str, str], float]]]) -> int | None:
-    """Tokens that the engine's key-value cache holds, by vLLM's own word in its metrics; None if it does not say."""
-    for labels, _ in found.get("vllm:cache_config_info", []):
-        for blocks in ("num_gpu_blocks", "num_cpu_blocks"):  # the CPU backend counts its blocks under gpu too
-            if labels.get(blocks, "").isdigit() and labels.get("block_size", "").isdigit():
-                return int(labels[blocks]) * int(labels["block_size"])
-    return None

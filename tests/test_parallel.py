@@ -29,12 +29,13 @@ from mmq.export.subject import read_subject
 from mmq.export.view import view
 from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
-from mmq.serve.client import ask, cache_tokens, connect, metrics, user_message
+from mmq.serve.client import ask, connect, user_message
 from mmq.serve.engines import lines, plan
 from mmq.serve.flags import Launch
 from mmq.serve.launch import Server, free_port, running
 from mmq.serve.lora import lora_bytes
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
+from mmq.serve.metrics import cache_tokens, metrics
 from mmq.serve.parallel import Spread, check_spread, encoder_flags, node_flags, spread_of
 from mmq.serve.rules import vllm_classes
 from mmq.serve.shape import kv_token_bytes

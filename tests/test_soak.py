@@ -25,9 +25,10 @@ import pytest
 
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.samples import Sample, as_openai
-from mmq.serve.client import connect_async, metrics
+from mmq.serve.client import connect_async
 from mmq.serve.footprint import footprint, group_members
 from mmq.serve.launch import Server
+from mmq.serve.metrics import metrics
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 CLIENTS = 12
