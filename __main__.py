@@ -440,7 +440,7 @@ dataset_options = (
     click.option(
         "--result-path", type=click.Path(path_type=Path), help="Answers to --dataset.  [default: NAME-answers.jsonl]"
     ),
-    click.option("--concurrency", type=int, default=8, show_default=True, help="Requests under way at once."),
+    click.option("--concurrency", type=int, default=32, show_default=True, help="Requests under way at once."),
     click.option("--overwrite", is_flag=True, help="Ask again what --result-path has answers for."),
     click.option("--ray", "cluster", metavar="ADDRESS", help="Answer --dataset on Ray: local, auto or HOST:PORT."),
     click.option("--replicas", type=int, default=1, show_default=True, help="With --ray: how many engines."),

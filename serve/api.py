@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Client:
         wide: dict[str, Any] = {"concurrency": min(concurrency, len(bodies)), "on_piece": on_piece}
         with bars() if bar else nullcontext() as shown:
             tell = listener(shown) if shown else tell
-            await crowd(self.url, enumerate(bodies), keep, api_key=self.api_key, model=name, **wide, **config.options())
+            todo = ((number, partial(list, body)) for number, body in enumerate(bodies))
+            await crowd(self.url, todo, keep, api_key=self.api_key, model=name, **wide, **config.options())
         found = tuple(answers[number] for number in range(len(bodies)))
         records = [
             {"error": str(a)} if isinstance(a, Exception) else {"prompt_tokens": a.prompt_tokens, "tokens": a.tokens}

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from .client import Answer, Message, ask_async, connect_async
+from .client import TIMEOUT, Answer, Message, ask_async, connect_async
 
-Asked = tuple[int, Sequence[Message]]
+Asked = tuple[int, Callable[[], Sequence[Message]]]
+PLACE = 60.0  # seconds more that a request may take for each that waits with it
 
 
 async def crowd(
@@ -27,16 +28,18 @@ async def crowd(
     on_piece: Callable[[int, str], None] | None = None,
     **options: Any,
 ) -> None:
-    """Ask all of `todo` (a number and messages each), `concurrency` at once; `keep` gets each answer as it comes, or
-    the error of a request that the server refused (ValueError) or failed at (RuntimeError).
+    """Ask all of `todo` (a number and what makes its messages), `concurrency` at once; `keep` gets each answer as it
+    comes, or the error of a request that the server refused (ValueError) or failed at (RuntimeError).
 
-    `concurrency` workers take from the one iterator, so only that many are in memory. OSError when the server is gone.
+    `concurrency` workers take from the one iterator and make messages in threads, where pictures are read and decoded,
+    so only that many are in memory. OSError when the server is gone; what `todo` and its makers raise goes through.
     """
-    async with connect_async(url, api_key=api_key) as client:
+    async with connect_async(url, api_key=api_key, timeout=TIMEOUT + PLACE * concurrency) as client:
         left = iter(todo)
 
         async def worker() -> None:
-            for number, messages in left:
+            for number, make in left:
+                messages = await asyncio.to_thread(make)
                 told = None if on_piece is None else partial(on_piece, number)
                 try:
                     found: Answer | Exception = await ask_async(client, messages, on_piece=told, **options)

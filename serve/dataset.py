@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
-from .client import Answer, connect, served_name
-from .crowd import crowd, in_order, waited
-from .questions import Question, questions
+from .client import Answer, Message, connect, served_name
+from .crowd import Asked, crowd, in_order, waited
+from .questions import Line, Question, question_of, questions, read_lines
 from .request import DEFAULT, RequestConfig
 from .results import Record, finished, line_of, summary, write
 
@@ -38,7 +39,7 @@ def infer_dataset(
     system: str | None = None,
     model: str | None = None,
     api_key: str | None = None,
-    concurrency: int = 8,
+    concurrency: int = 32,
     overwrite: bool = False,
     show: Callable[[int, str], None] | None = None,
     tell: Tell = silent,
@@ -65,10 +66,10 @@ def infer_dataset(
     piece, end = in_order((i for i in range(len(asked)) if i not in done), show or (lambda number, text: None))
     begun = time.perf_counter()
 
-    def todo() -> Iterable[tuple[int, Any]]:
-        for index, question in enumerate(questions(sources, system=system)):
+    def todo() -> Iterable[Asked]:
+        for index, line in enumerate(read_lines(sources)):
             if index not in done:
-                yield index, question.messages
+                yield index, partial(_messages, line, system)
 
     with out.open("a", encoding="utf-8") as file:
 
@@ -87,6 +88,10 @@ def infer_dataset(
     runtime = time.perf_counter() - begun
     write(out, sorted([*done.values(), *fresh], key=lambda record: record["index"]))
     return summary(fresh, runtime) | {"resumed": len(done)}
+
+
+def _messages(line: Line, system: str | None) -> Sequence[Message]:
+    return question_of(line, system=system).messages
 
 
 def record_of(index: int, model: str, question: Question, found: Answer | Exception, *, logprobs: bool) -> Record:
