@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,17 @@ def test_every_block_has_what_it_prints() -> None:
     kinds = [kind for kind, _ in BLOCK.findall(PAGE.read_text(encoding="utf-8"))]
     assert kinds[1::2] == ["text"] * len(kinds[1::2])
     assert {kinds.count(kind) for kind in ("sh", "python")} == {7}
+
+
+def test_commands_for_who_comes_from_elsewhere_exist() -> None:
+    from mmq.__main__ import cli
+
+    text = (PAGE.parent / "from-elsewhere.md").read_text(encoding="utf-8")
+    commands = [shlex.split(code) for code in re.findall(r"`(mmq [^`]+)`", text)]
+    assert len(commands) > 15
+    for _, name, *words in commands:
+        with cli.commands[name].make_context(name, words):  # parses, and runs nothing
+            pass
 
 
 @needs_vllm
