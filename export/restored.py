@@ -1,12 +1,15 @@
 """A packed folder as a transformers model: int4 weights restored to 16 bit, each when transformers' own loader asks.
 
-So AWQ, GPTQ and compressed-tensors need no further package, and the model takes the memory of its 16-bit original.
+So AWQ, GPTQ and compressed-tensors need no further package. The model takes the memory of its 16-bit original, or of
+its files, where it is told to keep them packed.
 Knows the formats by view.py alone; families, names and fused experts are transformers' business.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +17,58 @@ import torch
 from torch import Tensor
 
 from ..quantize.classes import model_class
-from ..quantize.source import Source
+from ..quantize.source import open_source
+from .packed_weight import packed_weight
 from .packing import LAYOUTS
-from .view import packed_format, view
+from .view import on_grid, packed_format, packed_linears, view
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is read, and restored, when it is indexed; transformers' loader asks a state dict for no more."""
+    """A tensor that is made when it is indexed; transformers' loader asks a state dict for no more."""
 
-    source: Source
-    name: str
+    shape: torch.Size
     dtype: torch.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self.source.metas[self.name].shape)
+    make: Callable[[], Tensor]
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.source.get(self.name)[index]
+        return self.make()[index] if index is not ... else self.make()
 
 
-def load_model(folder: Path, **options: Any) -> Any:
-    """The transformers model of a checkpoint's folder; AWQ, GPTQ and compressed-tensors restored, all else as
-    transformers loads it. `options` as `from_pretrained`'s: `dtype`, `device_map`, `attn_implementation`. ValueError
-    where parts of the model are not among the files' tensors; errors as `view`'s, and transformers' own."""
+def tensors_of(folder: Path, format: str, *, packed: bool) -> dict[str, Lazy]:
+    """A packed folder's tensors under the checkpoint's names, its linears restored to 16 bit or, if `packed`, as
+    tensors that stay int4 in memory. Nothing is read yet."""
+    source = view(folder)
+    found = {
+        name: Lazy(torch.Size(meta.shape), meta.dtype or torch.uint8, partial(source.get, name))
+        for name, meta in source.metas.items()
+    }
+    if packed:
+        raw = open_source(folder)
+
+        def small(linear: str, dtype: torch.dtype) -> Tensor:
+            return packed_weight(on_grid(linear, format, raw.get, raw.metas), dtype)
+
+        for linear in packed_linears(raw.metas, format):
+            whole = found[f"{linear}.weight"]
+            found[f"{linear}.weight"] = replace(whole, make=partial(small, linear, whole.dtype))
+    return found
+
+
+def load_model(folder: Path, *, packed: bool = False, **options: Any) -> Any:
+    """The transformers model of a checkpoint's folder; AWQ, GPTQ and compressed-tensors restored, or `packed` and
+    restored anew at each use; all else as transformers loads it. `options` as `from_pretrained`'s: `dtype`,
+    `device_map`, `attn_implementation`. ValueError where parts of the model are not among the files' tensors; errors
+    as `view`'s, and transformers' own."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     cls = model_class(config)._model_mapping[type(config)]
-    if packed_format(config.to_dict()) not in LAYOUTS:
+    format = packed_format(config.to_dict())
+    if format not in LAYOUTS:
         return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     text = config.get_text_config()
     for part in (config, text):
@@ -54,8 +76,7 @@ def load_model(folder: Path, **options: Any) -> Any:
             delattr(part, "quantization_config")
     if options.get("dtype") in (None, "auto"):
         options["dtype"] = config.dtype or text.dtype or torch.bfloat16
-    source = view(folder)
-    state = {name: Lazy(source, name, meta.dtype or torch.uint8) for name, meta in source.metas.items()}
+    state = tensors_of(folder, format, packed=packed)
     model, found = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
     if made_up := sorted(found["missing_keys"]):
         raise ValueError(

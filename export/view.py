@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantize.grid import dequantize
+from ..quantize.grid import Quantized, dequantize
 from ..quantize.source import Meta, Source, open_source
 from .packing import LAYOUTS
 
@@ -40,9 +40,13 @@ def restore(linear: str, format: str, get: Callable[[str], Tensor], names: Mappi
     """The float32 [out, in] of one packed linear. ValueError when bitsandbytes is wanted and absent."""
     if format == "bnb":
         return _restore_nf4(linear, get, names)
+    return dequantize(on_grid(linear, format, get, names))
+
+
+def on_grid(linear: str, format: str, get: Callable[[str], Tensor], names: Mapping[str, Any]) -> Quantized:
+    """One packed linear of AWQ, GPTQ or compressed-tensors on its integer grid."""
     layout = LAYOUTS[format]
-    found = {s: get(f"{linear}.{s}") for s in layout.suffixes if f"{linear}.{s}" in names}
-    return dequantize(layout.unpack(found))
+    return layout.unpack({s: get(f"{linear}.{s}") for s in layout.suffixes if f"{linear}.{s}" in names})
 
 
 def _restore_nf4(linear: str, get: Callable[[str], Tensor], names: Mapping[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """The PyTorch engine as a command line: `transformers serve` of one folder, by pytorch_engine.py.
 
-Starts nothing. It loads every int4 format by restoring it to 16 bit, so what must fit is the 16-bit model; bitsandbytes
-stays in 4 bit. The flags are those of transformers 5.19.
+Starts nothing. It loads every int4 format by restoring it to 16 bit, so what must fit is the 16-bit model; where that
+does not fit a card, weights stay packed, which is slower. The flags are those of transformers 5.19.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from ..quantize.family import row_of
 from .flags import Flag, Launch, given, host_reason, launch_of, number
 from .machine import GIB, Machine
 from .programs import find_program, packages_beside, python_of
-from .shape import Shape, read_shape, tokens_in, weight_bytes
+from .shape import Shape, is_mixture, read_shape, tokens_in, weight_bytes
 from .weights import ITEM
 
 NEEDS = ("transformers", "fastapi", "uvicorn", "mmq-toolkit")
 RESTORED = ("awq", "gptq", "compressed-tensors")
 RUNTIME = GIB  # what Python and torch take beside the weights (0.6 GiB seen with a tiny model on a CPU)
 CACHE = 0.7  # of what is left, for one sequence's keys and values
+FASTER = "--engine vllm computes with them packed"
 # what requests find here, for --print and `mmq doctor`
 LACKS = "no structured outputs, no prompt_logprobs, one request at a time"
 
@@ -62,20 +64,23 @@ def pytorch(
     name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
     if max_model_len is not None and max_model_len < 1:
         raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
-    place, why, room = _place(subject, machine, packages)
-    length, length_why = _context(read_shape(target), max_model_len, room)
+    seat = _seat(subject, machine, packages, packed=given(extra, "--keep-packed") is not None)
+    length, length_why = _context(read_shape(target), max_model_len, seat.room)
     flags = [
         Flag("--host", host, host_reason(host)),
         Flag("--port", str(port), "where clients connect"),
         Flag("--served-model-name", name, "the model's name in requests, not a path of this disk"),
         Flag("--max-model-len", str(length), length_why),
-        Flag("--device", place, why),
+        Flag("--device", seat.device, seat.why),
     ]
+    if seat.packed:
+        why = f"weights stay int4 and are restored at each use, which is slow: in 16 bit they do not fit; {FASTER}"
+        flags.append(Flag("--keep-packed", None, why))
     if trust_remote_code:
         flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
     variables = {"HF_HUB_OFFLINE": ("1", "every file is in the folder; no hub is asked")}
     head = (str(program), "-m", f"{__package__}.pytorch_engine", str(target.resolve()))
-    device = "cpu" if given(extra, "--device") == "cpu" or place == "cpu" else "cuda"
+    device = "cpu" if given(extra, "--device") == "cpu" or seat.device == "cpu" else "cuda"
     return launch_of(head, flags, extra, variables, environ, host=host, port=port, name=name, device=device)
 
 
@@ -112,28 +117,46 @@ def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:
     return max(1, fits), f"of {shape.context} tokens this many fit beside the weights"
 
 
-def _place(subject: Subject, machine: Machine, packages: Mapping[str, str]) -> tuple[str, str, int]:
-    """(--device, why, bytes left beside the weights). ValueError where the model does not fit there."""
+@dataclass(frozen=True)
+class Seat:
+    """Where the model goes and why, the bytes left there beside its weights, and whether these stay packed."""
+
+    device: str
+    why: str
+    room: int
+    packed: bool = False
+
+
+def _seat(subject: Subject, machine: Machine, packages: Mapping[str, str], *, packed: bool) -> Seat:
+    """The first that holds the model: a card, all cards, a card with packed weights; or the CPU. `packed`: it is asked
+    for. ValueError where it fits nowhere."""
     gpu = bool(machine.gpus) and not packages.get("torch", "").endswith("+cpu")
-    size = restored_bytes(subject)
+    small = subject.method in RESTORED and row_of(subject.config) is None and not is_mixture(subject.config)
+    if packed and not small:
+        raise ValueError("--keep-packed is for dense AWQ, GPTQ and compressed-tensors of transformers' own classes")
+    size = weight_bytes(subject.folder) if packed else restored_bytes(subject)
     how = f"{subject.method} restored to 16 bit as it is loaded" if subject.method in RESTORED else "weights as stored"
+    how = f"{subject.method} as stored" if packed else how
     if row_of(subject.config) is not None:
         how += ", by mmq's own class" if gpu else ", by mmq's own class in float32"
         size *= 1 if gpu else 2
     need = size + RUNTIME
     said = f"{how}: about {need / GIB:.1f} GiB with PyTorch's own"
-    if gpu:
+    if not gpu:
+        if need <= machine.available:
+            return Seat("cpu", f"no GPU that this PyTorch can use; {said}; {LACKS}", machine.available - need)
+        room, where = machine.available, "this machine has"
+    else:
         first, every = machine.gpus[0], sum(gpu.free for gpu in machine.gpus)
         if need <= first.free:
-            return "cuda:0", f"{said}, of {first.free / GIB:.1f} GiB free; {LACKS}", first.free - need
+            return Seat("cuda:0", f"{said}, of {first.free / GIB:.1f} GiB free; {LACKS}", first.free - need)
         if need <= every:
             why = f"{said}: more than one card has, so layers are spread over {len(machine.gpus)}; {LACKS}"
-            return "auto", why, every - need
+            return Seat("auto", why, every - need)
+        left = first.free - weight_bytes(subject.folder) - RUNTIME
+        if small and left > 0:
+            return Seat("cuda:0", f"{said}, and {first.free / GIB:.1f} are free; {LACKS}", left, packed=True)
         room, where = every, "this machine's cards have"
-    else:
-        if need <= machine.available:
-            return "cpu", f"no GPU that this PyTorch can use; {said}; {LACKS}", machine.available - need
-        room, where = machine.available, "this machine has"
     raise ValueError(
         f"{said}; {where} {room / GIB:.1f} GiB free. --engine vllm keeps int4 weights packed; or quantize with "
         "--method bnb, which stays in 4 bit here too"

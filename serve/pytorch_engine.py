@@ -48,6 +48,7 @@ class OneModel(model_manager.ModelManager):
 
     folder: Path
     context: int
+    packed: bool
 
     def process_model_name(self, model_id: str) -> str:  # pyright: ignore
         return model_id
@@ -80,6 +81,7 @@ class OneModel(model_manager.ModelManager):
                 dtype=self.dtype,
                 device_map=self.device,
                 attn_implementation=self.attn_implementation,
+                packed=self.packed,
                 **more,
             )
         )
@@ -233,8 +235,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--served-model-name", required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--keep-packed", action="store_true")
     own, words = parser.parse_known_args()
-    OneModel.folder, OneModel.context = own.folder, own.max_model_len
+    OneModel.folder, OneModel.context, OneModel.packed = own.folder, own.max_model_len, own.keep_packed
     model_manager.ModelManager = OneModel  # what Serve takes from these two modules when it is called
     server.build_server = built(server.build_server, own.served_model_name, own.max_model_len)
     app(["serve", own.served_model_name, *words])

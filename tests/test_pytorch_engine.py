@@ -275,6 +275,9 @@ def test_a_gpu_is_taken_where_pytorch_can_use_it(artifact: Callable[..., Path], 
     full = replace(DESK, gpus=(replace(DESK.gpus[0], free=GIB // 2),))
     with pytest.raises(ValueError, match=r"this machine's cards have 0\.5 GiB free"):
         plan("pytorch", artifact("awq"), machine=full, engine_bin=tmp_path)
+    tight = replace(full, gpus=(replace(full.gpus[0], free=GIB + (8 << 20)),))
+    kept = plan("pytorch", artifact("awq"), machine=tight, engine_bin=tmp_path)
+    assert "--keep-packed" in kept.argv  # 11 MiB restored, 6 MiB packed
     two = plan("pytorch", artifact("awq"), machine=replace(full, gpus=full.gpus * 3), engine_bin=tmp_path).argv
     assert two[two.index("--device") + 1] == "auto"  # layers over the cards
     (site / "torch-2.13.0.dist-info").rename(site / "torch-2.13.0+cpu.dist-info")

@@ -12,6 +12,7 @@ import torch
 from test_experts import plain, quantize, whole_model
 from tiny_moe import moe
 
+from mmq.export.packed_weight import PackedWeight
 from mmq.export.restored import load_model
 from mmq.export.view import view
 from mmq.quantize.skeleton import build
@@ -36,6 +37,23 @@ def test_every_parameter_is_as_mmq_reads_it(artifact: Callable[..., Path], metho
         assert torch.equal(found, source.get(stored).to(torch.bfloat16)), name
     assert model.generation_config.eos_token_id
     assert getattr(model.config, "quantization_config", None) is None or method == "bnb"
+
+
+@pytest.mark.parametrize(("method", "format"), [("awq", None), ("gptq", None), ("awq", "compressed-tensors")])
+def test_packed_weights_are_the_same_to_the_bit(artifact: Callable[..., Path], method: str, format: str | None) -> None:
+    """Kept as int4 and restored at each use: the same logits, and less than a third of the decoder's bytes."""
+    whole = load_model(artifact(method, format), device_map="cpu")
+    small = load_model(artifact(method, format), device_map="cpu", packed=True)
+    kept = {name: p for name, p in small.named_parameters() if isinstance(p, PackedWeight)}
+    assert set(kept) == {n for n, p in whole.named_parameters() if ".layers." in n and p.ndim == 2}
+    sizes = [t.numel() * t.element_size() for p in kept.values() for t in (p.nibbles, p.scale, p.zero)]
+    assert sum(sizes) < sum(2 * p.numel() for p in kept.values()) / 3
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(small(input_ids=ids).logits, whole(input_ids=ids).logits)
+    moved = next(iter(kept.values()))
+    assert type(moved.detach()) is PackedWeight
+    assert type(moved + 0) is torch.Tensor
 
 
 def test_fused_experts_are_joined(tmp_path: Path) -> None:
