@@ -1,8 +1,8 @@
 """The PyTorch engine's program, `python -m mmq.serve.pytorch_engine FOLDER --served-model-name NAME ...`.
 
 It is `transformers serve` of one folder under one name, with packed weights restored to 16 bit as they are loaded, and
-with requests and errors as the other engines have them (pytorch_face.py). serve starts it and never imports it: it is
-the only file of this room that knows torch.
+with requests and errors as the other engines have them (pytorch_requests.py). serve starts it and never imports it:
+this program, of three files, is all of this room that knows torch.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ from __future__ import annotations
 import argparse
 import base64
 import importlib.util
-import json
-import logging
 import tempfile
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import HTTPException
-from fastapi.responses import JSONResponse
 from transformers.cli.serving import model_manager, server
 from transformers.cli.serving.utils import Modality
 from transformers.cli.transformers import app
@@ -34,13 +29,11 @@ from ..quantize.classes import open_processor
 from ..quantize.family import row_of
 from ..quantize.skeleton import read_config
 from .inside.mmq_guard import Guard
-from .pytorch_face import asked, failure, token_entry
 from .pytorch_own import load_own
+from .pytorch_requests import Bounded, Checked
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")  # no other is opened
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2"}  # of videos: transformers' name, the package's
-# what the request under way asked for, and the log-probabilities of its answer
-UNDER_WAY: ContextVar[dict[str, Any]] = ContextVar("under_way")
 
 
 class OneModel(model_manager.ModelManager):
@@ -116,95 +109,6 @@ def fetch_videos(videos: Any, sample_indices_fn: Any = None) -> Any:
         file.write(data)
         file.flush()
         return load_video(file.name, backend=there[0], sample_indices_fn=sample_indices_fn)  # pyright: ignore
-
-
-class Checked:
-    """A handler of transformers serve, its requests checked and translated first, its errors in OpenAI's form."""
-
-    def __init__(self, handler: Any, name: str) -> None:
-        self.handler, self.name = handler, name
-
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        state: dict[str, Any] = {}
-        UNDER_WAY.set(state)
-        try:
-            state["asked"] = wanted = asked(body, name=self.name)
-            reply = await self.handler.handle_request(wanted.body, request_id)
-        except HTTPException as e:
-            return refusal(str(e.detail), e.status_code)
-        except LookupError as e:
-            return refusal(str(e.args[0]), 404 if state == {} else 400)
-        except Exception as e:  # templates and processors raise whatever they like; what generation raises is our fault
-            if "generating" not in state:
-                return refusal(f"{type(e).__name__}: {e}", 400)
-            logging.getLogger(__name__).exception("a request failed")
-            return refusal(f"the engine failed: {type(e).__name__}: {e}", 500)
-        if wanted.logprobs is None or not isinstance(reply, JSONResponse):
-            return reply
-        told = json.loads(bytes(reply.body))
-        told["choices"][0]["logprobs"] = {"content": state["logprobs"]}
-        return JSONResponse(told)
-
-
-def refusal(why: str, status: int) -> JSONResponse:
-    """An error as OpenAI's servers have it, one line of it."""
-    return JSONResponse(failure(" ".join(why.split())[:1000], status), status)
-
-
-class Bounded:
-    """A generation manager that holds requests to the model's context, and keeps log-probabilities if asked."""
-
-    def __init__(self, manager: Any, context: int) -> None:
-        self.manager, self.context = manager, context
-
-    def init_cb(self, *args: Any) -> None:
-        self.manager.init_cb(*args)
-
-    def bound(self, model: Any, inputs: Any, config: Any) -> None:
-        ids = inputs["input_ids"]
-        length = len(ids) if isinstance(ids, list) else ids.shape[-1]
-        given = UNDER_WAY.get()["asked"].body.get("max_tokens")
-        if length + (given or 1) > self.context:
-            more = f" and max_tokens {given}" if given else ""
-            raise ValueError(
-                f"the model's context is {self.context} tokens; the prompt's {length}{more} are more: ask for less"
-            )
-        for name, value in inputs.items():  # a processor may not know in which type the model looks at pictures
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[name] = value.to(model.dtype)
-        config.max_new_tokens = given or self.context - length
-        if UNDER_WAY.get()["asked"].ignore_eos:
-            config.eos_token_id = None
-        UNDER_WAY.get()["generating"] = True
-
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
-        self.bound(model, inputs, config)
-        return self.manager.generate_streaming(model, processor, inputs, config, **more)
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str
-    ) -> Any:
-        self.bound(model, inputs, config)
-        top = UNDER_WAY.get()["asked"].logprobs
-        if top is None:
-            return await self.manager.generate_non_streaming(model, processor, inputs, config, request_id)
-        config.return_dict_in_generate = config.output_logits = True
-        made = await self.manager.async_submit(model.generate, **inputs, generation_config=config, tokenizer=processor)
-        start = inputs["input_ids"].shape[-1]
-        ids = made.sequences[0, start:]
-        words = getattr(processor, "tokenizer", processor)
-        UNDER_WAY.get()["logprobs"] = [
-            entry(words, int(token), logits[0].float().log_softmax(-1), top)
-            for token, logits in zip(ids, made.logits, strict=True)
-        ]
-        return processor.decode(ids, skip_special_tokens=True), start, ids
-
-
-def entry(words: Any, token: int, logprobs: Any, top: int) -> dict[str, Any]:
-    """OpenAI's record of one token, with the `top` likeliest in its place."""
-    best = logprobs.topk(top) if top else None
-    others = zip(best.values.tolist(), best.indices.tolist(), strict=True) if best is not None else ()
-    return token_entry(words.decode([token]), float(logprobs[token]), [(words.decode([i]), p) for p, i in others])
 
 
 def built(build: Callable[..., Any], name: str, context: int) -> Callable[..., Any]:

@@ -19,8 +19,8 @@ PEERS = ROOT / "bench" / "peers"  # scripts for other packages' environments: sh
 ROOMS = ("recipes", "quantize", "export", "serve", "bench")  # a room imports itself and the rooms before it
 HEAVY = {"torch", "torchvision", "transformers", "accelerate", "vllm", "modelscope"}
 TRAINER = "recipes.pebble.train"
-# the PyTorch engine itself, which serve starts as a program of its own, and a part of it
-PROGRAM = ("serve.pytorch_engine", "serve.pytorch_own")
+# the PyTorch engine itself, which serve starts as a program of its own, and its parts
+PROGRAM = ("serve.pytorch_engine", "serve.pytorch_requests", "serve.pytorch_own")
 
 
 @dataclass(frozen=True)
