@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mmq.serve.app import page
 from mmq.serve.client import connect as connect_to
 from mmq.serve.client import models
 from mmq.serve.launch import Server, free_port
+from mmq.serve.metrics import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 MEDIA = ROOT / "docs" / "media"
@@ -209,9 +211,41 @@ def test_stop_a_refusal_and_text_that_is_no_html(served: Server, browser: Any) -
         assert tab.inner_text("#send") == "Stop"
         tab.click("#send")
         tab.wait_for_selector("text=stopped")
+        until = time.monotonic() + 5  # the engine stops too, long before its 3500 tokens
+        while metrics(served.url)["vllm:num_requests_running"][0][1] and time.monotonic() < until:
+            time.sleep(0.1)
+        assert metrics(served.url)["vllm:num_requests_running"][0][1] == 0
         assert tab.inner_text("#send") == "Send"
         assert tab.locator(".user b, .user img").count() == 0
         tab.close()
+
+
+@needs_browser
+def test_a_server_that_breaks_off(browser: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            stream = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+            event = {"choices": [{"index": 0, "delta": {"content": "half"}}]}
+            for _ in range(2):
+                with listener.accept()[0] as one:
+                    if b"/v1/models" in one.recv(65536):
+                        one.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 25\r\n\r\n{"data": [{"id": "one"}]}')
+                    else:
+                        one.sendall(f"{stream}data: {json.dumps(event)}\n\n".encode())
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with page(f"http://127.0.0.1:{listener.getsockname()[1]}") as address:
+            tab = browser.new_page(locale="en-GB")
+            tab.goto(address)
+            tab.wait_for_selector("#model option", state="attached")
+            tab.fill("#text", "Hello")
+            tab.click("#send")
+            tab.wait_for_selector("text=broke off")
+            assert tab.locator(".assistant p").first.inner_text() == "half"
+            tab.close()
+        thread.join()
 
 
 @needs_browser

@@ -6,10 +6,10 @@ const WORDS = {
   zh: {
     model: "模型", settings: "设置", system: "系统提示", longest: "回答最长多少 token", temperature: "温度", clear: "清空",
     attached: "已添加", attach: "图片或视频", question: "问题", placeholder: "问一问图片里的内容", send: "发送", stop: "停止",
-    remove: "移除", stopped: "已停止", unread: "无法读取这个文件：", tokens: "token", second: "秒",
+    remove: "移除", stopped: "已停止", unread: "无法读取这个文件：", broken: "服务器中断了回答", tokens: "token", second: "秒",
   },
   en: {
-    send: "Send", stop: "Stop", remove: "Remove", stopped: "stopped", unread: "This file is no picture or video: ",
+    send: "Send", stop: "Stop", remove: "Remove", stopped: "stopped", unread: "This file is no picture or video: ", broken: "The server broke off before its answer was done",
     tokens: "tokens", second: "s",
   },
 };
@@ -122,7 +122,7 @@ async function answer() {
   at("send").textContent = words.stop;
   const { box, words: shown } = turn("assistant", "");
   box.setAttribute("aria-busy", "true");
-  let text = "", note = "", wrong = "", usage = null, first = 0;
+  let text = "", note = "", wrong = "", finish = "", usage = null, first = 0;
   try {
     const reply = await fetch("v1/chat/completions", {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
@@ -131,6 +131,7 @@ async function answer() {
     for await (const event of events(reply)) {
       if (event.error) throw new Error(event.error.message);
       usage = event.usage || usage;
+      finish = event.choices?.[0]?.finish_reason || finish;
       const piece = event.choices?.[0]?.delta?.content;
       if (!piece) continue;
       first = first || performance.now();
@@ -140,6 +141,7 @@ async function answer() {
       shown.textContent = text;
       if (below) box.scrollIntoView({ block: "end" });
     }
+    if (!finish) throw new Error(words.broken);
   } catch (error) {
     if (signal.aborted) note = words.stopped;
     else wrong = error.message;
@@ -148,7 +150,7 @@ async function answer() {
     const seconds = (performance.now() - first) / 1000;
     note = `${usage.completion_tokens} ${words.tokens}, ${((usage.completion_tokens - 1) / seconds).toFixed(0)}/${words.second}`;
   }
-  if (text && signal.reason !== CLEARED) conversation.push({ role: "assistant", content: text });
+  if ((text || finish) && signal.reason !== CLEARED) conversation.push({ role: "assistant", content: text });
   if (note) box.append(Object.assign(document.createElement("small"), { textContent: note }));
   if (wrong) {
     if (text) turn("assistant wrong", wrong);
@@ -157,7 +159,7 @@ async function answer() {
   box.removeAttribute("aria-busy");
   asking = null;
   at("send").textContent = words.send;
-  return Boolean(text) || signal.reason === CLEARED;
+  return Boolean(text || finish) || signal.reason === CLEARED;
 }
 
 async function send() {
