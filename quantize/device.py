@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 
 def load_torch() -> None:
@@ -41,33 +34,3 @@ def pick_device(name: str) -> str:
     if name != "cpu" and not name.startswith("cuda"):
         raise ValueError(f"--device {name}: it must be auto, cpu, cuda or cuda:N")
     return name
-
-
-@contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """Work that a GPU does beside what it is given afterwards, until `rejoin`; on a CPU it is done at once. What it
-    reads must be kept until then."""
-    if device.type != "cuda":
-        yield
-        return
-    import torch
-
-    side = _side(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        yield
-
-
-def rejoin(device: torch.device) -> None:
-    """Whatever comes now is done after all that was done `beside`."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.current_stream(device).wait_stream(_side(device))
-
-
-@cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    import torch
-
-    return torch.cuda.Stream(device)

@@ -16,7 +16,6 @@ from torch import Tensor
 from .awq import Scaled, fold, scalable, scale
 from .clip import best_shrink
 from .descent import descended, first_scale
-from .device import beside, rejoin
 from .family import Group
 from .gptq import DAMP, Factor, damping, factored, rescaled, round_columns
 from .gram import diagonal_blocks
@@ -145,7 +144,6 @@ def _factors(
     ties = scalable(problem) if steps.scale else {}
     found: dict[Group, Factor] = {}
     scales: dict[Group, Tensor] = {}
-    read = []  # by the descents, which take few of a GPU's processors: the next factor is begun beside them
     for group, gram in problem.grams.items():
         if owners[group] != rank() or not bool(gram.diagonal().any()):
             continue
@@ -157,15 +155,10 @@ def _factors(
         except ValueError:  # rounding meets it again, and says so
             continue
         if tied:
-            read.append((torch.cat(weights) if weights[1:] else weights[0], factor))
-            with beside(gram.device):
-                scales[group] = descended([read[-1][0]], factor, grid, **tied)
+            scales[group] = descended(weights, factor, grid, **tied)
         if not steps.pull:  # else H is taken anew when the group's turn comes
             found[group] = factor
         del factor
-    for gram in list(problem.grams.values())[:1]:
-        rejoin(gram.device)
-    del read
     for group, tie in ties.items():
         none = torch.ones(len(problem.grams[group]), device=problem.grams[group].device)
         fold(moved, group, sent(scales.get(group, none), owners[group]), tie, problem)
