@@ -89,7 +89,7 @@ def plain_errors(url: str) -> Iterator[None]:
     except openai.APIConnectionError as e:
         if type(e.__cause__).__name__ in BROKEN_OFF:
             raise RuntimeError(f"the server at {url} broke off its answer; its log tells whether it died") from None
-        raise OSError(f"no server answers at {url}; start one with `mmq serve ARTIFACT`") from None
+        raise ConnectionError(f"no server answers at {url}; start one with `mmq serve ARTIFACT`") from None
     except (openai.AuthenticationError, openai.PermissionDeniedError):
         raise OSError(f"the server at {url} wants an API key; set MMQ_API_KEY") from None
     except openai.APIStatusError as e:

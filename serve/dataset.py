@@ -51,8 +51,8 @@ def infer_dataset(
     where the one request failed, and "logprobs" of the answer's tokens, as the server gives them, where they are asked
     for. What `out` has already is not asked again; failed requests are, and answers without the logprobs wanted.
     With `config.stream` the answers go to `show(index, piece)` as they come, in the order of the input. Returns the
-    figures. ValueError for a broken input or an `out` of another input, OSError when the server is gone; written lines
-    stay.
+    figures. ValueError for a broken input or an `out` of another input, OSError when no server answers, RuntimeError
+    when it is gone later; written lines stay.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
@@ -84,7 +84,11 @@ def infer_dataset(
 
         tell(Step("infer", len(done), len(asked)))
         options: dict[str, Any] = {"model": name, "concurrency": min(concurrency, len(asked)), **config.options()}
-        waited(crowd(url, todo(), keep, api_key=api_key, on_piece=piece if config.stream else None, **options))
+        try:
+            waited(crowd(url, todo(), keep, api_key=api_key, on_piece=piece if config.stream else None, **options))
+        except ConnectionError:
+            kept = f"{len(done) + len(fresh)} of {len(asked)} answers are in {out}; the same command goes on from there"
+            raise RuntimeError(f"the server at {url} was there and is gone; {kept}") from None
     runtime = time.perf_counter() - begun
     write(out, sorted([*done.values(), *fresh], key=lambda record: record["index"]))
     return summary(fresh, runtime) | {"resumed": len(done)}

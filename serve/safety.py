@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .flags import LOOPBACK, Flag, Launch, Secret, given, number, spelled
+from .flags import LOOPBACK, Flag, Launch, Secret, given, spelled
 
 INSIDE = Path(__file__).resolve().parent / "inside"
 MIB = 1 << 20
@@ -108,7 +108,7 @@ def guarded(
     settings, why = _settings(safety, near=near, key=key)
     path = os.pathsep.join([str(INSIDE), *filter(None, [environ.get("PYTHONPATH")])])
     env = {"PYTHONPATH": path, "MMQ_GUARD": json.dumps(settings, ensure_ascii=False, separators=(",", ":"))}
-    flags, variables, grace = HOOKS.get(engine, _plain)(safety, extra, environ)
+    flags, variables = HOOKS[engine](environ) if engine in HOOKS else ((), {})
     env |= {name: value for name, (value, _) in variables.items()}
     reasons = [(shlex.join(flag.words), flag.why) for flag in flags]
     reasons.append((f"PYTHONPATH={path}", "where the guard is that judges every request before the engine sees it"))
@@ -125,7 +125,7 @@ def guarded(
         env={**launch.env, **env},
         secrets={} if key is None else dict.fromkeys(KEY_VARIABLES, key),
         reasons=(*launch.reasons, *reasons),
-        grace=grace,
+        grace=safety.grace,
     )
 
 
@@ -169,32 +169,18 @@ def _domain(name: str) -> str:
         raise ValueError(f"{name!r} is no host's name") from None
 
 
-# flags and variables (name -> value, reason) that an engine needs besides, and the grace it has
-Hook = Callable[[Safety, Sequence[str], Mapping[str, str]], tuple[list[Flag], dict[str, tuple[str, str]], float]]
+Hook = Callable[[Mapping[str, str]], tuple[tuple[Flag, ...], dict[str, tuple[str, str]]]]
 
 
-def _plain(
-    safety: Safety, extra: Sequence[str], environ: Mapping[str, str]
-) -> tuple[list[Flag], dict[str, tuple[str, str]], float]:
-    """An engine whose program loads the guard by itself, and whose HTTP server waits for requests under way."""
-    return [], {}, safety.grace
-
-
-def _vllm(
-    safety: Safety, extra: Sequence[str], environ: Mapping[str, str]
-) -> tuple[list[Flag], dict[str, tuple[str, str]], float]:
+def _vllm(environ: Mapping[str, str]) -> tuple[tuple[Flag, ...], dict[str, tuple[str, str]]]:
     if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise ValueError("VLLM_USE_RUST_FRONTEND replaces the server that the guard is a part of; unset it")
-    flags = [
+    flags = (
         Flag("--middleware", "mmq_guard.Guard", "the guard, in the server's own process"),
         Flag("--allowed-media-domains", NOBODY, "the guard fetches media from where they may come; the engine none"),
-    ]
-    grace = number(extra, "--shutdown-timeout")
-    if grace is None and safety.grace:
-        grace = safety.grace
-        flags.append(Flag("--shutdown-timeout", f"{grace:.0f}", "seconds that requests under way have after SIGTERM"))
-    variables = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": ("0", "a picture that moved is not followed to anywhere")}
-    return flags, variables, grace or 0.0
+    )
+    return flags, {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": ("0", "a picture that moved is not followed to anywhere")}
 
 
+# flags and variables (name -> value, reason) that an engine needs besides; other programs load the guard themselves
 HOOKS: dict[str, Hook] = {"vllm": _vllm}

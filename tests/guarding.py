@@ -41,7 +41,6 @@ FORBIDDEN = [
     "http://172.16.0.1/",
     "http://224.0.0.1/",
     "http://255.255.255.255/",
-    "http://no-such-host.invalid/",
     "http://user@127.0.0.1:{port}/",
     "http://example.org@127.0.0.1:{port}/",
     "http://example.org\\@127.0.0.1:{port}/",

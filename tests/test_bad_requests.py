@@ -280,23 +280,49 @@ def streamed(server: Running, seen: threading.Event, *, tokens: int) -> tuple[in
 
 
 def test_killed_in_the_middle_of_an_answer_it_comes_back(server: Running) -> None:
+    """One client with an answer, another with a dataset: each is told in one line, and neither loses what it has."""
     leader = engine_of(server.process.pid)[0]
-    infer = [*MMQ, "infer", f"{server.url}", "hello", "--max-tokens", "4000", "--extra", '{"ignore_eos": true}']
-    env = os.environ | {"MMQ_API_KEY": KEY}
-    with subprocess.Popen(infer, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as client:
-        assert client.stdout is not None
-        begun = client.stdout.read(20)
+    folder = server.output.parent
+    rows, out = folder / "rows.jsonl", folder / "out.jsonl"
+    questions = [{"messages": [{"role": "user", "content": f"hello {number}"}]} for number in range(60)]
+    rows.write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
+    infer = [*MMQ, "infer", server.url, "--extra", '{"ignore_eos": true}', "--max-tokens"]
+    many = [*infer, "16", "--dataset", str(rows), "--result-path", str(out), "--concurrency", "2"]
+    told: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "env": os.environ | {"MMQ_API_KEY": KEY},
+    }
+    with (
+        subprocess.Popen[bytes](many, **told) as dataset,
+        subprocess.Popen[bytes]([*infer, "4000", "hello"], **told) as one,
+    ):
+        assert one.stdout is not None
+        begun = one.stdout.read(20)
+        while not out.exists() or out.read_text().count("\n") < 5:
+            assert dataset.poll() is None, dataset.communicate()
+            time.sleep(0.05)
         os.kill(leader, signal.SIGKILL)
-        rest, said = client.communicate(timeout=60)
-    assert client.returncode == 3, said
+        rest, said = one.communicate(timeout=60)
+        _, said_of_many = dataset.communicate(timeout=60)
+    assert one.returncode == 3, said
     assert len(begun + rest) >= 20  # what came is shown
     assert said.decode().strip().count("\n") == 0, said
     assert re.search(r"mmq: the server at .* broke off its answer", said.decode())
+    assert dataset.returncode == 3, said_of_many
+    found = re.search(r"is gone; (\d+) of 60 answers are in .*; the same command goes on", said_of_many.decode())
+    assert found is not None, said_of_many
+    kept = out.read_text().splitlines()
+    assert len(kept) == int(found[1]) >= 5
     pids = server.ready(2)
     assert leader not in pids
-    told = server.output.read_text()
-    assert "the engine died: it was killed (SIGKILL)" in told
-    assert "start 1 of 1 in 1 s" in told
+    told_by_mmq = server.output.read_text()
+    assert "the engine died: it was killed (SIGKILL)" in told_by_mmq
+    assert "start 1 of 1 in 1 s" in told_by_mmq
+    subprocess.run(many, check=True, capture_output=True, env=told["env"], timeout=300)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["index"] for answer in answers] == list(range(60))
+    assert {line for line in kept if "error" not in json.loads(line)} <= set(out.read_text().splitlines())
     fine(server)
 
 

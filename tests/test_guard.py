@@ -283,6 +283,17 @@ def test_every_address_of_a_name_counts(guard: Any, monkeypatch: pytest.MonkeyPa
         assert looks.count("one.example") == 2  # once here and once in `two`
 
 
+def test_an_unknown_host(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = sys.modules["mmq_fetch"]
+
+    def unknown(*asked: Any, **options: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(guard.Refused, match=r"no host nobody\.example is known here"):
+        fetch.Target("http://nobody.example/", guard.Settings()).fetch(guard.Allowance(1), "image")
+
+
 def test_this_machine_by_a_public_address(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch = sys.modules["mmq_fetch"]
     monkeypatch.setattr(fetch, "may_reach", lambda address, networks: True)
@@ -403,12 +414,39 @@ def test_other_names_for_this_machine_are_refused_without_a_key(serve: Callable[
 def test_a_server_that_ends_takes_nothing_new(
     serve: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MMQ_CLOSED", str(tmp_path / "closed"))
+    monkeypatch.setenv("MMQ_DOOR", str(tmp_path))
+    (tmp_path / "busy").mkdir()
     client = serve()
     assert client.send({})[0] == 200
     (tmp_path / "closed").touch()
     for path in ("/v1/chat/completions", "/health"):
         assert client.send({}, path=path)[0] == 503
+
+
+def test_requests_under_way_are_marked(
+    serve: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMQ_DOOR", str(tmp_path))
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    client = serve()
+    seen: list[int] = []
+
+    def pieces() -> Iterator[bytes]:
+        yield b'{"a":'
+        while not any(busy.iterdir()):
+            time.sleep(0.01)
+        seen.append(len(list(busy.iterdir())))
+        assert client.send({})[0] == 200  # another comes and goes meanwhile
+        seen.append(len(list(busy.iterdir())))
+        yield b" 1}"
+
+    assert client.send(pieces())[0] == 200
+    assert seen == [1, 1]
+    until = time.monotonic() + 5
+    while any(busy.iterdir()):  # the answer is there a moment before the mark goes
+        assert time.monotonic() < until
+    assert client.app.under_way == 0
 
 
 def test_settings_are_read_and_checked(guard: Any) -> None:

@@ -20,27 +20,23 @@ from mmq.serve.flags import Launch, Secret
 from mmq.serve.launch import Server, foreground, free_port, healthy, running
 from mmq.serve.log import why_it_died
 
-# answers /slow in a second, in two pieces; dies of /die; like an HTTP server worth the name it ends after its answers
+# answers /slow in a second, in two pieces, with a mark as the guard has; dies of /die; ends at once when it is told to
 SERVER = """
-import http.server, os, signal, subprocess, sys, threading, time
+import http.server, os, subprocess, sys, time
 print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
 print("key", os.environ.get("MMQ_API_KEY"), flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        closed = os.path.exists(os.environ["MMQ_CLOSED"])
-        self.send_response(503 if closed else 200); self.end_headers()
+        mark = os.path.join(os.environ["MMQ_DOOR"], "busy", "1")
+        self.send_response(200); self.end_headers()
         if self.path == "/slow":
-            print("asked", flush=True)
+            open(mark, "w").close()
             self.wfile.write(b"one "); self.wfile.flush(); time.sleep(1); self.wfile.write(b"two")
+            self.wfile.flush(); self.connection.close(); os.unlink(mark)
         if self.path == "/die":
             print("MemoryError: the card is full", flush=True); os._exit(1)
     def log_message(self, *what): pass
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = False
-server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
-signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
-server.serve_forever(0.05)
-server.server_close()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever(0.05)
 """
 # an mmq of this file's own: `foreground` of the launch above, in a process that can be killed
 MMQ = """

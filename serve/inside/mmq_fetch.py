@@ -79,7 +79,8 @@ class Target:
         except (OSError, UnicodeError):
             raise Refused(400, f"no host {self.host} is known here") from None
         if not all(may_reach(str(address[0]), self.networks) for *_, address in found):
-            raise Refused(400, f"{self.host} is not on the public network; media are not fetched from there")
+            how = "media come from there only where the server's --media-network names it"
+            raise Refused(400, f"{self.host} is not on the public network; {how}")
         failed: OSError = ConnectionError("no address")
         for family, kind, protocol, _, address in found:
             wire = self.socket = socket.socket(family, kind, protocol)

@@ -5,7 +5,7 @@ that says what was wrong. Media that are named by URL are fetched here and hande
 itself fetches nothing and opens no file.
 
 Standard library alone (and Pillow where it is there), for Python 3.10 and later. Settings come in the variable
-MMQ_GUARD, the key in MMQ_API_KEY.
+MMQ_GUARD, the key in MMQ_API_KEY; MMQ_DOOR names a folder where a file `closed` means that the server is about to end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,7 +42,8 @@ class Guard:
         self.settings = settings or settings_of(os.environ)
         key = key or os.environ.get("MMQ_API_KEY")
         self.key = _digest(key) if key else None
-        self.closed = os.environ.get("MMQ_CLOSED")  # the file that is there when the server is about to end
+        self.door = os.environ.get("MMQ_DOOR")  # the folder by which `serve/launch.py` and this know of each other
+        self.under_way = 0
         self.arriving = 0  # bytes of bodies that are not whole yet
         self.readers = ThreadPoolExecutor(2, "mmq-guard")
         self.fetchers = ThreadPoolExecutor(32, "mmq-fetch")  # slow hosts wait here, and nobody without a URL for them
@@ -50,6 +51,10 @@ class Guard:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
+        with self._counted(scope["path"]):
+            return await self._admitted(scope, receive, send)
+
+    async def _admitted(self, scope: Any, receive: Any, send: Any) -> None:
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         unread = scope["type"] == "http" and _has_body(headers)
         try:
@@ -67,9 +72,31 @@ class Guard:
         scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
         return await self.app(scope, _given(body, receive), send)
 
+    @contextlib.contextmanager
+    def _counted(self, path: str) -> Iterator[None]:
+        """Within, a file with this process's number lies in the door's folder, for there are requests under way.
+
+        It is there before the door is looked at: whoever closes it sees the file, or the request sees it closed.
+        """
+        if self.door is None or path in OPEN:
+            yield
+            return
+        mark = os.path.join(self.door, "busy", str(os.getpid()))
+        self.under_way += 1
+        try:
+            if self.under_way == 1:
+                with contextlib.suppress(OSError):
+                    open(mark, "wb").close()
+            yield
+        finally:
+            self.under_way -= 1
+            if self.under_way == 0:
+                with contextlib.suppress(OSError):
+                    os.unlink(mark)
+
     def _enter(self, scope: Any, headers: Mapping[str, str]) -> None:
         """Refused where the server is about to end, and where the name that was asked for, or the key, is not right."""
-        if self.closed and os.path.exists(self.closed):
+        if self.door and os.path.exists(os.path.join(self.door, "closed")):
             raise Refused(503, "this server is ending; it takes no new requests")
         hosts = self.settings.hosts
         if hosts is not None and _host_name(headers.get("host", "")) not in hosts:
