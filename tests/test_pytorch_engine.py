@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmq.bench.generate import answers
+from mmq.export.subject import Linear, read_subject
 from mmq.export.view import view
 from mmq.quantize.inputs import encode
 from mmq.quantize.skeleton import build
@@ -22,6 +23,8 @@ from mmq.serve.engines import plan
 from mmq.serve.launch import Server, free_port, running
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
 from mmq.serve.pytorch_face import asked, failure, plain_part
+from mmq.serve.rules.rule import Setting, judge
+from mmq.serve.rules.verdicts import PLACES
 
 needs_server = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="transformers[serving] is absent")
 KINDS = {
@@ -254,6 +257,17 @@ def test_where_it_runs(artifact: Callable[..., Path], pebble: Path) -> None:
         plan("pytorch", pebble, machine=LAPTOP, lora=("a=b",))
     with pytest.raises(OSError, match="MMQ_PYTORCH names /nowhere"):
         plan("pytorch", pebble, machine=LAPTOP, environ={"MMQ_PYTORCH": "/nowhere"})
+
+
+def test_experts_that_it_would_make_up_are_refused_before_the_start(artifact: Callable[..., Path]) -> None:
+    sound = read_subject(artifact("awq"))
+    name = "model.language_model.layers.0.mlp.experts.0.up_proj"
+    config = {**sound.config, "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+    mixture = replace(sound, config=config, linears={**sound.linears, name: Linear(name, 256, 256, True, 128)})
+    place = next(p for p in PLACES if p.name == "pytorch:cpu")
+    assert judge(sound, place, Setting(device="cpu")).answer == "yes"
+    found = judge(mixture, place, Setting(device="cpu")).findings
+    assert [f.rule for f in found if f.fatal] == ["experts"]
 
 
 def test_a_gpu_is_taken_where_pytorch_can_use_it(artifact: Callable[..., Path], tmp_path: Path) -> None:

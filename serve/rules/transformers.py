@@ -12,9 +12,21 @@ from ...export.names import SAME, TRANSFORMERS
 from ...export.subject import Subject
 from ...quantize.family import row_of
 from .releases import new_enough
-from .rule import REMOTE_TYPES, Finding, Place, Setting, disagreement, files_there, matches, whole
+from .rule import (
+    REMOTE_TYPES,
+    Finding,
+    Place,
+    Setting,
+    disagreement,
+    files_there,
+    first_of,
+    is_expert,
+    matches,
+    whole,
+)
 
 SEEN = "5.19.0"
+FUSED_ONLY = ("Qwen3VLMoeForConditionalGeneration",)  # seen: its experts one by one are not found, and made up
 NEEDS = {
     "awq": ("gptqmodel", "accelerate"),
     "gptq": ("gptqmodel", "optimum"),
@@ -98,6 +110,10 @@ def restorable(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("order", False, why, "start it and see; quantize again with static groups if it is refused")
     if subject.method == "compressed-tensors" and not subject.packed:
         yield Finding("format", True, "compressed-tensors of another kind than packed int4", "serve it with vLLM")
+    alone = [x.name for x in subject.packed if is_expert(x.name)]
+    if subject.architecture in FUSED_ONLY and alone:
+        why = f"{first_of(alone)} stand by themselves, and transformers reads this class's experts fused alone"
+        yield Finding("experts", True, why, "serve it with vLLM")
     if subject.method not in ("", *NEEDS):
         yield Finding("format", False, f"mmq knows no rules for {subject.method}", "load it once and see")
 
