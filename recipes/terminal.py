@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+WIDE = 44  # characters of a word that a table keeps on one line
+
+
 def human(size: float) -> str:
     """Bytes for a reader."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -35,7 +38,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     figures = len(head) > 2 and all(head[1:])  # columns of figures keep their width, and the words before them give way
     for column, title in enumerate(head):
         keep = figures == (column > 0)
-        found.add_column(title, no_wrap=keep, overflow="fold", justify="right" if figures and column else "left")
+        # a cell longer than this is folded, so that it leaves room for what stands beside it
+        wide = WIDE if keep and not figures and any(len(row[column]) > WIDE for row in rows) else None
+        justify = "right" if figures and column else "left"
+        found.add_column(title, no_wrap=keep and not wide, overflow="fold", justify=justify, max_width=wide)
     for row in rows:
         found.add_row(*row)
     return found
