@@ -383,9 +383,9 @@ def serve(
     """
     from .bench.report import parse_bytes
     from .serve.engines import lines, plan
-    from .serve.launch import foreground
     from .serve.machine import this_machine
     from .serve.safety import Safety
+    from .serve.supervise import foreground
     from .serve.target import servable
 
     let_in = {field.name: options.pop(field.name) for field in dataclasses.fields(Safety) if field.name in options}

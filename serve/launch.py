@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,6 @@ GRACE = 15.0  # seconds between SIGTERM and SIGKILL, after those that requests u
 LEFT_BEHIND = 3.0  # seconds between the two for what is left of an engine that died
 BROKEN_OFF = 8.0  # seconds; vLLM's server notices within five that its core is dead, and ends then
 DIED = "the engine died"
-LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
 START_TIMEOUT = 900.0  # seconds; a first start on a GPU compiles for minutes
 
 
@@ -133,7 +132,7 @@ rm -rf "$4/closed" "$4/busy" && rmdir "$4"
 
 
 @contextlib.contextmanager
-def _started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
+def started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The engine's process, which is ended with its whole group where the `with` ends, or where we are killed (by
     SIGKILL, by a closed terminal): a watch waits for that. Requests under way have the launch's grace."""
     with tempfile.TemporaryDirectory(prefix="mmq-serve-") as place:
@@ -191,7 +190,7 @@ def _signal_group(pgid: int, number: signal.Signals) -> None:
         os.killpg(pgid, number)
 
 
-def _wait_healthy(process: subprocess.Popen[bytes], launch: Launch, log: Path, timeout: float, tell: Tell) -> float:
+def wait_healthy(process: subprocess.Popen[bytes], launch: Launch, log: Path, timeout: float, tell: Tell) -> float:
     """Seconds until /health answered. RuntimeError when the engine died or `timeout` seconds passed."""
     begun = time.monotonic()
     while True:
@@ -209,7 +208,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], launch: Launch, log: Path, t
 
 
 @contextlib.contextmanager
-def _terminate_is_exit() -> Iterator[None]:
+def terminate_is_exit() -> Iterator[None]:
     """Turn SIGTERM into SystemExit within, so that `finally` runs and no engine outlives us."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -240,9 +239,9 @@ def running(
         os.close(handle)
         log_path = Path(path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log, _terminate_is_exit(), _started(launch, log) as process:
+    with log_path.open("wb") as log, terminate_is_exit(), started(launch, log) as process:
         try:
-            startup = _wait_healthy(process, launch, log_path, timeout, tell)
+            startup = wait_healthy(process, launch, log_path, timeout, tell)
             yield Server(launch.url, launch.name, process.pid, log_path, startup)
         except (OSError, RuntimeError) as e:
             code = _ended(process, within=2.0 if isinstance(e, OSError) else BROKEN_OFF)
@@ -257,100 +256,3 @@ def _ended(process: subprocess.Popen[bytes], *, within: float) -> int | None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(within)
     return None
-
-
-def foreground(
-    launch: Launch,
-    *,
-    log_path: Path,
-    on_line: Callable[[str], None],
-    on_ready: Callable[[Server], None],
-    on_note: Callable[[str], None] = lambda note: None,
-    restarts: int = 0,
-    timeout: float = START_TIMEOUT,
-    tell: Tell = silent,
-) -> int:
-    """Run the launch until it ends or the user ends it; returns 0 when a signal to us ended it.
-
-    Each line of the engine goes to `on_line` and to `log_path`; `on_ready` is called whenever it is healthy. An engine
-    that was healthy once and dies is started again, at most `restarts` times in all and after a longer pause each
-    time; `on_note` is told why, and the log of the dead one is kept as NAME.1.log, NAME.2.log. SIGINT and SIGTERM are
-    passed on, and `on_note` is told how long requests under way have. Errors as in `running`.
-    """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    lived = False
-
-    def ready(server: Server) -> None:
-        nonlocal lived
-        lived = True
-        on_ready(server)
-
-    with _terminate_is_exit():
-        for again in range(restarts + 1):
-            try:
-                _once(launch, log_path, on_line, ready, on_note, timeout, tell)
-            except RuntimeError as e:
-                if not lived or again == restarts:
-                    tried = f"; it was started {again + 1} times" if again else ""
-                    raise RuntimeError(f"{e}{tried}") from None
-                kept = log_path.with_suffix(f".{again + 1}{log_path.suffix}")
-                log_path.replace(kept)
-                pause = min(2.0**again, LONGEST_PAUSE)
-                on_note(f"{str(e).replace(str(log_path), str(kept))}; start {again + 1} of {restarts} in {pause:.0f} s")
-                if not _slept(pause):
-                    return 0
-            else:
-                return 0
-    raise AssertionError("the last start returns or raises")
-
-
-def _slept(seconds: float) -> bool:
-    """Whether nobody ended us meanwhile."""
-    try:
-        time.sleep(seconds)
-    except (KeyboardInterrupt, SystemExit):
-        return False
-    return True
-
-
-def _once(
-    launch: Launch,
-    log_path: Path,
-    on_line: Callable[[str], None],
-    on_ready: Callable[[Server], None],
-    on_note: Callable[[str], None],
-    timeout: float,
-    tell: Tell,
-) -> None:
-    """One life of the engine, which returns when a signal to us ended it. RuntimeError when it ends by itself."""
-    reader = None
-    with log_path.open("w", encoding="utf-8") as log:
-        try:
-            with _started(launch, subprocess.PIPE) as process:
-                reader = threading.Thread(target=_pump, args=(process, log, on_line), daemon=True)
-                reader.start()
-                try:
-                    startup = _wait_healthy(process, launch, log_path, timeout, tell)
-                    on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
-                    code = process.wait()
-                except (KeyboardInterrupt, SystemExit):
-                    if launch.grace:
-                        on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off")
-                    raise
-                reader.join(1)  # its last words; children that it left may hold the pipe open
-                raise RuntimeError(f"{DIED}: {why_it_died(log_path, returncode=code)} (log: {log_path})")
-        except (KeyboardInterrupt, SystemExit):
-            return
-        finally:
-            if reader is not None:
-                reader.join(5)
-
-
-def _pump(process: subprocess.Popen[bytes], log: Any, on_line: Callable[[str], None]) -> None:
-    """Copy the engine's lines to the log and to `on_line` until its last process closes its end."""
-    assert process.stdout is not None
-    for raw in process.stdout:
-        line = raw.decode("utf-8", "replace").rstrip("\n")
-        log.write(line + "\n")
-        log.flush()
-        on_line(line)

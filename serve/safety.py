@@ -61,7 +61,7 @@ class Safety:
                 ipaddress.ip_network(network, strict=False)
             except ValueError:
                 raise ValueError(f"{network!r} is no network; --media-network wants one as 10.0.0.0/8") from None
-        if self.media_folder is not None and not self.media_folder.is_dir():
+        if self.media_folder is not None and not self.media_folder.expanduser().is_dir():
             raise ValueError(f"no folder {self.media_folder}, which --media-folder names")
 
 

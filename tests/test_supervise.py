@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from mmq.serve.flags import Launch, Secret
-from mmq.serve.launch import Server, foreground, free_port, healthy, running
+from mmq.serve.launch import Server, free_port, healthy, running
 from mmq.serve.log import why_it_died
+from mmq.serve.supervise import foreground
 
 # answers /slow in a second, in two pieces, with a mark as the guard has; dies of /die; ends at once when it is told to
 SERVER = """
@@ -42,7 +43,8 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 MMQ = """
 import sys, pathlib
 from mmq.serve.flags import Launch
-from mmq.serve.launch import foreground, running
+from mmq.serve.launch import running
+from mmq.serve.supervise import foreground
 how, code, port, log, grace = sys.argv[1], sys.argv[2], sys.argv[3], pathlib.Path(sys.argv[4]), float(sys.argv[5])
 argv = (sys.executable, "-c", code, port)
 launch = Launch(argv, {}, (), f"http://127.0.0.1:{port}", "x", "127.0.0.1", int(port), "cpu", grace=grace)

@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from mmq_media import FRAMES, MIME, as_data_url
-from mmq_settings import Allowance, Refused, Settings
+from mmq_refused import Refused
+from mmq_settings import Allowance, Settings
 
 FETCH_SECONDS = 20.0  # for one medium, from its host's name to its last byte
 CONNECT_SECONDS = 5.0  # for one of a host's addresses

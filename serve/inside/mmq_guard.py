@@ -16,7 +16,6 @@ import hashlib
 import hmac
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,11 +23,11 @@ from typing import Any
 from mmq_fetch import FETCH_SECONDS, Target
 from mmq_media import MIME, as_data_url, check_sent, media_in, read_local
 from mmq_parts import rewritten
-from mmq_settings import Allowance, Refused, Settings, mebibytes, settings_of
+from mmq_refused import Refused, refuse
+from mmq_settings import Allowance, Settings, mebibytes, settings_of
 
 OPEN = ("/health", "/ping")  # answered without the key: they say that the server lives, and nothing else
 AT_ONCE = 16  # bodies of the greatest size that may be arriving together
-LINGER_SECONDS = 10.0  # for what is left of a body that was refused
 SMALL = 64 * 1024  # bytes of a body that is looked at on the spot; a larger one in a thread
 
 Named = tuple[Any, Any, str, str]  # holder, key, kind, url: a medium that a request names and does not send
@@ -67,7 +66,7 @@ class Guard:
             unread = False
             body = await self._judged(body, headers)
         except Refused as no:
-            return await _refuse(scope, receive, send, no, unread=unread)
+            return await refuse(scope, receive, send, no, unread=unread)
         kept = [(k, v) for k, v in scope["headers"] if k.lower() not in (b"content-length", b"transfer-encoding")]
         scope = {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
         return await self.app(scope, _given(body, receive), send)
@@ -229,30 +228,3 @@ def _given(body: bytes, receive: Any) -> Any:
         return whole.pop() if whole else await receive()
 
     return next_message
-
-
-async def _refuse(scope: Any, receive: Any, send: Any, no: Refused, *, unread: bool) -> None:
-    """Answer with the refusal, in the form of OpenAI's.
-
-    What is `unread` of the body is read on for a while and thrown away: many clients look for an answer only when they
-    have sent everything, and lose it where the connection is closed before.
-    """
-    if scope["type"] == "websocket":
-        await receive()
-        return await send({"type": "websocket.close", "code": 1008, "reason": str(no)[:120]})
-    kind = {401: "authentication_error", 503: "service_unavailable"}.get(no.status, "invalid_request_error")
-    error = {"message": str(no), "type": kind, "param": None, "code": no.status}
-    body = json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += {401: [(b"www-authenticate", b"Bearer")], 503: [(b"retry-after", b"10"), (b"connection", b"close")]}.get(
-        no.status, []
-    )
-    await send({"type": "http.response.start", "status": no.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    until = time.monotonic() + LINGER_SECONDS
-    while unread and time.monotonic() < until:
-        waiting = asyncio.ensure_future(receive())
-        await asyncio.wait([waiting], timeout=until - time.monotonic())
-        unread = waiting.done() and bool(waiting.result().get("more_body"))
-        waiting.cancel()
-    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mmq_settings import Allowance, Refused
+from mmq_refused import Refused
+from mmq_settings import Allowance
 
 # a part's keys that name a medium, and of what kind it is
 KINDS = {

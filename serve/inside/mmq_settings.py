@@ -1,4 +1,4 @@
-"""What a guard is told, and how it says no. `serve/safety.py` writes the settings that are read here."""
+"""What a guard is told: `serve/safety.py` writes the settings that are read here. And what it counts by them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mmq_refused import Refused
+
 MIB = 1 << 20
-
-
-class Refused(Exception):
-    """A request that is not let in: an HTTP status and why."""
-
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
-        self.status = status
 
 
 @dataclass(frozen=True)
