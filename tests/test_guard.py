@@ -98,7 +98,7 @@ class Client:
 
 
 def test_it_stands_alone_and_loads_fast() -> None:
-    own = {"mmq_guard", "mmq_fetch", "mmq_media", "mmq_parts", "mmq_settings"}
+    own = {"mmq_guard", "mmq_fetch", "mmq_media", "mmq_parts", "mmq_refused", "mmq_settings"}
     for path in (INSIDE / f"{name}.py" for name in own):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
