@@ -167,7 +167,7 @@ def quantize(
 @click.option("--base", type=click.Path(path_type=Path), help="The FP16 checkpoint, where the manifest's is elsewhere.")
 @click.option("--dataset", metavar="FILE|FOLDER", help="Held-out samples of your own (JSONL with answers).")
 @click.option("--samples", "count", type=int, default=CHECKED, show_default=True, help="Held-out samples to use.")
-@click.option("--engine", type=click.Choice(["vllm"]), help="Ask the artifact as this engine serves it.")
+@click.option("--engine", type=click.Choice(["vllm", "pytorch"]), help="Ask the artifact as this engine serves it.")
 @bin_option
 @click.option(
     "--engines",

@@ -103,7 +103,7 @@ def answer_logprobs(client: OpenAI, model: str, sample: Sample, *, count: int, b
         )
     entries = (reply.model_extra or {}).get("prompt_logprobs")
     if not entries:
-        raise RuntimeError(f"the server at {url} gives no prompt_logprobs; this check needs vLLM")
+        raise RuntimeError(f"the server at {url} gives no prompt_logprobs; vLLM and the pytorch engine do")
     return [next(iter(e.values()))["logprob"] for e in entries[len(entries) - behind - count : len(entries) - behind]]
 
 

@@ -29,7 +29,7 @@ RUNTIME = GIB  # what Python and torch take beside the weights (0.6 GiB seen wit
 CACHE = 0.7  # of what is left, for one sequence's keys and values
 FASTER = "--engine vllm computes with them packed"
 # what requests find here, for --print and `mmq doctor`
-LACKS = "no structured outputs, no prompt_logprobs, one request at a time"
+LACKS = "no structured outputs, one request at a time"
 
 
 def pytorch(

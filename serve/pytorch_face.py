@@ -5,6 +5,7 @@ What transformers would leave out without a word is refused here, by name. Knows
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "echo": (False,),
     "suffix": ("",),
-    "prompt_logprobs": (),
     "audio": (),
     "functions": ((), []),
     "function_call": ("none", "auto"),
@@ -49,11 +49,14 @@ LEFT_OUT = frozenset(
 @dataclass(frozen=True)
 class Asked:
     """A request as transformers takes it; `logprobs`: None, or how many of the likeliest tokens go with each;
-    `ignore_eos`: the answer is as long as it may be, which is for measuring."""
+    `ignore_eos`: the answer is as long as it may be, which is for measuring. `prompt_logprobs`: those of the prompt's
+    tokens are all that is wanted, the assistant's turn `opened` behind it or not."""
 
     body: dict[str, Any]
     logprobs: int | None = None
     ignore_eos: bool = False
+    prompt_logprobs: bool = False
+    opened: bool = True
 
 
 def asked(body: Mapping[str, Any], *, name: str) -> Asked:
@@ -88,6 +91,12 @@ def asked(body: Mapping[str, Any], *, name: str) -> Asked:
     else:
         count = top
     endless = bool(kept.pop("ignore_eos", False))
+    prompt = kept.pop("prompt_logprobs", None)
+    opened = kept.pop("add_generation_prompt", True) is not False
+    if prompt is not None and (prompt != 0 or isinstance(prompt, bool) or not chat or kept.get("stream")):
+        raise ValueError("the pytorch engine gives prompt_logprobs: 0 of whole chat requests, and no other")
+    if not opened and prompt is None:
+        raise ValueError("add_generation_prompt: false goes with prompt_logprobs: 0 alone")
     loaded = (kept.pop("media_io_kwargs", None) or {}).get("video") or {}
     frames = {key: loaded[key] for key in ("fps", "num_frames") if loaded.get(key) is not None}
     if frames:  # vLLM's words; transformers takes one of the two
@@ -95,7 +104,7 @@ def asked(body: Mapping[str, Any], *, name: str) -> Asked:
         kept["chat_template_kwargs"] = {**(kept.get("chat_template_kwargs") or {}), first: frames[first]}
     if chat:
         kept["messages"] = [plain_message(message) for message in kept["messages"]]
-    return Asked(kept, count, endless)
+    return Asked(kept, count, endless, prompt is not None, opened)
 
 
 def plain_message(message: Any) -> dict[str, Any]:
@@ -133,6 +142,14 @@ def failure(why: str, status: int) -> dict[str, Any]:
     """OpenAI's form of an error."""
     kind = {404: "NotFoundError"}.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": why, "type": kind, "param": None, "code": status}}
+
+
+def unsaid(name: str, request_id: str, prompt_logprobs: list[Any]) -> dict[str, Any]:
+    """A chat completion in which nothing was generated, with vLLM's key beside OpenAI's."""
+    choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": ""}}
+    usage = {"prompt_tokens": len(prompt_logprobs), "completion_tokens": 0, "total_tokens": len(prompt_logprobs)}
+    said = {"id": request_id, "object": "chat.completion", "created": int(time.time()), "model": name}
+    return {**said, "choices": [choice], "usage": usage, "prompt_logprobs": prompt_logprobs}
 
 
 def token_entry(token: str, logprob: float, others: list[tuple[str, float]]) -> dict[str, Any]:

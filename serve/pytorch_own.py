@@ -45,7 +45,8 @@ class OwnProcessor:
             said.append({"role": message["role"], "content": parts if pictures else words})
         if images and not self.skeleton.sees:
             raise ValueError("of this model the words alone are served here; --engine vllm takes its pictures")
-        return Inputs(encode(self.skeleton, Sample(messages=said, images=tuple(images)), prompt_only=True))
+        sample, opened = Sample(messages=said, images=tuple(images)), options.get("add_generation_prompt", True)
+        return Inputs(encode(self.skeleton, sample, prompt_only=opened))
 
     def _part(self, part: Mapping[str, Any], images: list[Image.Image]) -> dict[str, Any]:
         if part["type"] == "text":

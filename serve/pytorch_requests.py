@@ -15,7 +15,8 @@ import torch
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from .pytorch_face import asked, failure, token_entry
+from .pytorch_face import asked, failure, token_entry, unsaid
+from .pytorch_prompt import prompt_logprobs
 
 # what the request under way asked for, and the log-probabilities of its answer
 UNDER_WAY: ContextVar[dict[str, Any]] = ContextVar("under_way")
@@ -32,6 +33,9 @@ class Checked:
         UNDER_WAY.set(state)
         try:
             state["asked"] = wanted = asked(body, name=self.name)
+            if wanted.prompt_logprobs:
+                values = await prompt_logprobs(self.handler, wanted.body, opened=wanted.opened)
+                return JSONResponse(unsaid(self.name, request_id, values))
             reply = await self.handler.handle_request(wanted.body, request_id)
         except HTTPException as e:
             return refusal(str(e.detail), e.status_code)
@@ -63,7 +67,9 @@ class Bounded:
     def init_cb(self, *args: Any) -> None:
         self.manager.init_cb(*args)
 
-    def bound(self, model: Any, inputs: Any, config: Any) -> None:
+    def bound(self, model: Any, inputs: Any, config: Any = None) -> None:
+        """ValueError for a prompt past the context; pictures in the model's own type, the answer's length into `config`
+        where one will be generated."""
         ids = inputs["input_ids"]
         length = len(ids) if isinstance(ids, list) else ids.shape[-1]
         given = UNDER_WAY.get()["asked"].body.get("max_tokens")
@@ -75,10 +81,12 @@ class Bounded:
         for name, value in inputs.items():  # a processor may not know in which type the model looks at pictures
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 inputs[name] = value.to(model.dtype)
+        UNDER_WAY.get()["generating"] = True
+        if config is None:
+            return
         config.max_new_tokens = given or self.context - length
         if UNDER_WAY.get()["asked"].ignore_eos:
             config.eos_token_id = None
-        UNDER_WAY.get()["generating"] = True
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
         self.bound(model, inputs, config)

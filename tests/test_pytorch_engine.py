@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from mmq.bench.generate import answers
+from mmq.bench.served import check_served
+from mmq.bench.verdict import limits_of
+from mmq.export.artifact import open_artifact
 from mmq.export.subject import Linear, read_subject
 from mmq.export.view import view
 from mmq.quantize.inputs import encode
@@ -85,6 +88,17 @@ def test_answers_are_those_of_mmqs_own_reading(served_as: tuple[Path, Server]) -
         own = [skeleton.words.decode(ids) for ids in answers(skeleton, prompts, max_new_tokens=40)]
     assert [said(server, s) for s in questions] == own
     assert len(set(own)) > 3
+
+
+@needs_server
+def test_check_asks_the_served_artifact(artifact: Callable[..., Path], pebble: Path) -> None:
+    """The logprobs that the server gives of reference answers, against both walks."""
+    opened = open_artifact(artifact("gptq"))
+    questions = [s for s in samples("test", 60) if s.answer and not s.videos][:6]
+    result = check_served(opened, pebble, samples=questions, limits=limits_of(opened), engine="pytorch")
+    assert not result.failures
+    assert result.measures["served_to_int4"] < 1e-3
+    assert result.measures["served_to_int4"] < result.measures["served_to_fp16"]
 
 
 only_awq = pytest.mark.parametrize("served_as", ["awq"], indirect=True)
@@ -227,6 +241,11 @@ def test_what_is_asked_in_other_words() -> None:
     }
     assert asked(body, name="it").body == {"messages": HELLO, "max_tokens": 5, "model": "it"}
     assert asked(body | {"logprobs": True}, name="it").logprobs == 0
+    prompt = asked(body | {"prompt_logprobs": 0, "add_generation_prompt": False}, name="it")
+    assert (prompt.prompt_logprobs, prompt.opened) == (True, False)
+    for wrong in ({"prompt_logprobs": 5}, {"prompt_logprobs": 0, "stream": True}, {"add_generation_prompt": False}):
+        with pytest.raises(ValueError, match="prompt_logprobs: 0"):
+            asked(body | wrong, name="it")
     for wrong in ({"stream": True}, {"top_logprobs": 50}, {"messages": None, "prompt": "x"}):
         with pytest.raises(ValueError, match="logprobs"):
             asked(body | {"logprobs": True} | wrong, name="it")
