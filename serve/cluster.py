@@ -12,21 +12,19 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..recipes.progress import Step, Tell, silent
+from ..recipes.progress import Tell, silent
 from .client import Answer
-from .dataset import check_dataset, record_of
+from .dataset import check_dataset, recorded
 from .engines import plan
 from .flags import Launch
 from .machine import this_machine
 from .questions import Line, question_of, read_lines
 from .request import DEFAULT, RequestConfig
-from .results import Record, finished, line_of, summary, write
 from .target import servable
 
 LOCAL = "local"  # a Ray that is started on this machine for the run
@@ -69,28 +67,15 @@ def infer_on_ray(
     asked = check_dataset(sources, system=system)
     folder, name = servable(target, hub=hub, revision=revision, tell=tell)
     launch = plan(engine, folder, machine=this_machine(), served_model_name=name, extra=extra, **options)
-    logprobs = bool(config.options().get("logprobs"))
-    done = {} if overwrite else finished(out, [q.mark for q in asked], launch.name, logprobs=logprobs)
-    write(out, done.values())
-    rows = [
-        {"index": index, "file": str(line.file.resolve()), "number": line.number, "data": json.dumps(line.data)}
-        for index, line in enumerate(read_lines(sources))
-        if index not in done
-    ]
-    fresh: list[Record] = []
-    begun = time.perf_counter()
-    tell(Step("infer", len(done), len(asked)))
-    with out.open("a", encoding="utf-8") as file:
+    with recorded(asked, out, launch.name, config, overwrite=overwrite, tell=tell) as (keep, done, figures):
+        rows = [
+            {"index": index, "file": str(line.file.resolve()), "number": line.number, "data": json.dumps(line.data)}
+            for index, line in enumerate(read_lines(sources))
+            if index not in done
+        ]
         for index, found in _answers(rows, folder, launch, config, address, replicas, system) if rows else ():
-            record = record_of(index, launch.name, asked[index], found, logprobs=logprobs)
-            file.write(line_of(record))
-            file.flush()
-            fresh.append(record)
-            rate = sum(r.get("tokens", 0) for r in fresh) / max(time.perf_counter() - begun, 1e-9)
-            tell(Step("infer", len(done) + len(fresh), len(asked), f"{rate:.0f} tok/s"))
-    runtime = time.perf_counter() - begun
-    write(out, sorted([*done.values(), *fresh], key=lambda record: record["index"]))
-    return summary(fresh, runtime) | {"resumed": len(done)}
+            keep(index, found)
+    return figures
 
 
 def check_installed() -> None:

@@ -6,7 +6,8 @@ Talks HTTP only; how a line is read is `questions`' business, how the file of an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from .crowd import Asked, crowd, in_order, waited
 from .questions import Line, Question, question_of, questions, read_lines
 from .request import DEFAULT, RequestConfig
 from .results import Record, finished, line_of, summary, write
+
+Keep = Callable[[int, Answer | Exception], None]
 
 
 def check_dataset(sources: Sequence[str | Path], *, system: str | None = None) -> list[Question]:
@@ -59,47 +62,70 @@ def infer_dataset(
     asked = check_dataset(sources, system=system)
     with connect(url, api_key=api_key) as client:
         name = served_name(client, model, url=url)
+    with recorded(asked, out, name, config, overwrite=overwrite, tell=tell) as (keep, done, figures):
+        left = [index for index in range(len(asked)) if index not in done]
+        piece, end = in_order(left, show or (lambda number, text: None))
+
+        def todo() -> Iterable[Asked]:
+            for index, line in enumerate(read_lines(sources)):
+                if index not in done:
+                    yield index, partial(_messages, line, system)
+
+        options: dict[str, Any] = {"model": name, "concurrency": min(concurrency, len(asked)), **config.options()}
+        told = 0
+
+        def come(index: int, found: Answer | Exception) -> None:
+            nonlocal told
+            keep(index, found)
+            end(index)
+            told += 1
+
+        try:
+            waited(crowd(url, todo(), come, api_key=api_key, on_piece=piece if config.stream else None, **options))
+        except ConnectionError:
+            kept = f"{len(done) + told} of {len(asked)} answers are in {out}; the same command goes on from there"
+            raise RuntimeError(f"the server at {url} was there and is gone; {kept}") from None
+    return figures
+
+
+@contextmanager
+def recorded(
+    asked: Sequence[Question], out: Path, model: str, config: RequestConfig, *, overwrite: bool, tell: Tell
+) -> Iterator[tuple[Keep, dict[int, Record], dict[str, float]]]:
+    """(what takes an answer by its index, the records of an earlier run, the figures once the `with` is left) of a run.
+
+    Each answer is a line of `out` as soon as it comes; at the end the lines are put in the order of the input.
+    """
     logprobs = bool(config.options().get("logprobs"))
-    done = {} if overwrite else finished(out, [q.mark for q in asked], name, logprobs=logprobs)
+    done = {} if overwrite else finished(out, [question.mark for question in asked], model, logprobs=logprobs)
     write(out, done.values())
     fresh: list[Record] = []
-    piece, end = in_order((i for i in range(len(asked)) if i not in done), show or (lambda number, text: None))
+    figures: dict[str, float] = {}
+    tokens = 0
     begun = time.perf_counter()
-
-    def todo() -> Iterable[Asked]:
-        for index, line in enumerate(read_lines(sources)):
-            if index not in done:
-                yield index, partial(_messages, line, system)
-
+    tell(Step("infer", len(done), len(asked)))
     with out.open("a", encoding="utf-8") as file:
 
         def keep(index: int, found: Answer | Exception) -> None:
-            record = record_of(index, name, asked[index], found, logprobs=logprobs)
+            nonlocal tokens
+            record = _record(index, model, asked[index], found, logprobs=logprobs)
             file.write(line_of(record))
             file.flush()
             fresh.append(record)
-            end(index)
-            rate = sum(r.get("tokens", 0) for r in fresh) / max(time.perf_counter() - begun, 1e-9)
+            tokens += record.get("tokens", 0)
+            rate = tokens / max(time.perf_counter() - begun, 1e-9)
             tell(Step("infer", len(done) + len(fresh), len(asked), f"{rate:.0f} tok/s"))
 
-        tell(Step("infer", len(done), len(asked)))
-        options: dict[str, Any] = {"model": name, "concurrency": min(concurrency, len(asked)), **config.options()}
-        try:
-            waited(crowd(url, todo(), keep, api_key=api_key, on_piece=piece if config.stream else None, **options))
-        except ConnectionError:
-            kept = f"{len(done) + len(fresh)} of {len(asked)} answers are in {out}; the same command goes on from there"
-            raise RuntimeError(f"the server at {url} was there and is gone; {kept}") from None
-    runtime = time.perf_counter() - begun
+        yield keep, done, figures
+    figures |= summary(fresh, time.perf_counter() - begun) | {"resumed": len(done)}
     write(out, sorted([*done.values(), *fresh], key=lambda record: record["index"]))
-    return summary(fresh, runtime) | {"resumed": len(done)}
 
 
 def _messages(line: Line, system: str | None) -> Sequence[Message]:
     return question_of(line, system=system).messages
 
 
-def record_of(index: int, model: str, question: Question, found: Answer | Exception, *, logprobs: bool) -> Record:
-    """The line of one answer, or of the error in its place, as `infer_dataset` tells it."""
+def _record(index: int, model: str, question: Question, found: Answer | Exception, *, logprobs: bool) -> Record:
     record: Record = {"index": index, "source": question.where, "sample": question.mark, "model": model}
     record |= question.about
     if question.reference is not None:
