@@ -448,9 +448,10 @@ dataset_options = (
 
 
 @cli.command()
-@click.argument("target")
+@click.argument("target", required=False)
 @click.argument("prompt", required=False)
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--url", help="A running server's address, in place of TARGET.")
 @click.option("--system", help="The system message; in a dataset that of rows without one.")
 @several(media_options)
 @several(dataset_options)
@@ -464,9 +465,10 @@ dataset_options = (
 @several(hub_options)
 @json_option
 def infer(
-    target: str,
+    target: str | None,
     prompt: str | None,
     engine_flags: tuple[str, ...],
+    url: str | None,
     system: str | None,
     images: tuple[str, ...],
     videos: tuple[str, ...],
@@ -486,6 +488,10 @@ def infer(
     With neither, chat: `multi-line`, `single-line`, `reset-system`, `clear`, `quit`; <image> in a text asks for one.
     Flags after `--` go to the engine that is started. Exit 1 where rows of a dataset got no answer.
     """
+    if url is not None:  # what stands where a target would is the prompt
+        target, prompt, engine_flags = url, target, (*([prompt] if prompt else []), *engine_flags)
+    if target is None:
+        raise ValueError("name what to ask: an artifact, a model, or a running server's address")
     if prompt is not None and prompt.startswith("--"):  # there was no prompt, and `--` was before it
         prompt, engine_flags = None, (prompt, *engine_flags)
     if bool(prompt) == bool(datasets) and (as_json or prompt is not None):
@@ -527,16 +533,16 @@ def infer(
     write = partial(click.echo, nl=False)
     with ExitStack() as stack:
         with progress(quiet=as_json) as tell:  # the bars end before an answer is written under them
-            url, config = stack.enter_context(at(target, config, tell=tell, **where))
+            address, config = stack.enter_context(at(target, config, tell=tell, **where))
         if prompt is None:
             click.secho(HELP, dim=True, err=True)
-            answer = stack.enter_context(answering(url, config, **who))
+            answer = stack.enter_context(answering(address, config, **who))
             talk(chat, answer, read=line_reader(), write=write, note=partial(click.secho, dim=True, err=True))
         elif as_json:
-            whole = stack.enter_context(asking(url, config, **who))(chat.messages)
+            whole = stack.enter_context(asking(address, config, **who))(chat.messages)
             click.echo(json.dumps(whole.facts(), ensure_ascii=False))
         else:
-            for piece in stack.enter_context(answering(url, config, **who))(chat.messages):
+            for piece in stack.enter_context(answering(address, config, **who))(chat.messages):
                 write(piece)
             write("\n")
 
