@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 from guarding import FORBIDDEN, PICTURE, asking, bomb, picture, png, web
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 INSIDE = Path(__file__).resolve().parent.parent / "serve" / "inside"
 PIXEL = base64.b64encode(png(1, 1)).decode()
@@ -447,6 +450,35 @@ def test_requests_under_way_are_marked(
     while any(busy.iterdir()):  # the answer is there a moment before the mark goes
         assert time.monotonic() < until
     assert client.app.under_way == 0
+
+
+WORDS = st.sampled_from(
+    [
+        *("messages", "role", "content", "type", "image_url", "url", "image", "images", "videos", "video", "source"),
+        *("user", "assistant", "text", "input_image", "input_audio", "<image>", "<video> 图", "", "\ud800", "tools"),
+        *("data", "path", "http://a.example/b", "file:///etc/passwd", "data:video/mp4;base64,QUJD"),
+        f"data:image/png;base64,{PIXEL}",
+    ]
+)
+LEAVES = st.one_of(WORDS, st.none(), st.booleans(), st.integers(-1, 2), st.floats())
+TREES = st.recursive(LEAVES, lambda t: st.lists(t, max_size=3) | st.dictionaries(WORDS, t, max_size=4), max_leaves=12)
+TURNS = st.lists(st.fixed_dictionaries({"role": WORDS, "content": TREES}), max_size=3)
+CHATS = st.fixed_dictionaries({"messages": TURNS}, optional={"images": TREES, "videos": TREES, "model": LEAVES})
+
+
+@settings(deadline=None)  # other tests may have the machine
+@given(st.one_of(TREES, CHATS))
+def test_whatever_is_sent_is_let_in_or_refused(guard: Any, tree: Any) -> None:
+    """Nothing else comes of any JSON, for that would be a 500; and what is let in names no place any more."""
+    app = guard.Guard(echo, guard.Settings(domains=()))
+    body = json.dumps(tree).encode()
+    try:
+        handed_on = asyncio.run(app._judged(body, {}))
+    except guard.Refused:
+        return
+    media = sys.modules["mmq_media"]
+    found = json.loads(handed_on)
+    assert all(raw or holder[key].startswith("data:") for holder, key, _, raw in media.media_in(found))
 
 
 def test_settings_are_read_and_checked(guard: Any) -> None:
