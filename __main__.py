@@ -410,6 +410,8 @@ def serve(
         names = ", ".join([server.name, *(item.partition("=")[0] for item in options["lora"])])
         line = f"ready after {server.startup_s:.0f} s: {server.url}/v1, model {names}"
         click.secho(f"\n{line}", fg="green", err=True)
+        for why in (why for _, why in launch.reasons if why.startswith("WARNING")):  # its row above is long gone
+            click.secho(why, fg="yellow", err=True)
         next_step(f'mmq infer {server.url} "What is in the picture?" --image PICTURE   (Ctrl-C here ends the server)')
 
     log = Path.cwd() / f"mmq-serve-{launch.port}.log"
