@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import ssl
 import struct
 import threading
 import zlib
@@ -84,9 +85,12 @@ def asking(*urls: str, kind: str = "image_url") -> dict[str, Any]:
 
 @contextmanager
 def web(
-    answer: Callable[[http.server.BaseHTTPRequestHandler], None], *, host: str = "127.0.0.1"
+    answer: Callable[[http.server.BaseHTTPRequestHandler], None],
+    *,
+    host: str = "127.0.0.1",
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
-    """An http server on loopback: its port, and the paths that it was asked for."""
+    """An http(s) server on loopback: its port, and the paths that it was asked for."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -98,6 +102,8 @@ def web(
             pass
 
     with http.server.ThreadingHTTPServer((host, 0), Handler) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield server.server_address[1], asked

@@ -10,7 +10,9 @@ import http.client
 import http.server
 import importlib
 import json
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -284,6 +286,32 @@ def test_every_address_of_a_name_counts(guard: Any, monkeypatch: pytest.MonkeyPa
         )
         assert target.fetch(guard.Allowance(10_000), "image").startswith("data:image/webp;base64,")
         assert looks.count("one.example") == 2  # once here and once in `two`
+
+
+def test_a_certificate_is_checked(guard: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    fetch, cert, key = sys.modules["mmq_fetch"], tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*make.split(), *names, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(cert, key)
+    fetch_from = guard.Settings(networks=(*LOCAL, "::1/128"))
+    with web(picture, tls=server_side) as (port, asked):
+
+        def get(host: str) -> str:
+            return fetch.Target(f"https://{host}:{port}/a.webp", fetch_from).fetch(guard.Allowance(10_000), "image")
+
+        with pytest.raises(guard.Refused, match="SSLCertVerificationError"):
+            get("127.0.0.1")  # nobody knows who signed it
+        trusting = ssl.create_default_context(cafile=str(cert))
+        monkeypatch.setattr(fetch, "_tls", lambda: trusting)
+        assert get("localhost").startswith("data:image/webp;base64,")
+        assert get("127.0.0.1").startswith("data:image/webp;base64,")
+        with pytest.raises(guard.Refused, match="SSLCertVerificationError"):
+            get("127.1")  # the same place by another name
+        assert len(asked) == 2
 
 
 def test_an_unknown_host(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,11 @@ class Target:
         connection = http.client.HTTPConnection(self.host, self.port)
         connection.default_port = 443 if self.secure else 80  # Host then has the port only where it is another
         connection.sock = wire
-        connection.request("GET", self.path, headers={"User-Agent": "mmq", "Accept": "*/*", "Connection": "close"})
+        connection.request(
+            "GET",
+            self.path,
+            headers={"User-Agent": "mmq-guard/1 (media for a model)", "Accept": "*/*", "Connection": "close"},
+        )
         reply = connection.getresponse()
         if 300 <= reply.status < 400:
             there = (reply.headers.get("location") or "")[:200]
