@@ -246,10 +246,10 @@ def test_media_come_only_from_where_they_may(server: Running) -> None:
         assert (status, hops) == (400, ["/"])
         assert "redirects are not followed" in text
         assert asked == []
-        status, text = server.send(asking(f"http://{ELSEWHERE}:{good}/red.png") | {"model": "pebble"})
+        status, text = server.send(asking(f"http://{ELSEWHERE}:{good}/red.png") | {"model": "pebble", "max_tokens": 4})
         assert (status, seen) == (200, ["/red.png"])
     media = server.output.parent / "media"
-    status, text = server.send(asking((media / "red.png").as_uri()) | {"model": "pebble"})
+    status, text = server.send(asking((media / "red.png").as_uri()) | {"model": "pebble", "max_tokens": 4})
     assert status == 200
     for path in (server.output.parent / "key", Path("/etc/passwd")):
         status, text = server.send(asking(path.as_uri()) | {"model": "pebble"})
