@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -627,7 +627,8 @@ def app_(
         click.secho(f"the page: {address}   (Ctrl-C here ends it)", fg="green")
         if browse:
             click.launch(address)
-        Event().wait()
+        with suppress(KeyboardInterrupt):  # that is how it ends
+            Event().wait()
 
 
 @cli.command()
