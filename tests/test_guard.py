@@ -334,6 +334,19 @@ def test_this_machine_by_a_public_address(guard: Any, monkeypatch: pytest.Monkey
         assert not asked
 
 
+def test_addresses(guard: Any) -> None:
+    """Whatever version of Python the engine has: their tables differ."""
+    may_reach = sys.modules["mmq_fetch"].may_reach
+    private = "127.0.0.1 0.0.0.0 10.0.0.1 172.31.0.1 192.168.0.1 169.254.169.254 100.64.0.1 168.63.129.16 192.0.0.192"
+    private += (
+        " 198.18.0.1 224.0.0.1 240.0.0.1 255.255.255.255 192.88.99.1 ::1 :: ::ffff:10.0.0.1 ::7f00:1 fe80::1%eth0"
+    )
+    private += " 64:ff9b::a00:1 64:ff9b:1::1 2002:a00:1:: fd00:ec2::254 fec0::1 ff02::1 2001:db8::1 5f00::1"
+    assert [a for a in private.split() if may_reach(a, [])] == []
+    public = "93.184.216.34 8.8.8.8 ::ffff:8.8.8.8 64:ff9b::808:808 2606:4700::1111 2a00:1450::1"
+    assert [a for a in public.split() if not may_reach(a, [])] == []
+
+
 def test_domains(serve: Callable[..., Client]) -> None:
     with web(picture) as (port, asked):
         url = f"http://localhost:{port}/"

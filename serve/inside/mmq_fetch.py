@@ -24,7 +24,8 @@ from mmq_settings import Allowance, Settings
 FETCH_SECONDS = 20.0  # for one medium, from its host's name to its last byte
 CONNECT_SECONDS = 5.0  # for one of a host's addresses
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-METADATA = ipaddress.ip_address("168.63.129.16")  # tells a machine of Azure its secrets, though it counts as public
+# public by Python's tables, of one version or all of them, and yet a machine's own secrets (Azure, Oracle) or nobody's
+NEVER = [ipaddress.ip_network(n) for n in ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "fec0::/10")]
 
 
 class Target:
@@ -140,7 +141,7 @@ def may_reach(address: str, networks: list[Any]) -> bool:
             return may_reach(str(inner), networks)
     if any(ip in network for network in networks):
         return True
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip == METADATA)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in network for network in NEVER))
 
 
 def among(host: str, domains: tuple[str, ...] | None) -> bool:
