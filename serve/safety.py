@@ -136,6 +136,8 @@ def _check_typed(extra: Sequence[str]) -> None:
         name = spelled(word)
         if name in TYPED_SECRETS and given(extra, name):
             raise ValueError(f"{name} on a command line is seen by everybody on this machine; {TYPED_SECRETS[name]}")
+        if name in ("--host", "--server-name") and not given(extra, name):
+            raise ValueError(f"{name} after -- wants an address; 0.0.0.0 lets every machine connect")
         if name in GUARDS_OWN:
             raise ValueError(f"{name} is decided before the engine; give {GUARDS_OWN[name]}, before the --")
 

@@ -101,6 +101,8 @@ def test_a_key_that_no_header_can_carry(tmp_path: Path, content: bytes, error: t
         (("--hf-token", "s3cret"), "HF_TOKEN"),
         (("--allowed-media-domains", "a.org"), "--media-domain"),
         (("--allowed-local-media-path=/"), "--media-folder"),
+        (("--host", ""), "0.0.0.0"),  # every machine, to some engines
+        (("--host="), "0.0.0.0"),
     ],
 )
 def test_what_may_not_be_typed_for_the_engine(extra: Any, remedy: str) -> None:
