@@ -10,7 +10,7 @@ import pytest
 from environments import environment
 
 from mmq.bench import hollow
-from mmq.bench.plan_against import Held, hold, row
+from mmq.bench.plan_against import WEIGHTS, Held, hold, row
 from mmq.export.subject import read_subject
 from mmq.serve.bill import Ask, read_model
 from mmq.serve.cards import card_named
@@ -36,6 +36,15 @@ def test_a_hollow_checkpoint_is_as_large_as_the_released_one(shape: str, tmp_pat
     (verdict,) = verdicts(packed, chosen("vllm:cuda"))
     assert verdict.answer == "yes", verdict.findings
     assert planned(read_model(packed), card_named("4090").gpu, Ask(context=4096)).problem == ""
+
+
+@pytest.mark.parametrize(("packed", "seen"), [(False, 15.59), (True, 6.67)])
+def test_weights_as_a_gpu_told_them(packed: bool, seen: float, tmp_path: Path) -> None:
+    """vLLM 0.26.0's "Model loading took", GiB, on an H100, for random weights of this shape."""
+    model = read_model(hollow.write("qwen2.5-vl-7b", tmp_path / "7b", packed=packed))
+    told = planned(model, card_named("4090").gpu, Ask(context=4096))
+    weights = sum(p.size for p in told.parts if p.name.startswith("weights"))
+    assert weights / GIB == pytest.approx(seen, rel=WEIGHTS)
 
 
 def test_hollow_awq_has_the_tensors_of_a_real_artifact(pebble: Path, artifact: Callable[..., Path]) -> None:
