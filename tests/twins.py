@@ -28,11 +28,20 @@ os.environ |= {
 
 
 def run(folder: str, prompts: list[dict], **options: Any) -> dict:
+    import torch
     from PIL import Image
     from vllm import LLM, SamplingParams
 
     # float16: eight times less noise of arithmetic than bfloat16, so that what is left is the weights
-    settings = {"max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 1, "seed": 0, "dtype": "float16"}
+    settings: dict[str, Any] = {
+        "max_model_len": 1024,
+        "enforce_eager": True,
+        "max_num_seqs": 1,
+        "seed": 0,
+        "dtype": "float16",
+    }
+    if torch.cuda.is_available():  # a small part of the card, whatever else is on it and was before
+        settings |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**28}
     llm = LLM(folder, **(settings | options))
     params = SamplingParams(temperature=0, max_tokens=24, prompt_logprobs=0)
     requests = []
