@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def fused(tensor: Tensor) -> ModuleType | None:
-    """kernels.py where `tensor` lies on a GPU and Triton is installed, else None: the caller's plain torch then."""
+    """kernels/ where `tensor` lies on a GPU and Triton is installed, else None: the caller's plain torch then."""
     return _kernels() if tensor.is_cuda else None
 
 
