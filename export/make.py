@@ -152,10 +152,11 @@ def _settle_memory(
     """What the walk may take, told before it starts: what it took when it was `begun`, where that fits. ValueError when
     the model does not go into what there is."""
     method, quality = order.recipe.method, order.recipe.quality
-    work = budget.workload(skeleton, order.plan, samples)
+    work = budget.workload(skeleton, order.plan, samples, head=order.head.rows if order.head else 0)
     device = skeleton.device
-    seconds = work.layers * budget.flops(work, method, quality) / (budget.EFFICIENCY * budget.speed(device))
-    told = [f"layers about {seconds:.0f} s"]
+    work_done = work.layers * budget.flops(work, method, quality) + budget.head_flops(work, method, quality)
+    seconds = work_done / (budget.EFFICIENCY * budget.speed(device))
+    told = [f"layers{' and head' if work.head else ''} about {seconds:.0f} s"]
     memory = begun[-1].memory if begun else Memory()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

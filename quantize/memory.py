@@ -70,6 +70,7 @@ class Workload:
     item: int  # bytes of a number in the compute dtype
     experts: tuple[tuple[tuple[int, ...], int], ...] = ()
     routed: float = 1.0
+    head: int = 0  # rows of an output head that is quantized too, a group of its own, so many at a time
 
     @property
     def active(self) -> int:
@@ -78,8 +79,11 @@ class Workload:
         return int(self.layer // self.item - inside * (1 - self.routed))
 
 
-def workload(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], samples: Sequence[Sample]) -> Workload:
-    """The workload of quantizing by `plan` on `samples`, judged by a few of them, evenly spread."""
+def workload(
+    skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], samples: Sequence[Sample], *, head: int = 0
+) -> Workload:
+    """The workload of quantizing by `plan`, and `head` rows of the output head, on `samples`, judged by a few of them,
+    evenly spread."""
     item = skeleton.dtype.itemsize
     metas = {n: skeleton.source.meta(c) for n, c in skeleton.names.items()}
 
@@ -117,6 +121,7 @@ def workload(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], samples:
         item=item,
         experts=sizes(inside_experts),
         routed=min(1.0, getattr(text, "num_experts_per_tok", experts) / experts) if experts else 1.0,
+        head=head,
     )
 
 
@@ -181,7 +186,7 @@ def codes_of(groups: Sequence[tuple[tuple[int, ...], int]]) -> int:
 def host_bytes(work: Workload, memory: Memory) -> int:
     """The process's own memory on the host at its peak: what is mapped from files is not counted."""
     parked = work.tokens * work.hidden * work.item if memory.park else 0
-    return PROCESS + work.layer // 2 + parked
+    return PROCESS + max(work.layer // 2, work.head * work.hidden * 3 // 2) + parked  # a head's codes wait there whole
 
 
 def flops(work: Workload, method: str, quality: str) -> float:
@@ -201,6 +206,15 @@ def flops(work: Workload, method: str, quality: str) -> float:
             3 * work.tokens * width**2 + 4 * sum(rows) * width**2 / world()
         )
     return done
+
+
+def head_flops(work: Workload, method: str, quality: str) -> float:
+    """The same of the output head: rounded and judged in blocks, for each of which H is factored."""
+    if not work.head:
+        return 0.0
+    products = (4 + STEPS[method, quality].feedback) * 2 * work.head * work.hidden**2
+    blocks = -(-work.head * work.hidden // PIECE)
+    return products + blocks * work.hidden**3 / 3 + work.tokens * work.hidden**2
 
 
 def speed(device: torch.device) -> float:
