@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmq.quantize import head as heads
 from mmq.quantize.grid import Grid, quantize
 from mmq.quantize.head import Listener, head_of, quantize_head
 from mmq.quantize.inputs import encode, media_mask
+from mmq.quantize.memory import Memory, Workload, head_flops, host_bytes
 from mmq.quantize.skeleton import build, load_layer, load_outside
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn
@@ -206,3 +208,13 @@ def test_where_no_engine_loads_it_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"the output head has {rows} rows"):
         made(tmp_path / "out", base=str(base), method="awq")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_estimate_counts_it() -> None:
+    """A head's codes wait on the host whole: 152,064 rows of 3,584, with half as much packed, and it takes its time."""
+    plain = Workload(4096, 1024, 512, 3584, 2**30, 2**28, 28, (((3584,), 3584),), 2)
+    with_head = replace(plain, head=152064)
+    more = host_bytes(with_head, Memory()) - host_bytes(plain, Memory())
+    assert more == 152064 * 3584 * 3 // 2 - plain.layer // 2
+    assert head_flops(plain, "awq", "default") == 0
+    assert head_flops(with_head, "awq", "default") > 10 * 152064 * 3584**2
