@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def load_torch() -> None:
@@ -34,3 +36,16 @@ def pick_device(name: str) -> str:
     if name != "cpu" and not name.startswith("cuda"):
         raise ValueError(f"--device {name}: it must be auto, cpu, cuda or cuda:N")
     return name
+
+
+@contextmanager
+def tensor_cores(use: bool = True) -> Iterator[None]:
+    """Float32 products on a GPU's tensor cores (TF32: ten bits of mantissa, and sums in float32), or not on them."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = use
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -12,13 +12,12 @@ load.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .device import tensor_cores
 from .fused import fused
 from .grid import LEVELS, Quantized
 
@@ -157,7 +156,7 @@ def _inverse(lower: Tensor) -> Tensor:
     width = len(lower)
     size = SMALL if width % SMALL == 0 and (width // SMALL).bit_count() == 1 else width
     inverse = torch.linalg.solve_triangular(_diagonal(lower, size), torch.eye(size, device=lower.device), upper=False)
-    with exact():
+    with tensor_cores(False):
         while size < width:
             a, c = inverse[::2], inverse[1::2]
             b = _diagonal(lower, 2 * size)[:, size:, :size]
@@ -172,17 +171,6 @@ def _diagonal(matrix: Tensor, size: int) -> Tensor:
     """The blocks on the diagonal, [n / size, size, size]."""
     count = len(matrix) // size
     return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Float32 products in float32, not on the tensor cores."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def column_order(gram: Tensor, columns: Tensor | None = None) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample
 from .bnb import bnb
+from .device import tensor_cores
 from .family import Group
 from .fused import fused
 from .grid import Grid
@@ -88,7 +88,7 @@ def walk(
     listener = Listener(skeleton, head) if head and last == count else None
     counted = [0, 0, 0]
     both = STEPS[method, quality].pull  # every micro-batch twice: as the quantized model runs it, and as the 16-bit one
-    with torch.no_grad(), tensor_cores():
+    with torch.no_grad(), tensor_cores():  # they weigh errors against each other
         warming = _warm(skeleton, plan, grid)
         read_ahead(skeleton, 0)
         load(skeleton, embeddings(skeleton))
@@ -165,18 +165,6 @@ def _run(base: Any, inputs: Mapping[str, Tensor], listener: Listener | None) -> 
 
 def _tell_rows(tell: Tell, head: Head, rows: int) -> None:
     tell(Step("head", rows, head.rows))
-
-
-@contextmanager
-def tensor_cores() -> Iterator[None]:
-    """Float32 products on the tensor cores (TF32: ten bits of mantissa), which weigh errors against each other; sums
-    stay float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _as_its_stream(
