@@ -26,8 +26,8 @@ from .recipes.sets import CHECKED
 if TYPE_CHECKING:
     from .bench.check import Checked
     from .recipes.progress import Tell
-    from .serve.launch import Server
     from .serve.request import RequestConfig
+    from .serve.running import Server
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -612,8 +612,8 @@ def app_(
 
     from .serve.app import page
     from .serve.infer import at
-    from .serve.launch import check_port
     from .serve.request import DEFAULT
+    from .serve.running import check_port
     from .serve.safety import Safety, key_of
 
     if engine_flags and "://" in target:

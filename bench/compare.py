@@ -15,9 +15,9 @@ from ..recipes.progress import Tell, silent
 from ..serve.engines import plan, weights_kept
 from ..serve.flags import Launch, shell_line
 from ..serve.footprint import footprint
-from ..serve.launch import START_TIMEOUT, free_port, running
 from ..serve.machine import GIB, Machine, this_machine
 from ..serve.programs import packages_beside
+from ..serve.running import START_TIMEOUT, free_port, running
 from ..serve.shape import context_length, read_config
 from . import memory, speed
 from .find import Subject, find

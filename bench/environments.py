@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from ..recipes.progress import Step, Tell, silent
-from ..serve.launch import end
 from ..serve.machine import this_machine
+from ..serve.running import end
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements" / "backends"
 PYTHON = "3.11"  # what the requirements are pinned for

@@ -22,11 +22,11 @@ from ..serve.bill import read_model
 from ..serve.engines import plan
 from ..serve.flags import Launch
 from ..serve.footprint import footprint
-from ..serve.launch import free_port, running
 from ..serve.machine import GIB, Gpu, Machine, this_machine
 from ..serve.overhead import batched_tokens, default_sequences
 from ..serve.plan_flags import asked_in
 from ..serve.planner import Plan, planned
+from ..serve.running import free_port, running
 from .report import parse_bytes
 
 WEIGHTS = 0.03  # the largest relative error that is accepted

@@ -23,8 +23,8 @@ from ..recipes.recipe import Limits
 from ..recipes.samples import Sample, as_openai, blind
 from ..serve.client import connect, plain_errors
 from ..serve.engines import plan
-from ..serve.launch import free_port, running
 from ..serve.machine import this_machine
+from ..serve.running import free_port, running
 from .check import Checked
 from .walked import walk_both
 

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .client import TIMEOUT, root
-from .launch import check_port, free_port
+from .running import check_port, free_port
 
 FOLDER = Path(__file__).resolve().parent / "page"
 HOST = "127.0.0.1"

@@ -11,9 +11,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .launch import Server
 from .log import loaded_bytes
 from .metrics import cache_tokens, metrics
+from .running import Server
 
 
 @dataclass(frozen=True)

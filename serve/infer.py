@@ -16,9 +16,9 @@ from ..recipes.progress import Tell, silent
 from .client import Answer, Message, connect, root, served_name, stream
 from .client import ask as ask_one
 from .engines import plan
-from .launch import START_TIMEOUT, free_port, running
 from .machine import this_machine
 from .request import DEFAULT, RequestConfig
+from .running import START_TIMEOUT, free_port, running
 from .target import servable
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..recipes.progress import Tell, silent
 from .flags import Launch
-from .launch import DIED, START_TIMEOUT, Server, started, terminate_is_exit, wait_healthy
 from .log import why_it_died
+from .running import DIED, START_TIMEOUT, Server, started, terminate_is_exit, wait_healthy
 
 LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from mmq.serve.launch import Server
+    from mmq.serve.running import Server
 
 torch.set_num_threads(1)  # the matrices are small, and threads that spin for each other stall on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub that is not the test's own
@@ -55,8 +55,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def served(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """AWQ pebble under the real vLLM, one server for all tests; they have media on this machine."""
     from mmq.serve.engines import plan
-    from mmq.serve.launch import free_port, running
     from mmq.serve.machine import this_machine
+    from mmq.serve.running import free_port, running
     from mmq.serve.safety import Safety
 
     log = tmp_path_factory.mktemp("served") / "vllm.log"

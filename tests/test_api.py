@@ -13,7 +13,7 @@ import pytest
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
 from mmq.serve.api import Answer, Client, InferRequest, RequestConfig, launch
-from mmq.serve.launch import Server, free_port
+from mmq.serve.running import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -151,7 +151,7 @@ def test_the_lines_of_the_readme(
     served: Server, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = README.read_text(encoding="utf-8")
-    lines = text[text.index("    from mmq.serve.api import") :].splitlines()
+    lines = text[text.index("    from mmq.serve import") :].splitlines()
     block = lines[: next(n for n, line in enumerate(lines) if line and not line.startswith("    "))]
     code = textwrap.dedent("\n".join(block)).replace("out-awq", served.url).replace("x.jpg", str(pictures[0]))
     exec(compile(code, "README.md", "exec"), {})

@@ -27,8 +27,8 @@ import pytest
 from mmq.serve.app import page
 from mmq.serve.client import connect as connect_to
 from mmq.serve.client import models
-from mmq.serve.launch import Server, free_port
 from mmq.serve.metrics import metrics
+from mmq.serve.running import Server, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MEDIA = ROOT / "docs" / "media"

@@ -27,7 +27,7 @@ import pytest
 from guarding import FORBIDDEN, PICTURE, asking, bomb, picture, png, web
 
 from mmq.serve.footprint import group_members
-from mmq.serve.launch import free_port, healthy
+from mmq.serve.running import free_port, healthy
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 KEY = "k3y-that-nobody-may-see"

@@ -20,7 +20,7 @@ from mmq.bench.report import Figure, Report, digest_of, markdown_table, parse_by
 from mmq.bench.speed import Load, Run, figures, measure, percentile, read_run
 from mmq.recipes.hub import fetch
 from mmq.serve.footprint import Footprint
-from mmq.serve.launch import Server
+from mmq.serve.running import Server
 from mmq.serve.shape import read_shape
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -24,8 +24,8 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.serve.chat import Chat, asked, begin, heard, prompt, talk
 from mmq.serve.client import connect, stream
 from mmq.serve.infer import answering
-from mmq.serve.launch import Server
 from mmq.serve.request import RequestConfig
+from mmq.serve.running import Server
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

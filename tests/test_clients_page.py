@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from mmq.serve.launch import Server
+from mmq.serve.running import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "clients.md"

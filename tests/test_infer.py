@@ -15,9 +15,9 @@ from mmq.recipes.progress import Step
 from mmq.serve.crowd import in_order
 from mmq.serve.dataset import check_dataset, infer_dataset
 from mmq.serve.infer import answering, asking, media_flags, serving
-from mmq.serve.launch import Server, free_port
 from mmq.serve.request import InferRequest, RequestConfig, config_of
 from mmq.serve.results import failed, summary
+from mmq.serve.running import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 COUNT = 10

@@ -17,8 +17,8 @@ from mmq.bench.hollow import write
 from mmq.serve.engines import plan
 from mmq.serve.flags import Launch
 from mmq.serve.http import get
-from mmq.serve.launch import free_port, running
 from mmq.serve.machine import GIB, Gpu, Machine
+from mmq.serve.running import free_port, running
 from mmq.serve.safety import guarded
 
 LAPTOP = Machine("a processor", cores=2, memory=16 * GIB, available=14 * GIB, amx=False)

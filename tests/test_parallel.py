@@ -32,12 +32,12 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.serve.client import ask, connect, user_message
 from mmq.serve.engines import lines, plan
 from mmq.serve.flags import Launch
-from mmq.serve.launch import Server, free_port, running
 from mmq.serve.lora import lora_bytes
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
 from mmq.serve.metrics import cache_tokens, metrics
 from mmq.serve.parallel import Spread, check_spread, encoder_flags, node_flags, spread_of
 from mmq.serve.rules import vllm_classes
+from mmq.serve.running import Server, free_port, running
 from mmq.serve.shape import kv_token_bytes
 
 LIMIT = 0.05  # nats, the largest difference of any answer token's logprob

@@ -21,12 +21,12 @@ from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
 from mmq.serve import overhead
 from mmq.serve.bill import Ask, Model, parts_of, read_model
 from mmq.serve.cards import CARDS, card_named
-from mmq.serve.launch import Server
 from mmq.serve.machine import GIB, this_machine
 from mmq.serve.pictures import read_vision
 from mmq.serve.plan_flags import asked_in
 from mmq.serve.plan_table import decode_bound, facts, rows
 from mmq.serve.planner import Plan, planned
+from mmq.serve.running import Server
 from mmq.serve.shape import kv_token_bytes, tokens_in
 from mmq.serve.shares import stages
 from mmq.serve.weights import part_of, rounding

@@ -23,11 +23,11 @@ from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.samples import Sample, as_openai
 from mmq.serve.engines import plan
-from mmq.serve.launch import Server, free_port, running
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
 from mmq.serve.pytorch_face import asked, failure, plain_part
 from mmq.serve.rules.rule import Setting, judge
 from mmq.serve.rules.verdicts import PLACES
+from mmq.serve.running import Server, free_port, running
 
 needs_server = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="transformers[serving] is absent")
 KINDS = {

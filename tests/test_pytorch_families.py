@@ -23,8 +23,8 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.recipe import Recipe
 from mmq.recipes.samples import as_openai
 from mmq.serve.engines import plan
-from mmq.serve.launch import free_port, running
 from mmq.serve.machine import this_machine
+from mmq.serve.running import free_port, running
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="transformers[serving] is absent")
 

@@ -25,12 +25,12 @@ from mmq.serve.client import ask, connect, image_url, stream, user_message
 from mmq.serve.engines import ENGINES, plan
 from mmq.serve.flags import Launch, shell_line
 from mmq.serve.footprint import footprint, group_members
-from mmq.serve.launch import Server, check_port, free_port, running
 from mmq.serve.log import loaded_bytes, useful_lines, why_it_died
 from mmq.serve.machine import GIB, Gpu, Machine, parse_gpus, this_machine
 from mmq.serve.metrics import cache_tokens, metrics, parse_metrics
 from mmq.serve.planner import planned
 from mmq.serve.programs import find_program, packages_beside
+from mmq.serve.running import Server, check_port, free_port, running
 from mmq.serve.shape import kv_token_bytes, read_shape
 from mmq.serve.supervise import foreground
 
@@ -337,7 +337,7 @@ def test_a_death_while_it_is_asked_is_the_engines(tmp_path: Path) -> None:
 FOREGROUND = """
 import sys, pathlib
 from mmq.serve.flags import Launch
-from mmq.serve.launch import running
+from mmq.serve.running import running
 from mmq.serve.supervise import foreground
 code, port, log = sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])
 launch = Launch((sys.executable, "-c", code), {}, (), f"http://127.0.0.1:{port}", "x", "127.0.0.1", port, "cpu")

@@ -28,8 +28,8 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.samples import Sample, as_openai
 from mmq.serve.client import connect_async
 from mmq.serve.footprint import group_members
-from mmq.serve.launch import Server
 from mmq.serve.metrics import metrics
+from mmq.serve.running import Server
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 CLIENTS = 12

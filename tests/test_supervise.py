@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from mmq.serve.flags import Launch, Secret
-from mmq.serve.launch import Server, free_port, healthy, running
 from mmq.serve.log import why_it_died
+from mmq.serve.running import Server, free_port, healthy, running
 from mmq.serve.supervise import foreground
 
 # answers /slow in a second, in two pieces, with a mark as the guard has; dies of /die; ends at once when it is told to
@@ -43,7 +43,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 MMQ = """
 import sys, pathlib
 from mmq.serve.flags import Launch
-from mmq.serve.launch import running
+from mmq.serve.running import running
 from mmq.serve.supervise import foreground
 how, code, port, log, grace = sys.argv[1], sys.argv[2], sys.argv[3], pathlib.Path(sys.argv[4]), float(sys.argv[5])
 argv = (sys.executable, "-c", code, port)
@@ -207,7 +207,7 @@ def test_an_answer_that_breaks_off_is_the_engines_death(tmp_path: Path, monkeypa
 
     with pytest.raises(RuntimeError, match="the engine died: MemoryError"):
         asked(small(), "/die")
-    monkeypatch.setattr("mmq.serve.launch.BROKEN_OFF", 0.5)
+    monkeypatch.setattr("mmq.serve.running.BROKEN_OFF", 0.5)
     with pytest.raises(RuntimeError, match="broke off"):  # where it runs on, it is what it was
         asked(small(), "/health")
 
