@@ -279,6 +279,7 @@ def streamed(server: Running, seen: threading.Event, *, tokens: int) -> tuple[in
     return count, reason
 
 
+@pytest.mark.slow  # the engine starts twice
 def test_killed_in_the_middle_of_an_answer_it_comes_back(server: Running) -> None:
     """One client with an answer, another with a dataset: each is told in one line, and neither loses what it has."""
     leader = engine_of(server.process.pid)[0]

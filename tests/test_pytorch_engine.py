@@ -37,6 +37,7 @@ KINDS = {
     "ct": ("awq", "compressed-tensors"),
     "bnb": ("bnb", None),
 }
+DEFAULT = ("fp16", "awq")  # a server each: the others are `-m slow`, their weights test_restored.py's
 LAPTOP = Machine("a processor", cores=2, memory=16 * GIB, available=14 * GIB, amx=False)
 DESK = replace(LAPTOP, gpus=(Gpu("NVIDIA GeForce RTX 4090", 24564 << 20, 24000 << 20, 8.9),))
 
@@ -78,7 +79,9 @@ def with_pictures() -> list[Sample]:
 
 
 @needs_server
-@pytest.mark.parametrize("served_as", KINDS, indirect=True)
+@pytest.mark.parametrize(
+    "served_as", [k if k in DEFAULT else pytest.param(k, marks=pytest.mark.slow) for k in KINDS], indirect=True
+)
 def test_answers_are_those_of_mmqs_own_reading(served_as: tuple[Path, Server]) -> None:
     folder, server = served_as
     questions = with_pictures()
