@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .device import tensor_cores
 from .fused import fused
+from .gram import diagonal_blocks
 from .grid import LEVELS, Quantized
 
 BLOCK = 128  # columns rounded one by one before their errors are handed on
@@ -155,22 +156,18 @@ def _inverse(lower: Tensor) -> Tensor:
     ones, [[a, 0], [b, c]] having the inverse [[a', 0], [-c' b a', c']]."""
     width = len(lower)
     size = SMALL if width % SMALL == 0 and (width // SMALL).bit_count() == 1 else width
-    inverse = torch.linalg.solve_triangular(_diagonal(lower, size), torch.eye(size, device=lower.device), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        diagonal_blocks(lower, size), torch.eye(size, device=lower.device), upper=False
+    )
     with tensor_cores(False):
         while size < width:
             a, c = inverse[::2], inverse[1::2]
-            b = _diagonal(lower, 2 * size)[:, size:, :size]
+            b = diagonal_blocks(lower, 2 * size)[:, size:, :size]
             inverse = torch.zeros(len(a), 2 * size, 2 * size, device=lower.device)
             inverse[:, :size, :size], inverse[:, size:, size:] = a, c
             inverse[:, size:, :size] = -(c @ b @ a)
             size *= 2
     return inverse[0]
-
-
-def _diagonal(matrix: Tensor, size: int) -> Tensor:
-    """The blocks on the diagonal, [n / size, size, size]."""
-    count = len(matrix) // size
-    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def column_order(gram: Tensor, columns: Tensor | None = None) -> Tensor:
