@@ -186,7 +186,7 @@ def test_the_requirements_name_no_place():
 def test_the_wheel_has_the_package_and_nothing_else(tmp_path):
     """Every module, recipe and weight, and neither tests nor tools; built as `pip install .` builds it."""
     source = tmp_path / "source"
-    for room in ("recipes", "quantize", "export", "serve", "bench"):
+    for room in ("recipes", "quantize", "export", "serve", "bench", "commands"):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("__init__.py", "__main__.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
