@@ -13,7 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from ..export.artifact import MANIFEST, open_artifact
 from ..recipes.folder import headers, shard_names
 from ..serve.machine import Machine
 
+HOWS = ("measured", "computed", "projected")  # projected: from a card's data sheet, for a card that is not here
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number: its unit, how it came about (measured or computed), and the lowest and highest of repeated runs."""
+    """One number: its unit, how it came about (one of `HOWS`), and the lowest and highest of repeated runs."""
 
     value: float
     unit: str
@@ -37,13 +38,38 @@ class Figure:
     high: float | None = None
 
     def __post_init__(self) -> None:
-        if self.how not in ("measured", "computed"):
-            raise ValueError(f"a figure is measured or computed, not {self.how!r}")
+        if self.how not in HOWS:
+            raise ValueError(f"a figure is {', '.join(HOWS[:-1])} or {HOWS[-1]}, not {self.how!r}")
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one load did at one concurrency: output_rate, ttft, tpot, itl and e2e with their _p90 and _p99."""
+
+    concurrency: int
+    numbers: Mapping[str, Figure]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A measure by the first label's same one, over `pairs` interleaved pairs of runs, and the interval in which it
+    lies with the confidence `level`. `low` and `high` are None where there was one pair: nothing is known then."""
+
+    value: float
+    low: float | None
+    high: float | None
+    level: float = 0.95
+    pairs: int = 1
 
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers by subject and measure, the raw samples they come from, and where and on what they were taken."""
+    """Numbers by subject and measure, the raw samples they come from, and where and on what they were taken.
+
+    What was not asked for is empty. `quality` has by label `measures` (the check's), `layers` (its error by decoder
+    layer) and `tasks` (name -> metric -> value, "stderr" among them); an answer is {picture: a file in the report's
+    folder, question, reference, answers: label -> text}.
+    """
 
     kind: str
     created: str  # ISO 8601, UTC
@@ -54,6 +80,13 @@ class Report:
     settings: Mapping[str, Any]
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
+    sweep: Mapping[str, Sequence[Level]] = field(default_factory=dict)  # label -> levels, the lowest concurrency first
+    ratios: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)  # label -> measure; not the first label
+    stages: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)  # label -> stage -> ms
+    quality: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    memory: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)  # label -> part -> bytes, for a stack
+    answers: Sequence[Mapping[str, Any]] = ()
+    verdicts: Sequence[str] = ()  # sentences: where int4 helps, where it stops, what was too noisy to say
 
 
 def now() -> str:
@@ -115,6 +148,40 @@ def write_report(report: Report, folder: Path, *, markdown: str) -> tuple[Path, 
     part.write_text(json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, data)
     return data, text
+
+
+def read_report(path: Path) -> Report:
+    """The report in `path`, a report.json or its folder. OSError where there is none, ValueError for another JSON."""
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        raise OSError(f"no report {file}; `mmq bench --compare` writes one")
+    try:
+        return report_of(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{file} is no report of `mmq bench`: {e}") from None
+
+
+def report_of(raw: Mapping[str, Any]) -> Report:
+    """A report from the JSON of `dataclasses.asdict`. KeyError and TypeError for anything else."""
+    names = {f.name for f in dataclasses.fields(Report)}
+    if unknown := sorted(raw.keys() - names):
+        raise TypeError(f"unknown fields {', '.join(unknown)}")
+    fields = dict(raw)
+    for name in ("numbers", "stages", "memory"):
+        fields[name] = {label: _figures(found) for label, found in raw.get(name, {}).items()}
+    fields["sweep"] = {
+        label: [Level(level["concurrency"], _figures(level["numbers"])) for level in levels]
+        for label, levels in raw.get("sweep", {}).items()
+    }
+    fields["ratios"] = {
+        label: {measure: Ratio(**ratio) for measure, ratio in found.items()}
+        for label, found in raw.get("ratios", {}).items()
+    }
+    return Report(**fields)
+
+
+def _figures(raw: Mapping[str, Any]) -> dict[str, Figure]:
+    return {measure: Figure(**figure) for measure, figure in raw.items()}
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

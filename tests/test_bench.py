@@ -16,7 +16,17 @@ from safetensors import safe_open
 from mmq.bench import memory
 from mmq.bench.compare import compare, markdown, table, warnings
 from mmq.bench.find import find
-from mmq.bench.report import Figure, Report, digest_of, markdown_table, parse_bytes, write_report
+from mmq.bench.report import (
+    Figure,
+    Level,
+    Ratio,
+    Report,
+    digest_of,
+    markdown_table,
+    parse_bytes,
+    read_report,
+    write_report,
+)
 from mmq.bench.speed import Load, Run, figures, measure, percentile, read_run
 from mmq.recipes.hub import fetch
 from mmq.serve.footprint import Footprint
@@ -105,7 +115,7 @@ def test_measured_wins_and_is_labelled(pebble: Path) -> None:
     measured = memory.figures(pebble, budget=GIB, context=1000, measured=taken, same_budget=True)
     assert measured["max_batch"] == Figure(4, "sequences", "measured")
     assert measured["max_length"] == Figure(4000, "tokens", "measured")
-    with pytest.raises(ValueError, match="measured or computed"):
+    with pytest.raises(ValueError, match="measured, computed or projected"):
         Figure(1.0, "s", "guessed")
 
 
@@ -201,6 +211,33 @@ def test_the_table_has_a_ratio() -> None:
     assert markdown_table(head, rows) in markdown(report)
     assert len(warnings(report)) == 2
     assert "when it is quiet" in markdown(report)
+
+
+def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
+    figure = Figure(32.49, "tok/s", "measured", 30.0, 35.0)
+    plain = report_of({"output_rate": figure}, {"output_rate": figure})
+    full = dataclasses.replace(
+        plain,
+        sweep={"awq": [Level(1, {"ttft_p90": Figure(3.0, "ms", "measured")}), Level(8, {})]},
+        ratios={"awq": {"output_rate": Ratio(1.4, 1.3, 1.5, pairs=4), "time": Ratio(0.7, None, None)}},
+        stages={"awq": {"prefill": Figure(7.0, "ms", "measured")}},
+        memory={"awq": {"cache": Figure(2.0, "bytes", "projected")}},
+        quality={"awq": {"measures": {"kl": 0.01}, "layers": [0.1, 0.2], "tasks": {}}},
+        answers=[{"picture": "1.png", "question": "图里有什么？", "reference": "a", "answers": {"awq": "a"}}],
+        verdicts=["int4 helps"],
+    )
+    for report in (plain, full):
+        data, _ = write_report(report, tmp_path, markdown="")
+        back = read_report(data)
+        assert back == read_report(tmp_path)
+        assert json.loads(json.dumps(dataclasses.asdict(back))) == json.loads(json.dumps(dataclasses.asdict(report)))
+        assert back.sweep == report.sweep
+        assert back.ratios == report.ratios
+    (tmp_path / "report.json").write_text('{"kind": "bench"}')
+    with pytest.raises(ValueError, match=r"report\.json is no report of `mmq bench`: .*missing"):
+        read_report(tmp_path)
+    with pytest.raises(OSError, match="no report .*nowhere; `mmq bench"):
+        read_report(tmp_path / "nowhere")
 
 
 @needs_vllm
