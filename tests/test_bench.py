@@ -236,7 +236,7 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"kind": "bench"}')
     with pytest.raises(ValueError, match=r"report\.json is no report of `mmq bench`: .*missing"):
         read_report(tmp_path)
-    with pytest.raises(OSError, match="no report .*nowhere; `mmq bench"):
+    with pytest.raises(OSError, match=r"no report .*nowhere; `mmq bench"):
         read_report(tmp_path / "nowhere")
 
 
