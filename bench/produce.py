@@ -61,9 +61,12 @@ def produce(
     device: str = "cpu",
     max_vram: int | None = None,
     overwrite: bool = False,
+    renew: bool = False,
     tell: Tell = silent,
 ) -> tuple[Artifact, Checked | None]:
-    """Make it, and check what a backend made. Errors as those of `fetch`, `make`, `quantize_with` and `examine`."""
+    """Make it, and check what a backend made. `renew` is `make`'s; to a backend, which takes nothing up, `overwrite`.
+
+    Errors as those of `fetch`, `make`, `quantize_with` and `examine`."""
     from ..export.make import make
     from .examine import examine
     from .peer import quantize_with
@@ -75,10 +78,10 @@ def produce(
         "samples": calibration_samples(recipe, embedded=base.hub == "embedded"),
         "calibration": recipe.calibration,
         "device": device,
-        "overwrite": overwrite,
+        "overwrite": overwrite or (renew and job.asked is not None),
         "tell": tell,
     }
     if job.asked is None:
-        return make(recipe, base, job.out, max_vram=max_vram, **options), None
+        return make(recipe, base, job.out, max_vram=max_vram, renew=renew, **options), None
     artifact = quantize_with(job.asked, recipe, base, job.out, **options)
     return artifact, examine(artifact, base.path, device=device, tell=tell)[0]

@@ -46,6 +46,7 @@ recipe_options = (  # each has the name of the recipe's key that it replaces
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: ./out-METHOD]")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--renew", is_flag=True, help="As --overwrite, but go on with an unfinished run of the same options.")
 @click.option("--max-vram", metavar="SIZE", help="GPU memory to stay inside, as 24GiB.  [default: what is free]")
 @device_option
 @several(hub_options)
@@ -55,6 +56,7 @@ def command(
     backend: str | None,
     out: Path | None,
     overwrite: bool,
+    renew: bool,
     max_vram: str | None,
     device: str,
     hub: str,
@@ -79,7 +81,8 @@ def command(
         place = ranks.join(place)
     limit = parse_bytes(max_vram) if max_vram else None
     with progress(quiet=as_json or ranks.rank() > 0) as tell:
-        artifact, result = produce(job, hub=hub, device=place, max_vram=limit, overwrite=overwrite, tell=tell)
+        how: dict[str, Any] = {"overwrite": overwrite, "renew": renew, "max_vram": limit}
+        artifact, result = produce(job, hub=hub, device=place, tell=tell, **how)
     if ranks.rank() > 0:
         return
     told = facts(artifact, seconds=time.monotonic() - start)

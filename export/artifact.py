@@ -122,6 +122,12 @@ def prepare(out: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = Fals
     return False
 
 
+def unfinished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether `out` holds an unfinished run with this `fingerprint`, which `prepare` would take up."""
+    begun = (out / UNFINISHED).is_file() and not (out / MANIFEST).exists()
+    return begun and (before := _marks(out)) != {} and not _changes(before, fingerprint)
+
+
 def _marks(out: Path) -> dict[str, Any]:
     """The fingerprint of the unfinished run in `out`; empty when it was killed before there was one."""
     try:

@@ -24,10 +24,11 @@ from ..quantize.walk import CALIBRATED, no_lap
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe, check_pinned
-from ..recipes.samples import Sample
-from .artifact import Artifact, check_disk, finish, open_artifact, prepare
+from ..recipes.samples import Sample, digest
+from .artifact import Artifact, check_disk, finish, open_artifact, prepare, unfinished
 from .beside import copy_small_files, write_config, write_index
 from .config import check_head, settle
+from .key import base_mark, key_of
 from .layers import done_layers, is_whole, read_note, write_layers
 from .marks import Pace, keep_pace, marks, pace, paces
 from .order import Order, address, check_experts, expected_bytes, files_of, quantized_names, versions
@@ -45,6 +46,7 @@ def make(
     device: str = "cpu",
     max_vram: int | None = None,
     overwrite: bool = False,
+    renew: bool = False,
     tell: Tell = silent,
     lap: Callable[[str], None] = no_lap,
 ) -> Artifact:
@@ -52,15 +54,22 @@ def make(
 
     ValueError for what cannot be made as asked, OSError for files and disk, before anything is written. No more than
     `max_vram` bytes of GPU memory are taken (None: what is free); `lap(stage)` is called at the end of each stage, for
-    whoever measures.
+    whoever measures. `overwrite` replaces what is in `out`; so does `renew`, but for an unfinished run of the same.
     """
     symmetric, format = settle(recipe.method, recipe.symmetric, recipe.format)
-    if read_config(base.path).get("quantization_config"):
+    config = read_config(base.path)
+    if recipe.family and config.get("model_type") != recipe.family:
+        raise ValueError(
+            f"{base.name} is of family {config.get('model_type')}, its recipe says {recipe.family}; name the model "
+            "that the recipe means, or mend the recipe"
+        )
+    if config.get("quantization_config"):
         raise ValueError(f"{base.name} is quantized already; mmq starts from a 16-bit checkpoint")
     if recipe.method in CALIBRATED and len(samples) < world():
         raise ValueError(f"{len(samples)} samples for {world()} processes: each needs at least one")
     check_pinned(recipe, local=base.hub in ("local", "embedded"))
     skeleton = build(base.path, device=device, trust=recipe.trust_remote_code)
+    key = key_of(recipe, base_mark(base, address(recipe, base)), digest(samples) if samples else None)
     samples = suited(skeleton, samples)
     plan = linears(skeleton, recipe.keep)
     grid = Grid(recipe.group_size, symmetric, skeleton.stored)
@@ -76,6 +85,7 @@ def make(
     mine = marks(recipe, base, skeleton, samples)
     needed = expected_bytes(skeleton, order)
     memory = Memory()
+    overwrite = overwrite or (renew and not unfinished(out, mine))
     begun = agreed(() if overwrite else paces(out))
     if recipe.method in CALIBRATED:
         memory = _settle_memory(skeleton, order, samples, needed, max_vram, begun, tell)
@@ -118,6 +128,7 @@ def make(
         hashes,
         {
             "name": f"{recipe.name}-{recipe.method}",
+            "key": key,
             "method": recipe.method,
             "format": format,
             "bits": 4,

@@ -62,6 +62,31 @@ def fetch(model: str, *, hub: str = "hf", revision: str | None = None, tell: Tel
     `tell` hears bytes of download and verification, also from other threads. ValueError where the name or the kind
     of the repository is wrong; OSError where the hub, the network, a file or the disk is.
     """
+    if base := _here(model, hub, revision):
+        return base
+    path, commit = _from_hub(HUBS[hub], model, revision, tell)
+    return Base(path, model.split("/")[1], hub, commit)
+
+
+def commit_of(model: str, *, hub: str = "hf", revision: str | None = None) -> Base:
+    """As `fetch` without the download: the commit that `revision` means now (in the cache, where the hub is out of
+    reach), and where `fetch` would put it. Errors as `fetch`'s."""
+    if base := _here(model, hub, revision):
+        return base
+    at = HUBS[hub]
+    root = at.root(model)
+    commit = revision or ""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        try:
+            commit = at.ask(model, revision).commit
+        except Unreachable as e:
+            path, cached = _from_cache(root, model, revision or at.branch, e)
+            return Base(path, model.split("/")[1], hub, cached)
+    return Base(root / "snapshots" / commit, model.split("/")[1], hub, commit)
+
+
+def _here(model: str, hub: str, revision: str | None) -> Base | None:
+    """The embedded checkpoint or a local one, checked; None for an id on `hub`. ValueError where it is neither."""
     if hub not in HUBS:
         raise ValueError(f"hub is {hub!r}; it must be one of {', '.join(HUBS)}")
     local = Path(model).expanduser()
@@ -78,8 +103,7 @@ def fetch(model: str, *, hub: str = "hf", revision: str | None = None, tell: Tel
         raise ValueError(f"no folder {model}, and it is no hub id either; a hub id is OWNER/NAME")
     if revision is not None and (not re.fullmatch(r"[\w./-]+", revision) or ".." in revision):
         raise ValueError(f"revision is {revision!r}; it must be a branch, a tag or a commit id")
-    path, commit = _from_hub(HUBS[hub], model, revision, tell)
-    return Base(path, model.split("/")[1], hub, commit)
+    return None
 
 
 def _from_hub(hub: Hub, model: str, revision: str | None, tell: Tell) -> tuple[Path, str | None]:

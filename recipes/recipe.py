@@ -57,6 +57,9 @@ class Recipe:
     name: str
     model: str
     description: str = ""
+    version: int = 1  # of the recipe: a published checkpoint's tag is v1, v2, ...
+    family: str | None = None  # config.json's model_type, so that another model under this id is refused
+    card: str | None = None  # the smallest card, as 24GiB, on which a plan of its int4 artifact fits 4,096 tokens
     modelscope: str | None = None  # the id on ModelScope, where it differs
     revision: str | None = None
     method: str = "awq"
@@ -85,6 +88,10 @@ class Recipe:
             raise ValueError(f"bits is {self.bits!r}; mmq writes 4-bit weights only")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size is {self.group_size!r}; it must be one of 32, 64, 128")
+        if self.card is not None and not re.fullmatch(r"[1-9]\d*GiB", self.card):
+            raise ValueError(f"card is {self.card!r}; it must be a card's memory, as 24GiB")
+        if self.version < 1:
+            raise ValueError(f"version is {self.version!r}; it must be a whole number >= 1")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples!r}; it must be a whole number >= 1")
 
