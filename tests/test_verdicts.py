@@ -1,0 +1,119 @@
+"""Verdicts: where int4 helps and where it stops, from figures by hand; noise is called noise."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmq.bench.report import Figure, Level, Ratio, Report
+from mmq.bench.verdicts import ratio_of, speed_sentence, stage_sentence, steps, stops, verdicts, word_of
+
+
+def rate(value: float, spread: float = 0.02) -> Figure:
+    return Figure(value, "tok/s", "measured", value * (1 - spread), value * (1 + spread))
+
+
+def levels(**by: Figure) -> list[Level]:
+    return [Level(int(name[1:]), {"output_rate": figure}) for name, figure in by.items()]
+
+
+BASE = levels(c1=rate(100), c8=rate(500), c32=rate(1000), c128=rate(1500))
+
+
+def test_the_widest_bounds_that_the_runs_allow() -> None:
+    found = ratio_of(Figure(100, "tok/s", "measured", 90, 110), Figure(150, "tok/s", "measured", 140, 180))
+    assert found.value == pytest.approx(1.5)
+    assert (found.low, found.high) == (pytest.approx(140 / 110), pytest.approx(2.0))
+    assert ratio_of(rate(100), Figure(150, "tok/s", "measured")).low is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (1.1, 1.4, "faster"),
+        (0.6, 0.9, "slower"),
+        (0.97, 1.03, "the same"),
+        (0.8, 1.3, "noisy"),
+        (None, None, "unknown"),
+    ],
+)
+def test_what_an_interval_says(low: float | None, high: float | None, word: str) -> None:
+    assert word_of(Ratio(1.0, low, high)) == word
+
+
+def test_where_it_stops_helping() -> None:
+    other = levels(c1=rate(150), c8=rate(650), c32=rate(1000), c128=rate(1350))
+    found = steps(BASE, other)
+    assert [step.word for step in found] == ["faster", "faster", "the same", "slower"]
+    assert stops(found) == 32
+    assert speed_sentence("awq", "fp16", found) == (
+        "awq is faster than fp16 up to 8 at once (1.30x, 1.25 to 1.35 at 8) and stops helping at 32 "
+        "(1.00x, 0.96 to 1.04 at 32)."
+    )
+
+
+def test_where_it_is_not_reached_that_is_said() -> None:
+    found = steps(BASE, levels(c1=rate(150), c8=rate(650), c32=rate(1200), c128=rate(1650)))
+    assert stops(found) is None
+    assert "the most that was asked; where it stops helping was not reached" in speed_sentence("awq", "fp16", found)
+
+
+def test_noise_is_never_read_as_a_result() -> None:
+    loud = levels(c1=rate(150), c8=rate(500, 0.4), c32=rate(1000, 0.4), c128=rate(1500, 0.4))
+    found = steps(BASE, loud)
+    assert stops(found) is None
+    said = speed_sentence("awq", "fp16", found)
+    assert "where it stops, the noise hides" in said
+    assert said.endswith("At 8, 32, 128 at once the machine was too noisy to say.")
+    said = speed_sentence("awq", "fp16", steps(BASE, levels(c1=rate(100, 0.4), c8=rate(500, 0.4))))
+    assert "too noisy to say" in said
+    assert "faster" not in said
+    once = [Level(1, {"output_rate": Figure(150, "tok/s", "measured")})]
+    assert "one run each" in speed_sentence("awq", "fp16", steps(BASE, once))
+
+
+def test_slower_everywhere() -> None:
+    said = speed_sentence("awq", "fp16", steps(BASE, levels(c1=rate(90), c8=rate(420))))
+    assert said == (
+        "awq is slower than fp16 at every load that can be told: 0.90x, 0.86 to 0.94 at 1, 0.84x, 0.81 to 0.87 at 8."
+    )
+
+
+def test_levels_that_only_one_was_asked_at_do_not_count() -> None:
+    assert [step.concurrency for step in steps(BASE, levels(c8=rate(1), c64=rate(1)))] == [8]
+
+
+def test_what_int4_leaves_as_it_is() -> None:
+    parts = {"image_preprocessing": 20.0, "vision_tower": 30.0, "prefill": 50.0, "decode": 95.0, "other": 5.0}
+    figures = {name: Figure(value, "ms", "measured") for name, value in parts.items()}
+    assert stage_sentence("awq", figures) == (
+        "awq: 25% of one request alone is image preprocessing and vision tower, which int4 leaves as it is."
+    )
+    assert stage_sentence("awq", {}) is None
+
+
+def test_a_report_gets_a_sentence_for_each_thing_that_it_has() -> None:
+    def numbers(weights: float, batch: float) -> dict[str, Figure]:
+        return {
+            "output_rate": rate(100),
+            "weights": Figure(weights, "bytes", "measured"),
+            "max_batch": Figure(batch, "sequences", "computed"),
+        }
+
+    report = Report(
+        kind="bench",
+        created="2026-11-21T12:00:00+00:00",
+        engine="vllm",
+        subjects={},
+        numbers={"fp16": numbers(16e9, 2), "awq": numbers(7e9, 52)},
+        raw={},
+        settings={},
+        machine={},
+        versions={},
+        ratios={"awq": {"output_rate": Ratio(0.87, 0.84, 0.9, pairs=5)}},
+        quality={"awq": {"unchecked": "not checked; mmq check out-awq"}},
+    )
+    assert verdicts(report) == [
+        "awq gives fewer output tok/s than fp16 under the load of the table (0.87x, 0.84 to 0.90, 5 pairs of runs).",
+        "awq takes 0.44x the memory of fp16 and has 26.00x its max batch (computed).",
+        "How good awq is this report cannot say: not checked; mmq check out-awq.",
+    ]
