@@ -103,7 +103,7 @@ class Client:
 
 
 def test_it_stands_alone_and_loads_fast() -> None:
-    own = {"mmq_guard", "mmq_fetch", "mmq_media", "mmq_parts", "mmq_refused", "mmq_settings"}
+    own = {"mmq_guard", "mmq_fetch", "mmq_media", "mmq_parts", "mmq_refused", "mmq_schema", "mmq_settings"}
     for path in (INSIDE / f"{name}.py" for name in own):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -520,6 +520,90 @@ def test_whatever_is_sent_is_let_in_or_refused(guard: Any, tree: Any) -> None:
     media = sys.modules["mmq_media"]
     found = json.loads(handed_on)
     assert all(raw or holder[key].startswith("data:") for holder, key, _, raw in media.media_in(found))
+
+
+A, B = {"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b%20%7E1"}
+NOTHING_BUT_THEMSELVES: list[tuple[dict[str, Any], str]] = [
+    ({"$ref": "#"}, "#"),
+    ({"allOf": [{"$ref": "#"}]}, "#/allOf/0"),
+    ({"oneOf": [{"$ref": "#"}, {"anyOf": [{"$ref": "#/oneOf/0"}]}]}, "#/oneOf"),
+    ({"$defs": {"a": B, "b /": A}, "type": "object", "properties": {"x": A}}, "#/"),
+    ({"type": "object", "properties": {"x": {"$ref": "#/properties/x"}}}, "#/properties/x"),
+]
+SOUND: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"next": {"$ref": "#"}, "const": {"const": {"$ref": "#"}}}},
+    {"type": "array", "items": {"$ref": "#"}},
+    {"anyOf": [{"$ref": "#"}, {"type": "string"}]},
+    {"$defs": {"a": {"anyOf": [B, {"type": "string"}]}, "b /": {"anyOf": [A]}}, "allOf": [A, B]},
+    {"$ref": "#/nowhere"},
+    {"$ref": "https://example.org/schema"},
+    {"type": "object", "properties": {"schema": {"$ref": "#"}, "$ref": {"type": "string"}}},
+]
+
+
+def asking_for(schema: Any) -> list[dict[str, Any]]:
+    """A request for an answer by this schema, in every way that there is to ask for one."""
+    return [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        {"response_format": {"type": "json_schema", "schema": schema}},
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"json": json.dumps(schema)}},
+        {"guided_json": schema},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]},
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}},
+    ]
+
+
+@pytest.mark.parametrize(("schema", "where"), NOTHING_BUT_THEMSELVES)
+def test_a_schema_that_is_nothing_but_itself_is_refused(guard: Any, schema: dict[str, Any], where: str) -> None:
+    app = guard.Guard(echo, guard.Settings())
+    for request in asking_for(schema):
+        with pytest.raises(guard.Refused, match=f"{next(iter(request))}.*{where}.* refers to nothing but itself"):
+            asyncio.run(app._judged(json.dumps(request).encode(), {}))
+
+
+@pytest.mark.parametrize("schema", SOUND)
+def test_lists_and_trees_are_sound(guard: Any, schema: dict[str, Any]) -> None:
+    app = guard.Guard(echo, guard.Settings())
+    for request in asking_for(schema):
+        asyncio.run(app._judged(json.dumps(request).encode(), {}))
+
+
+REFERENCES = st.sampled_from(
+    ["#", "#/anyOf/0", "#/allOf/1", "#/$defs/a", "#/properties/a/items", "#/", "/", "#%zz", "a"]
+)
+SCHEMAS = st.recursive(
+    st.fixed_dictionaries({"$ref": REFERENCES}) | LEAVES,
+    lambda t: (
+        st.lists(t, max_size=3)
+        | st.dictionaries(st.sampled_from(["anyOf", "allOf", "oneOf", "$defs", "properties", "a", "items"]), t)
+    ),
+)
+
+
+@settings(deadline=None)
+@given(SCHEMAS)
+def test_any_schema_is_judged(guard: Any, schema: Any) -> None:
+    app = guard.Guard(echo, guard.Settings())
+    for request in asking_for(schema):
+        try:
+            asyncio.run(app._judged(json.dumps(request).encode(), {}))
+        except guard.Refused as no:
+            assert "refers to nothing but itself" in str(no)  # noqa: PT017  (either is right, nothing else is)
+
+
+def test_many_references_take_no_time(guard: Any) -> None:
+    """Each refers to the next, and the last to itself; below a name that no path should be made of for each."""
+    chain = {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(20_000)} | {"20000": {"$ref": "#/$defs/20000"}}
+    deep = {"x" * 1_000_000: {str(n): {"type": "null"} for n in range(20_000)}}
+    request = json.dumps({"guided_json": {"$defs": chain, "properties": deep}}).encode()
+    app = guard.Guard(echo, guard.Settings())
+    begun = time.process_time()
+    with pytest.raises(guard.Refused, match=r"guided_json#/\$defs/\d+ refers to nothing but itself"):
+        asyncio.run(app._judged(request, {}))
+    sound = {"guided_json": {"$defs": chain | {"20000": {"type": "string"}}, "type": "object"}}
+    asyncio.run(app._judged(json.dumps(sound).encode(), {}))
+    assert time.process_time() - begun < 5
 
 
 def test_settings_are_read_and_checked(guard: Any) -> None:

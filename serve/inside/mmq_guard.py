@@ -24,6 +24,7 @@ from mmq_fetch import FETCH_SECONDS, Target
 from mmq_media import MIME, as_data_url, check_sent, media_in, read_local
 from mmq_parts import rewritten
 from mmq_refused import Refused, refuse
+from mmq_schema import endless
 from mmq_settings import Allowance, Settings, mebibytes, settings_of
 
 OPEN = ("/health", "/ping")  # answered without the key: they say that the server lives, and nothing else
@@ -174,6 +175,8 @@ class Guard:
             changed = rewritten(tree)
         except (ValueError, RecursionError) as e:
             raise Refused(400, str(e)) from None
+        if where := endless(tree):
+            raise Refused(400, f"the schema at {where[:200]} refers to nothing but itself: no answer could meet it")
         named: list[Named] = []
         for count, (holder, key, kind, raw) in enumerate(media_in(tree)):
             if count == self.settings.max_media:
