@@ -1,0 +1,272 @@
+"""Kinds of plots as SVG: lines, stacked bars, ratios with their intervals, dots. Knows no report and no measure.
+
+Lines and dots are named where they are, not in a legend; what several plots share is in the functions at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .colours import part, series
+from .show import times
+from .svg import SIZE, Scale, element, fitted, hint, log_ticks, number, picture, spread, text_width, ticks, words
+
+MANY = 20  # times the lowest value: from there a scale is logarithmic
+LEAD = 15  # pixels between two names, one over the other
+CROWD = 16  # points of a line: of more, only the last has a mark
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y) in the order of x, drawn as the subject `index`; a `dashed` line goes with another, unnamed."""
+
+    name: str
+    index: int
+    points: Sequence[tuple[float, float]]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of a stack: (part's name, value, the value in words) from left to right."""
+
+    name: str
+    parts: Sequence[tuple[str, float, str]]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One point of a plot; `low` and `high` are its interval on the x axis."""
+
+    name: str
+    index: int
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    label: str,
+    x_title: str,
+    y_title: str,
+    width: float = 520,
+    height: float = 250,
+    log_x: bool = False,
+    x_ticks: Sequence[float] | None = None,
+) -> str:
+    """Lines over a common x. The y axis starts at 0, or is logarithmic where values differ twentyfold and are above 0.
+
+    ValueError without any point.
+    """
+    xs = [x for one in lines for x, _ in one.points]
+    ys = [y for one in lines for _, y in one.points]
+    if not xs:
+        raise ValueError("a plot of lines needs a point at least")
+    named = [one for one in lines if not one.dashed]
+    names = max((text_width(one.name) for one in named), default=0.0)
+    right = min(names, width / 3.5)
+    log_y = min(ys) > 0 and max(ys) > MANY * min(ys)
+    y_title = ", ".join(filter(None, (y_title, "log scale" if log_y else "")))
+    y, marks = _y_scale(ys, top=34.0, bottom=height - 40, log=log_y)
+    left = max(text_width(number(m)) for m in marks) + 10
+    low, high = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) * 0.5, min(xs) * 2 or 1.0)
+    x = Scale(low, high, left + 8, width - right - 16, log=log_x)
+    drawn = [*_across(y, marks, left, width - right - 8), words(0, 14, fitted(y_title, width), class_="axis")]
+    drawn += _below(x, x_ticks or ticks(low, high), height - 40)
+    drawn.append(words(x.end, height - 6, x_title, class_="axis", anchor="end"))
+    ends = spread([y.at(one.points[-1][1]) for one in named], LEAD, y.end - 4, y.start + 4)
+    for one in lines:
+        places = [(x.at(a), y.at(b)) for a, b in one.points]
+        path = element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in places), class_="path")
+        shown = range(len(places)) if len(places) <= CROWD else [len(places) - 1]
+        dots = [
+            mark(*places[i], one.index, hint(f"{one.name}: {number(one.points[i][1])} at {number(one.points[i][0])}"))
+            for i in shown
+            if not one.dashed
+        ]
+        drawn.append(element("g", path, *dots, class_=series(one.index) + (" dashed" if one.dashed else "")))
+    for one, end in zip(named, ends, strict=True):
+        name = words(x.end + 12, end + 4, fitted(one.name, right), class_="own")
+        drawn.append(element("g", name, class_=series(one.index)))
+    return picture(drawn, width=width, height=height, label=label)
+
+
+def bar_chart(
+    bars: Sequence[Bar],
+    *,
+    label: str,
+    parts: Sequence[str],
+    show: Callable[[float], str],
+    limit: tuple[float, str] | None = None,
+    width: float = 520,
+) -> str:
+    """Stacked horizontal bars, a row each with its name over it; `parts` fixes the colours, `limit` is a line across.
+
+    ValueError without anything to stack.
+    """
+    sums = [sum(value for _, value, _ in bar.parts) for bar in bars]
+    if not sums or max(sums) <= 0:
+        raise ValueError("a stack needs a part that is above 0")
+    ends = text_width(max((show(s) for s in sums), key=text_width)) + 8
+    longest = max(*sums, limit[0]) if limit else max(sums)
+    x = Scale(0, longest, 0, width - (ends if longest in sums else 2))
+    height = 48.0 * len(bars) + (20 if limit else 0)
+    drawn = []
+    for row, (bar, total) in enumerate(zip(bars, sums, strict=True)):
+        top = 48.0 * row + (20 if limit else 0)
+        drawn.append(words(0, top + 13, fitted(bar.name, width), class_="name"))
+        at = 0.0
+        for name, value, said in bar.parts:
+            start, end = x.at(at), x.at(at + value)
+            at += value
+            if end - start < 0.3:
+                continue
+            box = element("rect", hint(f"{bar.name}, {name}: {said}"), x=start, y=top + 19,
+                          width=max(end - start - 1, 0.3), height=22, class_="fill")  # fmt: skip
+            inside = fitted(said, end - start - 10)
+            text = [words(start + 6, top + 34, inside, class_="inside")] if inside == said else []
+            drawn.append(element("g", box, *text, class_=part(parts.index(name))))
+        if width - x.at(total) >= ends - 1:
+            drawn.append(words(x.at(total) + 6, top + 34, show(total), class_="name"))
+    if limit:
+        at = x.at(limit[0])
+        drawn.append(element("line", x1=at, x2=at, y1=18, y2=height, class_="limit"))
+        drawn.append(words(at, 12, limit[1], anchor="end" if at > width / 2 else "start"))
+    return picture(drawn, width=width, height=height, label=label)
+
+
+def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: str, width: float = 520) -> str:
+    """For each row (a measure) dots at ratios with their intervals, on a logarithmic scale around 1, `one`'s own value.
+
+    A dot is filled where its interval leaves out 1, or where it has none to doubt it. ValueError without a dot.
+    """
+    dots = [dot for _, found in rows for dot in found]
+    if not dots or min(min(d.x, d.low or d.x) for d in dots) <= 0:
+        raise ValueError("a plot of ratios needs a dot at least, and ratios above 0")
+    low = min(1.0, *(d.low or d.x for d in dots)) / 1.08
+    high = max(1.0, *(d.high or d.x for d in dots)) * 1.08
+    narrow = width < 420
+    left = 0.0 if narrow else max(text_width(name) for name, _ in rows) + 12
+    right = max(text_width(f"{d.name} {times(d.x)}") for d in dots) + 12
+    x = Scale(low, high, left + 8, width - right, log=True)
+    heads = 18 if narrow else 0
+    drawn, top = [], 24.0
+    body = []
+    for name, found in rows:
+        body.append(words(0, top + (13 if narrow else 15), fitted(name, width), class_="name"))
+        top += heads
+        for dot in found:
+            middle = top + 11
+            a, b = (x.at(v) for v in (dot.low or dot.x, dot.high or dot.x))
+            doubtful = dot.low is not None and dot.high is not None and dot.low <= 1 <= dot.high
+            said = f"{dot.name}, {name}: {times(dot.x)}"
+            said += f", {dot.low:.3g} to {dot.high:.3g}" if dot.low is not None and dot.high is not None else ""
+            body.append(
+                element(
+                    "g",
+                    element("line", x1=a, x2=b, y1=middle, y2=middle, class_="whisker"),
+                    mark(x.at(dot.x), middle, dot.index, hint(said), hollow=doubtful),
+                    words(width - right + 10, middle + 4, f"{dot.name} {times(dot.x)}", class_="own"),
+                    class_=series(dot.index),
+                )
+            )
+            top += 20
+        top += 8
+    for value in [v for v in log_ticks(low, high) if abs(x.at(v) - x.at(1)) > 28 or v == 1]:
+        at = x.at(value)
+        drawn.append(element("line", x1=at, x2=at, y1=20, y2=top, class_="limit" if value == 1 else "grid"))
+        drawn.append(words(at, 13, f"{number(value)}×", anchor="middle"))
+    if not any(v == 1 for v in log_ticks(low, high)):
+        drawn.append(element("line", x1=x.at(1), x2=x.at(1), y1=20, y2=top, class_="limit"))
+        drawn.append(words(x.at(1), 13, "1×", anchor="middle"))
+    drawn.append(words(x.at(1), top + 14, f"as {one}", anchor="middle"))
+    return picture([*drawn, *body], width=width, height=top + 20, label=label)
+
+
+def dot_chart(
+    dots: Sequence[Dot], *, label: str, x_title: str, y_title: str, front: bool = True, width: float = 520,
+    height: float = 250,
+) -> str:  # fmt: skip
+    """Named dots, both axes from 0 and less being better; `front` joins those that no other beats in both.
+
+    ValueError without a dot.
+    """
+    if not dots:
+        raise ValueError("a plot of dots needs one at least")
+    y, marks = _y_scale([d.y for d in dots], top=34.0, bottom=height - 40, log=False)
+    left = max(text_width(number(m)) for m in marks) + 10
+    farthest = max(d.x for d in dots) or 1.0
+    x = Scale(0, farthest * 1.04, left, width - 12)
+    drawn = [*_across(y, marks, left, width), words(0, 14, fitted(y_title, width), class_="axis")]
+    drawn += _below(x, ticks(0, farthest), height - 40)
+    drawn.append(words(width, height - 6, x_title, class_="axis", anchor="end"))
+    drawn.append(words(left + 4, height - 46, "↙ better", class_="tick"))
+    best = [d for d in dots if not any(o.x <= d.x and o.y <= d.y and (o.x, o.y) != (d.x, d.y) for o in dots)]
+    if front and len(best) > 1:
+        corners = " ".join(f"{x.at(d.x):.1f},{y.at(d.y):.1f}" for d in sorted(best, key=lambda d: d.x))
+        drawn.append(element("polyline", points=corners, class_="front"))
+    heights = spread([y.at(d.y) for d in dots], LEAD, y.end, y.start - 8)
+    for dot, at in zip(dots, heights, strict=True):
+        before = x.at(dot.x) + 12 + text_width(dot.name) > width
+        name = words(x.at(dot.x) + (-11 if before else 11), at + 4, dot.name, class_="own",
+                     anchor="end" if before else "start")  # fmt: skip
+        said = hint(f"{dot.name}: {number(dot.x)}, {number(dot.y)}")
+        drawn.append(element("g", mark(x.at(dot.x), y.at(dot.y), dot.index, said), name, class_=series(dot.index)))
+    return picture(drawn, width=width, height=height, label=label)
+
+
+def mark(x: float, y: float, index: int, *inside: str, hollow: bool = False) -> str:
+    """A subject's own mark: a circle, square, triangle or diamond, so that colour is never alone."""
+    class_ = "dot hollow" if hollow else "dot"
+    if index % 4 == 0:
+        return element("circle", *inside, cx=float(x), cy=float(y), r=4.5, class_=class_)
+    corners = {
+        1: [(-4, -4), (4, -4), (4, 4), (-4, 4)],
+        2: [(0, -5.5), (5, 4), (-5, 4)],
+        3: [(0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)],
+    }[index % 4]
+    points = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)
+    return element("polygon", *inside, points=points, class_=class_)
+
+
+def _y_scale(values: Sequence[float], *, top: float, bottom: float, log: bool) -> tuple[Scale, list[float]]:
+    """An upward scale that ends on a round value or just over the largest, and its ticks."""
+    if log:
+        low, high = min(values) / 1.15, max(values) * 1.15
+        return Scale(low, high, bottom, top, log=True), log_ticks(low, high)
+    high = max(values) if max(values) > 0 else 1.0
+    tried = [_covering(high, count) for count in (4, 5, 6)]
+    marks = min(tried, key=lambda found: (found[-1], len(found)))
+    return Scale(min(0.0, *values), marks[-1], bottom, top), marks
+
+
+def _covering(high: float, count: int) -> list[float]:
+    """Ticks from 0 to the first one that is not below `high`."""
+    marks = ticks(0, high, count)
+    step = marks[1] - marks[0]
+    return marks if marks[-1] > high - step * 1e-6 else [*marks, marks[-1] + step]
+
+
+def _across(y: Scale, marks: Sequence[float], left: float, right: float) -> list[str]:
+    drawn = []
+    for value in marks:
+        at = y.at(value)
+        drawn.append(element("line", x1=left, x2=right, y1=at, y2=at, class_="base" if value == 0 else "grid"))
+        drawn.append(words(left - 6, at + 4, number(value), anchor="end"))
+    return drawn
+
+
+def _below(x: Scale, marks: Sequence[float], bottom: float) -> list[str]:
+    """The ticks of the x axis, without those whose words would touch the word before."""
+    drawn, free = [], float("-inf")
+    for value in marks:
+        said, at = number(value), x.at(value)
+        if at - text_width(said) / 2 < free:
+            continue
+        free = at + text_width(said) / 2 + SIZE / 2
+        drawn.append(words(at, bottom + 17, said, anchor="middle"))
+    return drawn

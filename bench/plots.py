@@ -1,0 +1,250 @@
+"""The plots of a report, each with its numbers as a table. Knows a Report; what a plot looks like is in charts.py.
+
+A plot whose data is missing is None, or not in the list: the page says then which command would fill it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .charts import Bar, Dot, Line, bar_chart, dot_chart, line_chart, ratio_chart
+from .colours import part
+from .report import Figure, Report
+from .show import amount, number_of, ratio_of, show
+
+COLUMN, FULL, PHONE = 520, 860, 328  # pixels: half a desk's page, the whole, a phone's
+LATENCIES = (  # measure, title, unit, its further lines
+    ("output_rate", "Output rate", "tok/s", ()),
+    ("ttft", "Time to first token", "ms", ("p99",)),
+    ("tpot", "Time per output token", "ms", ("p99",)),
+    ("e2e", "Whole request", "ms", ("p99",)),
+)
+RATIOS = (
+    ("output_rate", "output tok/s"),
+    ("input_rate", "input tok/s"),
+    ("time", "time"),
+    ("ttft", "time to first token"),
+    ("tpot", "time per output token"),
+    ("e2e", "whole request"),
+    ("energy", "energy a token"),
+)
+SCORES = (("soft_kl", "KL to FP16 at temperature 4 (nats)"), ("mean_kl", "mean KL to FP16 (nats)"))
+PART_NAMES = {"weights": "weights", "cache": "KV cache", "graphs": "CUDA graphs"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot for a desk (over the whole page where `full`) and a phone, and its numbers as a table, whose first column
+    titles the rows."""
+
+    title: str
+    wide: str
+    narrow: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    full: bool = False
+    legend: Sequence[tuple[str, str]] = ()  # (class, name) of colours that are not named in the plot
+
+
+def _plot(
+    title: str, draw: Callable[[float], str], head: Sequence[str], rows: Sequence[Sequence[str]], **more: Any
+) -> Plot:
+    wide, narrow = draw(FULL if more.get("full") else COLUMN), draw(PHONE)
+    return Plot(title, wide, narrow, head, rows, **more)
+
+
+def load_plots(report: Report) -> list[Plot]:
+    """Rate and latencies against concurrency, a plot each; none where fewer than two levels were run."""
+    levels = sorted({level.concurrency for found in report.sweep.values() for level in found})
+    return [] if len(levels) < 2 else [p for row in LATENCIES if (p := _load_plot(report, levels, *row)) is not None]
+
+
+def _load_plot(
+    report: Report, levels: Sequence[int], key: str, title: str, unit: str, tails: Sequence[str]
+) -> Plot | None:
+    lines, columns = [], {}
+    for index, label in enumerate(report.numbers):
+        for tail in ("", *tails):
+            measure = f"{key}_{tail}" if tail else key
+            points = [
+                (level.concurrency, level.numbers[measure].value)
+                for level in report.sweep.get(label, ())
+                if measure in level.numbers
+            ]
+            if points:
+                name = f"{label} {tail}".strip()
+                lines.append(Line(name, index, points, dashed=bool(tail)))
+                columns[name] = dict(points)
+    if not lines:
+        return None
+    said = f"{title} against requests at once: " + "; ".join(_in_words(line) for line in lines)
+
+    def draw(width: float) -> str:
+        return line_chart(lines, label=said, x_title="requests at once", y_title=unit, width=width, log_x=True,
+                          x_ticks=levels)  # fmt: skip
+
+    rows = [[str(n), *(number_of(c[n]) if n in c else "-" for c in columns.values())] for n in levels]
+    return _plot(title, draw, ["requests at once", *columns], rows)
+
+
+def _in_words(line: Line) -> str:
+    (x, y), (last_x, last_y) = line.points[0], line.points[-1]
+    return f"{line.name} from {number_of(y)} at {x:g} to {number_of(last_y)} at {last_x:g}"
+
+
+def ratio_plot(report: Report) -> Plot | None:
+    """Each measure by the first label's, with its interval; None where no pairs were run."""
+    first, *others = report.numbers
+    rows, table = [], []
+    for key, title in RATIOS:
+        dots = [
+            Dot(label, list(report.numbers).index(label), r.value, 0, r.low, r.high)
+            for label in others
+            if (r := report.ratios.get(label, {}).get(key)) is not None and r.value > 0
+        ]
+        if dots:
+            rows.append((title, dots))
+            found = {d.name: report.ratios[d.name][key] for d in dots}
+            table.append([title, *(ratio_of(found[o]) if o in found else "-" for o in others)])
+    if not rows:
+        return None
+    said = f"Ratios to {first}: " + "; ".join(
+        f"{title} " + ", ".join(f"{d.name} {d.x:.2f}" for d in dots) for title, dots in rows
+    )
+
+    def draw(width: float) -> str:
+        return ratio_chart(rows, label=said, one=first, width=width)
+
+    return _plot(f"As a multiple of {first}'s", draw, ["", *others], table, full=True)
+
+
+def memory_plot(report: Report) -> Plot | None:
+    """Where the memory is, a bar a label, with the card's budget across; None where it was not told by part."""
+    parts = list(dict.fromkeys(name for found in report.memory.values() for name in found if name != "total"))
+    if not parts:
+        return None
+    names = [PART_NAMES.get(p, p.replace("_", " ")) for p in parts]
+    bars = [
+        Bar(
+            label,
+            [(n, found[p].value, amount(found[p].value)) for p, n in zip(parts, names, strict=True) if p in found],
+        )
+        for label, found in report.memory.items()
+    ]
+    budget = report.settings.get("vram")
+    largest = max(sum(value for _, value, _ in bar.parts) for bar in bars)
+    # a line far beyond every bar would make all of them slivers, and one that the bars stay far under says nothing
+    limit = (float(budget), f"{amount(budget)} asked for") if budget and largest > budget / 8 else None
+    said = "Memory by part: " + "; ".join(f"{b.name} " + ", ".join(f"{n} {w}" for n, _, w in b.parts) for b in bars)
+
+    def draw(width: float) -> str:
+        return bar_chart(bars, label=said, parts=names, show=amount, limit=limit, width=width)
+
+    rows = [
+        [label, *(_cell(found.get(p)) for p in parts), amount(sum(found[p].value for p in parts if p in found))]
+        for label, found in report.memory.items()
+    ]
+    legend = [(part(i), name) for i, name in enumerate(names)]
+    return _plot("Memory by part", draw, ["", *names, "sum"], rows, full=True, legend=legend)
+
+
+def _cell(figure: Figure | None) -> str:
+    return "-" if figure is None else show(figure) + ("" if figure.how == "measured" else f", {figure.how}")
+
+
+def stage_plot(report: Report) -> Plot | None:
+    """Where one request's time goes, a bar a label; None where stages were not timed."""
+    parts = list(dict.fromkeys(name for found in report.stages.values() for name in found))
+    if not parts:
+        return None
+    names = [p.replace("_", " ") for p in parts]
+    bars = [
+        Bar(
+            label,
+            [
+                (n, max(found[p].value, 0.0), f"{number_of(found[p].value)} ms")
+                for p, n in zip(parts, names, strict=True)
+                if p in found
+            ],
+        )
+        for label, found in report.stages.items()
+    ]
+    if max(sum(value for _, value, _ in bar.parts) for bar in bars) <= 0:
+        return None
+    said = "One request's time: " + "; ".join(f"{b.name} " + ", ".join(f"{n} {w}" for n, _, w in b.parts) for b in bars)
+
+    def draw(width: float) -> str:
+        return bar_chart(bars, label=said, parts=names, show=lambda v: f"{number_of(v)} ms", width=width)
+
+    rows = [[label, *(_spread(found.get(p)) for p in parts)] for label, found in report.stages.items()]
+    legend = [(part(i), name) for i, name in enumerate(names)]
+    return _plot("One request alone", draw, ["ms", *names], rows, full=True, legend=legend)
+
+
+def _spread(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    middle = number_of(figure.value)
+    if figure.low is None or figure.high is None:
+        return middle
+    return f"{middle} ({number_of(figure.low)} to {number_of(figure.high)})"
+
+
+def layer_plot(report: Report) -> Plot | None:
+    """The error of the hidden states behind each decoder layer; None where nothing was checked."""
+    found = {label: q["layers"] for label, q in report.quality.items() if q.get("layers")}
+    if not found:
+        return None
+    order = list(report.numbers)
+    lines = [Line(label, order.index(label), list(enumerate(map(float, layers)))) for label, layers in found.items()]
+    title = "relative squared error of the hidden states"
+    said = "Relative squared error of the hidden states by decoder layer: " + "; ".join(map(_in_words, lines))
+
+    def draw(width: float) -> str:
+        layers = range(max(map(len, found.values())))
+        step = max(1, -(-len(layers) // 8))
+        return line_chart(lines, label=said, x_title="decoder layer", y_title=title, width=width,
+                          x_ticks=list(layers)[::step])  # fmt: skip
+
+    longest = max(map(len, found.values()))
+    rows = [[str(i), *(f"{q[i]:.3g}" if i < len(q) else "-" for q in found.values())] for i in range(longest)]
+    return _plot("Error by decoder layer", draw, ["decoder layer", *found], rows)
+
+
+def score_of(report: Report) -> tuple[str, str] | None:
+    """(key, title) of the measure of quality that every checked label has: KL at temperature 4 before the plain one."""
+    checked = [q["measures"] for q in report.quality.values() if q.get("measures")]
+    return next(((k, t) for k, t in SCORES if checked and all(k in m for m in checked)), None)
+
+
+def pareto_plot(report: Report) -> Plot | None:
+    """Quality against the memory of the weights; the first label is at 0 where it is what the others are checked
+    against. None where nothing was checked."""
+    score = score_of(report)
+    if score is None:
+        return None
+    key, title = score
+    dots, rows = [], []
+    for index, (label, found) in enumerate(report.numbers.items()):
+        measures: Mapping[str, float] = report.quality.get(label, {}).get("measures") or {}
+        value = measures.get(key, 0.0 if is_base(report, label) else None)
+        if value is not None and "weights" in found:
+            dots.append(Dot(label, index, found["weights"].value / (1 << 30), float(value)))
+            rows.append([label, show(found["weights"]), f"{value:.3g}"])
+    if len(dots) < 2:
+        return None
+    scale, unit = (1024.0, "MiB") if max(d.x for d in dots) < 1 else (1.0, "GiB")
+    dots = [Dot(d.name, d.index, d.x * scale, d.y) for d in dots]
+    said = f"{title} against model memory: " + "; ".join(f"{d.name} {d.y:.3g} at {d.x:.3g} {unit}" for d in dots)
+
+    def draw(width: float) -> str:
+        return dot_chart(dots, label=said, x_title=f"model memory ({unit})", y_title=title, width=width)
+
+    return _plot("Quality against memory", draw, ["", "model memory", title], rows)
+
+
+def is_base(report: Report, label: str) -> bool:
+    """Whether this is the 16-bit checkpoint that artifacts are of: it has no method, and an artifact is there."""
+    return "method" not in report.subjects.get(label, {}) and any("method" in s for s in report.subjects.values())
