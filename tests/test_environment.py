@@ -198,7 +198,7 @@ def test_the_wheel_has_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name.removeprefix("mmq/") for name in archive.namelist() if name.startswith("mmq/")}
         others = {name.split("/")[0] for name in archive.namelist()} - {"mmq"}
-    kinds = ("*.py", "recipes/bundled/*.yaml", "recipes/pebble/model/*", "serve/page/*")
+    kinds = ("*.py", "recipes/bundled/*.yaml", "recipes/pebble/model/*", "serve/page/*", "bench/page/*")
     wanted = {path.relative_to(source).as_posix() for kind in kinds for path in source.rglob(kind) if path.is_file()}
     built = {name for name in wanted if name.startswith("build/")}
     assert packed == wanted - built
