@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import MANIFEST, Artifact, write_json
 from ..recipes.recipe import Limits, limits_from
-from .check import Checked
 from .report import markdown_table, now, versions
+
+if TYPE_CHECKING:
+    from .check import Checked
 
 SHOWN = (
     ("mean_kl", "mean KL to FP16 (nats a token)", "<="),

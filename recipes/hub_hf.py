@@ -68,6 +68,22 @@ def get(model: str, commit: str, files: Sequence[RemoteFile], *, count: Callable
         log.setLevel(before)
 
 
+def about(model: str, revision: str | None) -> tuple[str, bool]:
+    """(README.md at `revision`, "" where there is none; whether the hub gates the model). Errors as `ask`'s."""
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi(library_name="mmq")
+    try:
+        info = api.model_info(model, revision=revision)
+        try:
+            path = api.hf_hub_download(model, "README.md", revision=info.sha)
+        except errors.EntryNotFoundError:
+            return "", bool(info.gated)
+    except Exception as e:
+        raise _explained(e, model, revision) from None
+    return Path(path).read_text(encoding="utf-8", errors="replace"), bool(info.gated)
+
+
 def _host() -> str:
     from huggingface_hub.constants import ENDPOINT
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def root(model: str) -> Path:
     """The model's folder in the library's cache; commits lie under snapshots/."""
-    with _quiet():
+    with quiet():
         from modelscope_hub import HubConfig
 
         return HubConfig().cache_dir / "models" / model.replace("/", "--")
@@ -37,7 +38,7 @@ def ask(model: str, revision: str | None) -> Remote:
     ModelScope names no commit for a branch, but each file's last one. The newest of these that lists the very
     files of the branch is the branch's commit, or one that cannot be told from it.
     """
-    with _quiet():
+    with quiet():
         from modelscope_hub import HubApi
 
         try:
@@ -63,7 +64,7 @@ def ask(model: str, revision: str | None) -> Remote:
 
 def get(model: str, commit: str, files: Sequence[RemoteFile], *, count: Callable[[int], None]) -> None:
     """Download `files` of `commit` into the cache; `count` hears of every piece of bytes, from several threads."""
-    with _quiet():
+    with quiet():
         from modelscope_hub import HubApi, ProgressCallback
 
         class Counter(ProgressCallback):
@@ -80,6 +81,24 @@ def get(model: str, commit: str, files: Sequence[RemoteFile], *, count: Callable
                 max_workers=4,
                 progress_callbacks=[Counter],
             )
+        except Exception as e:
+            raise _explained(e, model) from None
+
+
+def about(model: str, revision: str | None) -> tuple[str, bool]:
+    """(README.md at `revision`, "" where there is none; whether the hub gates the model). Errors as `ask`'s."""
+    with quiet():
+        from modelscope_hub import HubApi
+
+        api = HubApi()
+        try:
+            entries = _entries(api, model, revision or BRANCH)
+            gated = bool(api.legacy.get_repo_info(model, "model").get("ProtectedMode") == 1)
+            if not any(e.get("Path") == "README.md" for e in entries):
+                return "", gated
+            with tempfile.TemporaryDirectory() as folder:
+                path = api.download_file(model, "README.md", "model", revision=revision or BRANCH, local_dir=folder)
+                return Path(path).read_text(encoding="utf-8", errors="replace"), gated
         except Exception as e:
             raise _explained(e, model) from None
 
@@ -125,7 +144,7 @@ def _explained(error: Exception, model: str) -> Exception:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No log lines, no deprecation warnings and no bars of modelscope_hub inside the block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

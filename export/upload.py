@@ -1,0 +1,164 @@
+"""Upload a folder's files to a hub: one commit or nothing, a tag, and what lies there then read back and compared.
+
+Large files go first, to where nobody sees them; one commit then names them all, so a reader sees the last publish or
+this one and nothing between, the manifest among it. A run that was cut off is started again: what the hub has is not
+sent twice, and what it has whole is not committed twice. Knows no artifact's inside and no hub's own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..recipes.progress import Tell, silent
+from . import upload_hf, upload_modelscope
+from .remote import Interrupted, Item, Target, There, artifact_differs, check_ours, differences
+
+
+@dataclass(frozen=True)
+class Door:
+    """How to speak with one hub: look at a repository (None where there is none, or it has no such revision), make
+    one, send a commit, name a commit; where a browser finds it."""
+
+    check_login: Callable[[], None]
+    look: Callable[..., There | None]
+    create: Callable[..., None]
+    send: Callable[..., list[str]]
+    tag: Callable[[str, str, str | None], None]
+    url: Callable[[str], str]
+
+
+DOORS = {
+    "hf": Door(
+        upload_hf.check_login, upload_hf.look, upload_hf.create, upload_hf.send, upload_hf.tag, upload_hf.url
+    ),
+    "modelscope": Door(
+        upload_modelscope.check_login,
+        upload_modelscope.look,
+        upload_modelscope.create,
+        upload_modelscope.send,
+        upload_modelscope.tag,
+        upload_modelscope.url,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one target lacks: `there` is None where the repository is still to be made; `tagged` says whether the tag
+    names this artifact already. Nothing to do where nothing is to be added or dropped and the tag is there."""
+
+    target: Target
+    tag: str
+    there: There | None
+    add: tuple[Item, ...]
+    drop: tuple[str, ...]
+    tagged: bool
+
+    @property
+    def done(self) -> bool:
+        return self.there is not None and not self.add and not self.drop and self.tagged
+
+
+@dataclass(frozen=True)
+class Published:
+    """A target as it is now: its commit, its page, what this run sent and took away (nothing the second time), and
+    what the hub had to say of it."""
+
+    target: Target
+    commit: str | None
+    tag: str
+    url: str
+    sent: tuple[str, ...]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def look_at(target: Target, items: Sequence[Item], *, tag: str, public: bool, beside: Iterable[str]) -> Plan:
+    """What publishing `items` to `target` would do; changes nothing. `beside`: files that are no part of the artifact.
+
+    ValueError where the repository is another model's, is public without `public` (or private with it), or the tag
+    names another artifact; OSError where the hub refuses or cannot be reached.
+    """
+    door = DOORS[target.hub]
+    door.check_login()
+    there = door.look(target.repo)
+    if there is None:
+        return Plan(target, tag, None, tuple(items), (), False)
+    check_ours(target, there)
+    if there.public != public:
+        now, way = ("public", "say --public if everybody may have this") if there.public else (
+            "private", f"leave --public out, or make it public at {door.url(target.repo)} first"
+        )  # fmt: skip
+        raise ValueError(f"{target} is {now}, and mmq does not change who sees a repository: {way}")
+    add, drop = differences(items, there)
+    tagged = door.look(target.repo, tag)
+    if tagged is not None and (names := artifact_differs(items, tagged, beside=beside)):
+        raise ValueError(
+            f"{target} has a tag {tag} of another artifact ({names[0]} and {len(names) - 1} more differ); "
+            "a tag never moves: raise the recipe's version, or name another with --tag"
+        )
+    return Plan(target, tag, there, tuple(add), tuple(drop), tagged is not None)
+
+
+def upload(
+    plan: Plan, items: Sequence[Item], *, public: bool, message: str, license: str | None, tell: Tell = silent
+) -> Published:  # fmt: skip
+    """Carry `plan` out, and compare every file with what the hub then tells of it. OSError says what is visible there
+    and what to do; it is safe to run again after any of them."""
+    target, door = plan.target, DOORS[plan.target.hub]
+    there, add, drop = plan.there, plan.add, plan.drop
+    notes: list[str] = []
+    if there is None:
+        door.create(target.repo, public=public, license=license)
+        there = door.look(target.repo)
+        if there is None:
+            raise OSError(f"{target} was made and is not there; run again in a minute")
+        if there.public and not public:
+            raise OSError(f"{target} was made public though it was to be private: set that at {door.url(target.repo)}")
+        more, less = differences(items, there)
+        add, drop = tuple(more), tuple(less)
+    if add or drop:
+        try:
+            notes += door.send(target.repo, there.commit, add, drop, message=message, tell=tell)
+        except Interrupted as e:
+            now = _look_again(door, target)
+            if now is None or any(differences(items, now)):
+                raise OSError(
+                    f"{e}; {target} shows nothing of this run: run again, what was uploaded is kept"
+                ) from None
+        there = door.look(target.repo)
+        wrong = [one.path for one in differences(items, there)[0]] if there else [one.path for one in items]
+        if wrong or there is None:
+            raise OSError(
+                f"{target} does not read back as it was sent ({wrong[0]} and {len(wrong) - 1} more): "
+                "has someone else changed it just now? run again"
+            )
+    if not plan.tagged:
+        _tag(door, plan, there, items)
+    sent, dropped = tuple(one.path for one in add), tuple(drop)
+    return Published(target, there.commit, plan.tag, door.url(target.repo), sent, dropped, tuple(notes))
+
+
+def _tag(door: Door, plan: Plan, there: There, items: Sequence[Item]) -> None:
+    """Name the commit; the tag's files are compared too, for a hub may tag what its branch has become meanwhile."""
+    target, repo = plan.target, plan.target.repo
+    whole = f"everything is published in {target}, but the tag {plan.tag} is not; run again to set it"
+    try:
+        door.tag(repo, plan.tag, there.commit)
+    except Interrupted as e:
+        if _look_again(door, target, plan.tag) is None:
+            raise OSError(f"{e}; {whole}") from None
+    except OSError as e:
+        raise OSError(f"{e}; {whole}") from None
+    tagged = door.look(repo, plan.tag)
+    if tagged is None or differences(items, tagged)[0]:
+        raise OSError(f"the tag {plan.tag} of {target} does not hold what was published; delete it there and run again")
+
+
+def _look_again(door: Door, target: Target, revision: str | None = None) -> There | None:
+    """The repository as it is after an answer was lost; None where it cannot be told."""
+    try:
+        return door.look(target.repo, revision)
+    except OSError:
+        return None
