@@ -7,7 +7,9 @@ are compared with, is grey; the others tell apart for the colour-blind too, and 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+SHIPPED = Path(__file__).parent / "page"  # the style sheets and the template
 # role -> (light, dark)
 ROLES = {
     "ground": ("#ffffff", "#14171b"),
@@ -62,3 +64,8 @@ def variables() -> str:
 def resolved(css: str, *, dark: bool = False) -> str:
     """The CSS with its variables replaced by colours, for a renderer that knows none. KeyError for an unknown one."""
     return re.sub(r"var\(--([\w-]+)\)", lambda found: ROLES[found.group(1)][int(dark)], css)
+
+
+def shipped(name: str) -> str:
+    """A style sheet or template of the page."""
+    return (SHIPPED / name).read_text(encoding="utf-8")

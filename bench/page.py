@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from .beside import answer
-from .colours import series, variables
+from .colours import series, shipped, variables
 from .compare import load_line, warnings
 from .field import field, reading
 from .headline import moment, tiles, title
@@ -30,7 +30,6 @@ from .report import Report
 from .show import amount, number_of
 
 PAGE = "report.html"
-SHIPPED = Path(__file__).parent / "page"
 SECTIONS = (
     ("table", "Side by side"),
     ("load", "Latency against load"),
@@ -53,7 +52,7 @@ MISSING = {  # section -> what is not there, and what would fill it
 def page(report: Report, folder: Path) -> str:
     """The page. `folder` is where the report's pictures are; one that is missing there is told of in its place."""
     plots = [p for p in (layer_plot(report), pareto_plot(report)) if p is not None]
-    style = variables() + _shipped("chart.css") + _shipped("report.css")
+    style = variables() + shipped("chart.css") + shipped("report.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     labels = list(report.numbers)
     task_head, task_rows = _tasks(report)
@@ -105,11 +104,7 @@ def write_page(report: Report, folder: Path) -> Path:
 @cache
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_shipped("report.html"))
-
-
-def _shipped(name: str) -> str:
-    return (SHIPPED / name).read_text(encoding="utf-8")
+    return environment.from_string(shipped("report.html"))
 
 
 def _drawn(plot: Plot) -> dict[str, Any]:

@@ -8,6 +8,7 @@ was measured. What a report draws are lines, bars and dots: these few functions,
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,3 +160,14 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     for rank, i in enumerate(order):
         placed[i] = starts[rank] + rank * gap
     return placed
+
+
+def wrapped(text: str, width: float, size: float = SIZE) -> list[str]:
+    """The text in lines of at most `width` pixels, broken at spaces and between Chinese characters."""
+    lines = [""]
+    for piece in re.findall(r"\s+|[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+", text):
+        if text_width((lines[-1] + piece).rstrip(), size) <= width:
+            lines[-1] += piece
+        elif piece.strip():
+            lines.append(fitted(piece, width, size))
+    return [line.strip() for line in lines if line.strip()]
