@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .pytorch_sampling import sampling
+
 MAX_LOGPROBS = 20  # as OpenAI and vLLM have it
 # transformers serve ignores these; what they are worth when they ask for nothing
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
@@ -71,13 +73,10 @@ def asked(body: Mapping[str, Any], *, name: str) -> Asked:
     kept["model"] = name
     if "max_completion_tokens" in kept:
         kept["max_tokens"] = kept.pop("max_completion_tokens")
-    for key, least in (("max_tokens", 1), ("temperature", 0), ("top_p", 0)):
-        value = kept.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < least):
-            raise ValueError(f"{key} is {value!r}; it must be a number of at least {least}")
     chat = "messages" in kept
     if not chat and "prompt" not in kept:
         raise ValueError("the request has neither messages (chat) nor a prompt (completions)")
+    kept = sampling(kept, chat=chat)
     top = kept.pop("top_logprobs", 0)
     wanted = kept.pop("logprobs", None)
     if wanted in (None, False):

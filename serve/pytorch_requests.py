@@ -68,8 +68,8 @@ class Bounded:
         self.manager.init_cb(*args)
 
     def bound(self, model: Any, inputs: Any, config: Any = None) -> None:
-        """ValueError for a prompt past the context; pictures in the model's own type, the answer's length into `config`
-        where one will be generated."""
+        """ValueError for a prompt past the context and for a token that the model has not; pictures in the model's own
+        type, the answer's length into `config` where one will be generated."""
         ids = inputs["input_ids"]
         length = len(ids) if isinstance(ids, list) else ids.shape[-1]
         given = UNDER_WAY.get()["asked"].body.get("max_tokens")
@@ -78,6 +78,9 @@ class Bounded:
             raise ValueError(
                 f"the model's context is {self.context} tokens; the prompt's {length}{more} are more: ask for less"
             )
+        words = model.get_input_embeddings().weight.shape[0]
+        if strange := [token for token in UNDER_WAY.get()["asked"].body.get("logit_bias") or () if int(token) >= words]:
+            raise ValueError(f"logit_bias names token {strange[0]}; the model has {words}, counted from 0")
         for name, value in inputs.items():  # a processor may not know in which type the model looks at pictures
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 inputs[name] = value.to(model.dtype)

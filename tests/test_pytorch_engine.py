@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,9 +66,7 @@ def said(server: Server, sample: Sample, **options: object) -> str:
     reply = client_of(server).chat.completions.create(
         model=server.name,
         messages=as_openai(sample.question),  # pyright: ignore
-        max_tokens=40,
-        temperature=0,
-        **options,  # pyright: ignore
+        **{"max_tokens": 40, "temperature": 0} | options,  # pyright: ignore
     )
     return reply.choices[0].message.content or ""
 
@@ -209,6 +208,12 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"messages": picture(b"no picture")}, 400, "picture"),
         ({"messages": [{"content": "hello"}]}, 400, "role"),
         ({"temperature": "warm"}, 400, "temperature"),
+        ({"logit_bias": {"999999": 1}}, 400, "logit_bias names token 999999; the model has 2048"),
+        ({"logit_bias": {"the": 1}}, 400, "logit_bias has 'the': 1"),
+        ({"top_p": 1.5}, 400, "top_p is 1.5; it must be a number from 0 to 1"),
+        ({"frequency_penalty": -2}, 400, "frequency_penalty is -2"),
+        ({"stop": [""]}, 400, "none of them empty"),
+        ({"seed": 2**70}, 400, "seed is"),
         ({"no_such_field": 1}, 422, "no_such_field"),
     ],
 )
@@ -223,6 +228,20 @@ def test_bad_requests_are_told_in_plain_words(
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["message"]
     assert said(server, with_pictures()[0])  # it lives
+
+
+@needs_server
+@only_awq
+def test_a_bias_moves_the_answer(served_as: tuple[Path, Server]) -> None:
+    """A whole number is a bias too, and an empty list of stops or biases is none."""
+    _, server = served_as
+    sample = with_pictures()[0]
+    plain = said(server, sample)
+    assert said(server, sample, logit_bias={}, stop=[]) == plain
+    moved = said(server, sample, logit_bias={"40": 100}, max_tokens=5)
+    assert len(set(moved)) == 1
+    assert len(moved) == 5
+    assert moved[0] != plain[0]
 
 
 @needs_server
@@ -256,6 +275,21 @@ def test_what_is_asked_in_other_words() -> None:
     assert asked(body | sampled, name="it").body["chat_template_kwargs"] == {"fps": 1.0}
     with pytest.raises(ValueError, match="neither messages"):
         asked({}, name="it")
+    assert asked(body | {"logit_bias": {"5": 1}}, name="it").body["logit_bias"] == {"5": 1.0}
+    assert "logit_bias" not in asked(body | {"logit_bias": {}}, name="it").body
+    for wrong in (
+        {"logit_bias": [5]},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"1": True}},
+    ):
+        with pytest.raises(ValueError, match="logit_bias"):
+            asked(body | wrong, name="it")
+    with pytest.raises(ValueError, match="logit_bias of chat completions alone"):
+        asked({"prompt": "x", "logit_bias": {"5": 1}}, name="it")
+    for key, value in (("temperature", math.nan), ("max_tokens", 4.5), ("seed", True), ("stop", 5), ("top_p", -0.1)):
+        with pytest.raises(ValueError, match=key):
+            asked({"prompt": "x", key: value}, name="it")
     for url in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1/x.png", 7):
         with pytest.raises(ValueError, match="must have a url"):
             plain_part({"type": "image_url", "image_url": {"url": url}})
