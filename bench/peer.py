@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from ..quantize.inputs import encode, media_mask
 from ..quantize.plan import check_groups, linears
 from ..quantize.skeleton import Skeleton, build
 from ..recipes.hub import Base
-from ..recipes.progress import Step, Tell, silent
+from ..recipes.progress import Tell, silent
 from ..recipes.recipe import Recipe
 from ..recipes.samples import Sample, digest
 from .backends import BACKENDS, Asked
+from .bars import listener
 from .environments import clean, environment, follow
 
 PEERS = Path(__file__).parent / "peers"
-_BAR = re.compile(r"^(?P<what>.*?):?\s*\d+%\|.*?\|\s*(?P<done>\d+)/(?P<total>\d+)\s")  # as tqdm draws it
 
 
 def quantize_with(
@@ -136,7 +135,7 @@ def run_script(
     log = place / "log"
     command = [str(python), str(PEERS / BACKENDS[asked.backend].script), str(place / "job.json")]
     # some packages leave files where they run: in `place`
-    code, last = follow(command, env=env, log=log, on_line=_listener(asked.backend, tell), cwd=place)
+    code, last = follow(command, env=env, log=log, on_line=listener(asked.backend, tell), cwd=place)
     report = place / "made" / "peer.json"
     if code or not report.is_file():
         if keep_log is not None:
@@ -148,19 +147,6 @@ def run_script(
 
 def _exit(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}" if code else "it left no report"
-
-
-def _listener(name: str, tell: Tell) -> Callable[[str], None]:
-    """Turns the script's lines into steps: the bars it draws as they are, any other line as a note."""
-    last = [0, 1]
-
-    def hear(line: str) -> None:
-        bar = _BAR.match(line)
-        if bar:
-            last[:] = int(bar["done"]), int(bar["total"])
-        tell(Step(name, last[0], last[1], (bar["what"] if bar else line)[:60]))
-
-    return hear
 
 
 def write_samples(samples: Sequence[Sample], folder: Path) -> Path:
