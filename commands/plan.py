@@ -34,7 +34,7 @@ def command(
     """Tell what serving TARGET (an artifact, or a model as `serve` takes it) under vLLM takes of a card, what fits, and
     the flags; exit 1 where it does not fit.
 
-    From headers and config alone; nothing starts. An estimate, not yet held against an engine on a GPU.
+    From headers and config alone; nothing starts. An estimate; docs/planner.md has how near it comes.
     """
     from ..bench.report import parse_bytes
     from ..serve import plan_table

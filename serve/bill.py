@@ -125,31 +125,15 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
             why = "another stage's of the pipeline" if elsewhere else "the files' headers"
             found.append(Part(f"weights: {name}", math.ceil(size / (1 if whole else ask.tp)), why, not elsewhere))
     beside = math.ceil(model.weights.rounding / (ask.tp * ask.pp)) + overhead.rotary_bytes(model.config)
-    found.append(Part("weights: beside them", beside, "PyTorch's blocks of 2 MiB, and the table of positions"))
+    beside += model.vision.table if model.vision else 0
+    if model.weights.packed:
+        beside += int(overhead.TURNED * sum(p.size for p in found if p.name == "weights: decoder"))
+    found.append(Part("weights: beside them", beside, "PyTorch's blocks of 2 MiB, tables of positions, Marlin's order"))
     if ask.lora_slots:
         size = lora_bytes(model.subject, rank=ask.lora_rank, slots=ask.lora_slots, tp=ask.tp)
         why = f"{ask.lora_slots} x rank {ask.lora_rank}, beside every linear of the decoder"
         found.append(Part("LoRA", math.ceil(size * fullest(model.config, ask.pp)), why))
-    passes = {}
-    features = 0
-    if model.vision is not None:
-        options: dict[str, Any] = {"images": ask.pictures, "video": ask.videos, "context": context}
-        features = overhead.profiled_tokens(model.vision, batched=batched, sequences=sequences, **options)
-        why = f"{int(features * model.vision.per_token)} patches, the largest input that vLLM profiles with"
-        passes["vision tower at work"] = (overhead.tower_bytes(model.vision, features, tp=ask.tp), why)
-    elif model.shape.vision:
-        passes["vision tower at work"] = (overhead.UNKNOWN_TOWER, "a family whose pictures are not known here: assumed")
-    hidden, _, vocabulary = overhead.widths(model.config)
-    forward = overhead.decoder_bytes(model.config, batched, tp=ask.tp)
-    passes["decoder at work"] = (forward, f"one layer over {batched} tokens, vLLM's largest step")
-    drawn = overhead.sampler_bytes(model.config, sequences)
-    passes["sampling"] = (drawn, f"{sequences} sequences x {vocabulary} words x {overhead.SAMPLED} bytes")
-    most = max(size for size, _ in passes.values())
-    largest = next(name for name, (size, _) in passes.items() if size == most)
-    found += [Part(name, size, why, counted=name == largest) for name, (size, why) in passes.items()]
-    if features and model.vision is not None:
-        size = features * model.vision.outputs * hidden * overhead.ITEM
-        found.append(Part("picture features", size, f"{features} tokens, kept while the decoder runs"))
+    found += passes(model, ask, context, batched=batched, sequences=sequences)
     if not ask.eager:
         graphs = overhead.graph_count(sequences, batched) * (2 if ask.lora_slots else 1)  # with adapters and without
         size = overhead.GRAPHS + graphs * overhead.GRAPH
@@ -159,6 +143,30 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
         found.append(Part("NCCL", overhead.NCCL, "buffers between cards: assumed"))
     found.append(Part("margin", int(overhead.MARGIN * card.memory), f"{overhead.MARGIN:.0%} of the card: assumed"))
     return tuple(found)
+
+
+def passes(model: Model, ask: Ask, context: int, *, batched: int, sequences: int) -> list[Part]:
+    """What vLLM profiles with: the vision tower first, then the decoder and sampling beside the pictures' features."""
+    found: dict[str, tuple[int, str]] = {}
+    kept = features = 0
+    hidden, _, vocabulary = overhead.widths(model.config)
+    if model.vision is not None:
+        options: dict[str, Any] = {"images": ask.pictures, "video": ask.videos, "context": context}
+        features = overhead.profiled_tokens(model.vision, batched=batched, sequences=sequences, **options)
+        size = overhead.tower_bytes(model.vision, features, tp=ask.tp, native=not ask.eager)
+        why = f"{int(features * model.vision.per_token)} patches, the largest input that vLLM profiles with"
+        found["vision tower at work"] = (size, why)
+        kept = features * model.vision.outputs * hidden * overhead.ITEM
+    elif model.shape.vision:
+        found["vision tower at work"] = (overhead.UNKNOWN_TOWER, "a family whose pictures are not known here: assumed")
+    size = kept + overhead.decoder_bytes(model.config, batched, tp=ask.tp)
+    beside = f", beside the features of {features} tokens of pictures" if features else ""
+    found["decoder at work"] = (size, f"one layer over {batched} tokens, vLLM's largest step{beside}")
+    size = kept + overhead.sampler_bytes(model.config, sequences)
+    why = f"{sequences} sequences x {vocabulary} words x {overhead.SAMPLED} bytes{beside}"
+    found["sampling"] = (size, why)
+    largest = max(found, key=lambda name: found[name][0])
+    return [Part(name, size, why, counted=name == largest) for name, (size, why) in found.items()]
 
 
 def room(parts: tuple[Part, ...], card: Gpu, share: float) -> int:

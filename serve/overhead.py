@@ -1,7 +1,7 @@
 """What vLLM takes of a GPU beside weights and cache: the passes it profiles with, CUDA graphs, libraries. An estimate.
 
-Each number names where it comes from. None of them has been held against an engine on a GPU in this project yet; the
-sources are those of vLLM 0.32 (v1/worker/gpu_model_runner.py, `profile_run` and `profile_cudagraph_memory`).
+Each number names where it comes from: vLLM's sources (v1/worker/gpu_model_runner.py, `profile_run` and
+`profile_cudagraph_memory`), and starts of vLLM 0.26 on a GPU, which docs/planner.md has.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from ..export.subject import text_config
 from .machine import GIB
 from .pictures import Vision
 
-UNVERIFIED = "estimate, not yet held against an engine on a GPU"
+ESTIMATE = "estimate; docs/planner.md has how near it comes to vLLM on a GPU"
 ITEM = 2  # bytes of an activation
 CUDA_CONTEXT = 5 * 2**27  # what driver and libraries hold beside tensors; as in the quantizer's estimate
-MARGIN = 0.02  # of the card: what the driver keeps of the nominal size, an allocator's rounding, our own error
-LIBRARIES = GIB // 4  # cuBLAS and attention workspaces, which vLLM counts as non-torch memory; assumed, not measured
+MARGIN = 0.005  # of the card: what the driver keeps of the nominal size, an allocator's rounding, our own error
+LIBRARIES = 23 * GIB // 100  # cuBLAS and attention workspaces, "non-torch" in vLLM's log: 0.22 GiB, MiniCPM-V 0.36
+BESIDE = 1 << 26  # what a pass has beside the tensors counted here: 0.055 GiB, alike in five starts
+TURNED = 0.026  # of packed weights: what Marlin's order takes more of the GPU than the file's; 7B's shape, two families
 NCCL = GIB // 2  # buffers of a group of GPUs; vLLM's utils/mem_utils.py gives 0.5 GiB as its example, assumed here
 GRAPHS = GIB // 4  # the pool that all CUDA graphs share, and
-GRAPH = 8 << 20  # each graph's own; both laid above published logs: 16 graphs 0.36 GiB, 86 graphs 0.73 GiB
+GRAPH = 4 << 20  # each graph's own; measured: 84 graphs of a 2B 0.36 GiB; published: 16 graphs 0.36, 86 graphs 0.73
 GRAPH_SIZE = 512  # tokens of the largest graph, 1024 on Blackwell's B cards
 SAMPLED = (
     24  # bytes a logit while sampling: 2 as put out, 4 as float32, 4 + 8 sorted and indexed, 4 probabilities, masks
@@ -75,17 +77,21 @@ def profiled_tokens(vision: Vision, *, batched: int, sequences: int, images: int
     return item * max(1, min(max(batched, item) // item, sequences * a_prompt))
 
 
-def tower_bytes(vision: Vision, tokens: int, *, tp: int = 1) -> int:
+def tower_bytes(vision: Vision, tokens: int, *, tp: int = 1, native: bool = False) -> int:
     """Bytes that the tower's widest moment takes for `tokens` tokens of features.
 
-    A block holds the residual and its norm (2 widths a patch), and either q, k, v, then q and k before and after the
-    rotation and the output (8 more), or what the MLP opens to and its activation (3 inner widths where gated, else 2);
-    read off VisionBlock and VisionAttention in vLLM's qwen2_5_vl.py. The pixels are there meanwhile.
+    A block holds what it was given, the residual and its norm (3 widths a patch), and either q, k, v, then q and k
+    before and after the rotation and the output (8 more), or what the MLP opens to and its activation (3 inner widths
+    where gated, else 2); read off VisionBlock and VisionAttention in vLLM's qwen2_5_vl.py. `native`: activations by
+    plain torch, with one more inner width, as vLLM has them where it compiles the decoder (CustomOp.forward_native).
+    The pixels are there meanwhile. A resampler (`Resampler2_5` in minicpmv.py) has 5 decoder widths a patch (positions,
+    x, their sum, keys, values), one for a copy in torch's order, and one for the scores, beside the tower's output.
     """
     share = tp if vision.heads % tp == 0 else 1
-    opened = (3 if vision.gated else 2) * vision.inner / share
-    a_patch = vision.patch + 2 * vision.hidden + max(8 * vision.hidden / share, opened)
-    return int(tokens * vision.per_token * a_patch * ITEM)
+    opened = ((3 if vision.gated else 2) + (native and vision.own_act)) * vision.inner / share
+    block = vision.patch + 3 * vision.hidden + max(8 * vision.hidden / share, opened)
+    resampler = vision.hidden + 7 * vision.resampled if vision.resampled else 0
+    return int(tokens * vision.per_token * max(block, resampler) * ITEM) + BESIDE
 
 
 def decoder_bytes(config: Mapping[str, Any], batched: int, *, tp: int = 1) -> int:

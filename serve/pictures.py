@@ -19,8 +19,10 @@ QWEN_FRAMES = 14  # _MAX_FRAMES_PER_VIDEO in vLLM's qwen2_vl.py; two frames make
 QWEN3_VIDEO_PIXELS = 32 * 32 * 768  # Qwen3VLVideoProcessor's default, over all frames
 QWEN_ASPECT = 200  # a picture longer than this is refused by the processor
 MINICPM_SIDE = 448  # pixels of a slice
+MINICPM_TABLE = 70 * 70  # places that the resampler keeps a float32 position for (Resampler2_5, max_size)
 MINICPM_FRAMES = 16  # _MAX_FRAMES_PER_VIDEO in vLLM's minicpmv.py
 MINICPM_VIDEOS = ("2.6", "4.0", "4.5")  # the versions that vLLM serves videos of
+OWN_ACTS = ("silu", "quick_gelu", "gelu_new", "gelu_fast")  # custom ops in model_executor/layers/activation.py
 ENDLESS = 1 << 30  # InternVL's video has as many frames as the context holds
 KINDS = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), "qwen"),
@@ -46,6 +48,9 @@ class Vision:
     step: int = 0  # tokens of one step in time of a video, 0 where videos are not served
     steps: int = 0  # that a video may have at most
     before: int = 0  # tokens of the context that a video leaves to pictures
+    own_act: bool = False  # the activation is one of vLLM's own kernels, which has a plain form too
+    resampled: int = 0  # the decoder's width, where each patch is brought to it before patches are pooled
+    table: int = 0  # bytes of positions that the engine computes for itself
     side: int = 0  # pixels of the edge of what one token stands for, 0 where pixels cannot be set
 
     def video_tokens(self, context: int) -> int:
@@ -96,6 +101,7 @@ def _qwen(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any]) ->
         hidden=hidden,
         inner=inner,
         gated=vision.get("hidden_act") == "silu",
+        own_act=vision.get("hidden_act") in OWN_ACTS,
         heads=int(vision["num_heads"]),
         patch=3 * temporal * edge**2,
         patches=tokens * merge**2,
@@ -112,6 +118,9 @@ def _minicpm(folder: Path, config: Mapping[str, Any], vision: Mapping[str, Any])
     slices = int(config.get("max_slice_num") or _processor(folder).get("max_slice_nums") or 9) + 1  # and the whole
     query = int(config.get("query_num") or 64)
     found = _tower(vision, patches=slices * (MINICPM_SIDE // edge) ** 2, tokens=slices * query)
+    if config.get("hidden_size") and str(config.get("model_type")).lower() != "minicpmv4_6":  # that one merges patches
+        wide = int(config["hidden_size"])
+        found = replace(found, resampled=wide, table=MINICPM_TABLE * wide * 4)
     if str(config.get("version")) not in MINICPM_VIDEOS:
         return found
     return replace(found, step=query, steps=MINICPM_FRAMES, before=found.tokens)
@@ -142,6 +151,7 @@ def _tower(vision: Mapping[str, Any], *, patches: int, tokens: int) -> Vision:
         hidden=int(vision["hidden_size"]),
         inner=int(vision["intermediate_size"]),
         gated=False,
+        own_act=vision.get("hidden_act") in OWN_ACTS,
         heads=int(vision["num_attention_heads"]),
         patch=3 * _first(vision["patch_size"]) ** 2,
         patches=patches,

@@ -10,7 +10,7 @@ from ..recipes.terminal import human
 from .bill import Ask, read_model
 from .lora import rank_of, read_adapters, slots_of
 from .machine import Gpu
-from .overhead import UNVERIFIED
+from .overhead import ESTIMATE
 from .planner import Plan, planned
 
 
@@ -34,7 +34,7 @@ def facts(plan: Plan, *, bandwidth: float | None = None) -> dict[str, Any]:
         "fits": not plan.problem,
         "problem": plan.problem or None,
         "changes": list(plan.changes),
-        "status": UNVERIFIED,
+        "status": ESTIMATE,
         "card": {"name": plan.card.name, "memory": plan.card.memory, "count": plan.ask.cards},
         "parts": [{"name": p.name, "bytes": p.size, "counted": p.counted, "why": p.why} for p in plan.parts],
         "kv_token_bytes": plan.kv_token,
@@ -93,7 +93,7 @@ def told(
     said = {name: value for name, value in asked.items() if value is not None}
     ask = Ask(**said, lora_rank=rank_of(adapters), lora_slots=slots_of(adapters))
     plan = planned(model, card, ask)
-    lines = [f"weights and cache are counted; the rest is an {UNVERIFIED}"]
+    lines = [f"weights and cache are counted; the rest is an {ESTIMATE}"]
     if plan.problem:
         lines += [f"mmq: does not fit: {plan.problem}", *(f"mmq: would fit with {line}" for line in plan.changes)]
     return facts(plan, bandwidth=bandwidth), rows(plan, bandwidth=bandwidth), lines

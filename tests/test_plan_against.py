@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import minicpmv_cases as cases
 import pytest
+import torch
+from accelerate import init_empty_weights
 from environments import environment
 
 from mmq.bench import hollow
-from mmq.bench.plan_against import WEIGHTS, Held, hold, row
+from mmq.bench.plan_against import TOKENS, WEIGHTS, Held, hold, row
 from mmq.export.subject import read_subject
+from mmq.quantize.minicpmv.model import build_model
 from mmq.serve.bill import Ask, read_model
 from mmq.serve.cards import card_named
 from mmq.serve.engines import plan
 from mmq.serve.machine import GIB, Gpu, Machine
+from mmq.serve.plan_flags import asked_in
 from mmq.serve.planner import planned
 from mmq.serve.rules.verdicts import chosen, verdicts
 
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ("--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--limit-mm-per-prompt")
+MINICPMV = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "vocab_size": 151666,
+    "query_num": 64,
+    "vision_config": {
+        "model_type": "siglip",
+        "hidden_size": 1152,
+        "image_size": 980,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+}
 TOTALS = {"qwen2.5-vl-7b": 16584333312, "qwen2-vl-2b": 4417971200}  # `total_size` in the index of the released models
 HERE = Machine("a processor", 16, 128 * GIB, 100 * GIB, False, (Gpu("H100", 80 * GIB, 79 * GIB, 9.0),))
 
@@ -36,6 +64,45 @@ def test_a_hollow_checkpoint_is_as_large_as_the_released_one(shape: str, tmp_pat
     (verdict,) = verdicts(packed, chosen("vllm:cuda"))
     assert verdict.answer == "yes", verdict.findings
     assert planned(read_model(packed), card_named("4090").gpu, Ask(context=4096)).problem == ""
+
+
+SEEN = [json.loads(line) for line in (ROOT / "docs" / "bench" / "h100-plan.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def hollows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints that a GPU was given."""
+    folder = tmp_path_factory.mktemp("hollow")
+    for name in {each["folder"] for each in SEEN} - {"minicpm-v-2.6-awq"}:
+        hollow.write(name.removesuffix("-awq"), folder / name, packed=name.endswith("-awq"))
+    hollow_minicpmv(folder / "minicpm-v-2.6-awq")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "seen", SEEN, ids=lambda s: f"{s['folder']}-{s['budget'] // GIB}-{'eager' if s['eager'] else 'graphs'}"
+)
+def test_a_plan_comes_near_what_a_gpu_told(seen: dict[str, Any], hollows: Path) -> None:
+    """vLLM 0.26.0 on an H100, started with the share of it that makes the budget; the flags are those of then."""
+    words = seen["argv"]
+    flags = [w for n in FLAGS if n in words for w in (n, words[words.index(n) + 1])]
+    ask = asked_in([*flags, *(["--enforce-eager"] if seen["eager"] else [])], context=None)
+    told = planned(read_model(hollows / seen["folder"]), Gpu("H100", seen["budget"], seen["budget"], 9.0), ask)
+    weights = sum(p.size for p in told.parts if p.name.startswith("weights"))
+    assert weights == pytest.approx(seen["engine_weights"], rel=WEIGHTS)
+    assert told.tokens == pytest.approx(seen["engine_tokens"], rel=TOKENS)
+
+
+def hollow_minicpmv(folder: Path) -> None:
+    """MiniCPM-V 2.6's names and shapes, packed, over a hole."""
+    cases.checkpoint("2.6", folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | MINICPMV
+    del config["head_dim"]
+    path.write_text(json.dumps(config))
+    with init_empty_weights():
+        model = build_model(config, image_token_id=259, dtype=torch.bfloat16)
+    hollow.fill(folder, {n: ("BF16", tuple(p.shape)) for n, p in model.named_parameters()}, packed=True)
 
 
 @pytest.mark.parametrize(("packed", "seen"), [(False, 15.59), (True, 6.67)])
