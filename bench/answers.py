@@ -11,9 +11,18 @@ from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.samples import Sample, as_openai
+from ..recipes.sets import held_out_samples
 from ..serve.client import ask, connect
+from .find import Subject
 
 LONGEST = 128  # tokens of one answer; enough to see a difference, and no loop keeps a server
+DRAWN = 3  # samples drawn for each that is wanted: of those without a picture, or with several, none is shown
+
+
+def held_out(subjects: Sequence[Subject], count: int) -> list[Sample]:
+    """`count` drawn samples of the test split, in the size that the models compared take: no calibration had them."""
+    bases = [s.artifact.manifest["base"]["hub"] for s in subjects if s.artifact is not None]
+    return pictured(held_out_samples(None, count * DRAWN, embedded="embedded" in bases), count)
 
 
 def pictured(samples: Sequence[Sample], count: int) -> list[Sample]:

@@ -110,13 +110,12 @@ def run_tasks(
 
 
 def read_scores(raw: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """lm-eval's results: task -> {metric: value, ..., "stderr": of the first metric, "samples": questions asked}.
+    """lm-eval's results: task -> {metric: value, ..., "stderr": the first metric's}.
 
     Groups stand for their tasks, which are left out. A metric's filter is told after it unless it is "none". ValueError
     where there is no score.
     """
     within = {name for members in raw.get("group_subtasks", {}).values() for name in members}
-    counts = raw.get("n-samples", {})
     found = {}
     for task, results in raw["results"].items():
         if task in within:
@@ -128,22 +127,12 @@ def read_scores(raw: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 continue
             scores[metric if filtered == "none" else f"{metric} ({filtered})"] = float(value)
             error = results.get(f"{metric}_stderr,{filtered}")
-            if isinstance(error, int | float):
-                scores.setdefault("stderr", float(error))
+            if isinstance(error, int | float) and len(scores) == 1:
+                scores["stderr"] = float(error)
         if not scores:
             raise ValueError(f"lm-eval gave no score for {task}")
-        count = counts.get(task, {}).get("effective") or results.get("sample_len")
-        if count is None:  # a group's
-            members = _leaves(task, raw.get("group_subtasks", {}))
-            count = sum(counts.get(name, {}).get("effective", 0) for name in members)
-        found[task] = scores | {"samples": float(count)}
+        found[task] = scores
     return found
-
-
-def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> set[str]:
-    """The tasks in a group, of its groups too."""
-    below = members.get(group, ())
-    return set().union(*(_leaves(name, members) for name in below)) if below else {group}
 
 
 def _reason(log: Path, last: str) -> str:

@@ -6,8 +6,10 @@ that holds 1 is called no difference where it is narrow, and noise where it is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .report import Figure, Level, Ratio, Report
 
@@ -122,17 +124,18 @@ def memory_sentence(label: str, first: str, numbers: Mapping[str, Mapping[str, F
 
 
 def stage_sentence(label: str, found: Mapping[str, Figure]) -> str | None:
-    """How much of one request int4 weights cannot make faster; None without stages."""
+    """Where the time of one request goes, and how much of it int4 weights cannot make faster; None without stages."""
     whole = sum(figure.value for figure in found.values())
-    left = [name for name in INT4_LEAVES if name in found]
-    if not whole or not left:
+    if not whole:
         return None
-    share = sum(found[name].value for name in left) / whole
-    names = " and ".join(name.replace("_", " ") for name in left)
-    return f"{label}: {share:.0%} of one request alone is {names}, which int4 leaves as it is."
+    ordered = sorted(found.items(), key=lambda item: -item[1].value)
+    split = ", ".join(f"{name.replace('_', ' ')} {figure.value / whole:.0%}" for name, figure in ordered)
+    left = sum(found[name].value for name in INT4_LEAVES if name in found)
+    rest = f"; {left / whole:.0%} of it int4 leaves as it is" if any(name in found for name in INT4_LEAVES) else ""
+    return f"One request alone spends its time with {label} in {split}{rest}."
 
 
-def quality_sentence(label: str, found: Mapping[str, object]) -> str | None:
+def quality_sentence(label: str, found: Mapping[str, Any]) -> str | None:
     """What the check says; None where none was looked for."""
     if "unchecked" in found:
         return f"How good {label} is this report cannot say: {found['unchecked']}."
@@ -148,6 +151,23 @@ def quality_sentence(label: str, found: Mapping[str, object]) -> str | None:
     return f"{label} {verdict} (mean KL {measures['mean_kl']:.3g}, top-1 agreement {measures['top1']:.4g})."
 
 
+def task_sentence(label: str, first: str, quality: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The scores of the tasks that both did; two standard errors of the difference, as if they were apart, are noise:
+    the same questions were asked of both, so the truth is narrower."""
+    was, now = (quality.get(name, {}).get("tasks", {}) for name in (first, label))
+    said = []
+    for task in sorted(was.keys() & now.keys()):
+        metric = next(iter(now[task]))
+        a, b = was[task][metric], now[task][metric]
+        errors = [scores.get("stderr") for scores in (was[task], now[task])]
+        told = f"{task} {b:.4g} against {a:.4g}"
+        if None not in errors:
+            within = abs(b - a) <= 2 * math.hypot(*errors)
+            told += ", within the noise of the task" if within else ", more than the noise of the task"
+        said.append(told)
+    return f"{label} against {first} on tasks: {'; '.join(said)}." if said else None
+
+
 def verdicts(report: Report) -> list[str]:
     """All that can be said of each label against the first, for `Report.verdicts`."""
     first, *others = report.numbers
@@ -159,6 +179,7 @@ def verdicts(report: Report) -> list[str]:
         said.append(memory_sentence(label, first, report.numbers))
         said.append(stage_sentence(label, report.stages.get(label, {})))
         said.append(quality_sentence(label, report.quality.get(label, {})))
+        said.append(task_sentence(label, first, report.quality))
     return [sentence for sentence in said if sentence]
 
 

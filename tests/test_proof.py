@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmq.bench.answers import answers_of, pictured, side_by_side
+from mmq.bench.answers import answers_of, held_out, pictured, side_by_side
 from mmq.bench.check import Checked
 from mmq.bench.find import Subject
 from mmq.bench.proof import proof, quality, rows, unchecked
@@ -61,11 +61,15 @@ def test_a_check_of_other_weights_does_not_count(copied: Path) -> None:
         proof(opened)
 
 
-def test_samples_for_the_eye_are_of_many_tasks_and_have_a_picture() -> None:
-    chosen = pictured(held_out_samples(None, 40, embedded=True), 6)
+def test_samples_for_the_eye_are_of_many_tasks_and_have_a_picture(artifact: Callable[..., Path]) -> None:
+    opened = open_artifact(artifact("awq"))
+    chosen = held_out([Subject("awq", opened.path, opened, "")], 6)
     assert len(chosen) == 6
     assert len({sample.task for sample in chosen}) == 6
     assert all(len(sample.images) == 1 and sample.answer for sample in chosen)
+    large = held_out([Subject("other", Path("other"), None, "")], 6)
+    assert max(large[0].images[0].size) == 448
+    assert max(chosen[0].images[0].size) < 448
 
 
 @needs_vllm

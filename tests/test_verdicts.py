@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmq.bench.report import Figure, Level, Ratio, Report
-from mmq.bench.verdicts import ratio_of, speed_sentence, stage_sentence, steps, stops, verdicts, word_of
+from mmq.bench.verdicts import ratio_of, speed_sentence, stage_sentence, steps, stops, task_sentence, verdicts, word_of
 
 
 def rate(value: float, spread: float = 0.02) -> Figure:
@@ -86,9 +86,21 @@ def test_what_int4_leaves_as_it_is() -> None:
     parts = {"image_preprocessing": 20.0, "vision_tower": 30.0, "prefill": 50.0, "decode": 95.0, "other": 5.0}
     figures = {name: Figure(value, "ms", "measured") for name, value in parts.items()}
     assert stage_sentence("awq", figures) == (
-        "awq: 25% of one request alone is image preprocessing and vision tower, which int4 leaves as it is."
+        "One request alone spends its time with awq in decode 48%, prefill 25%, vision tower 15%, "
+        "image preprocessing 10%, other 2%; 25% of it int4 leaves as it is."
     )
     assert stage_sentence("awq", {}) is None
+
+
+def test_scores_of_tasks_are_held_against_their_noise() -> None:
+    def tasks(score: float) -> dict[str, object]:
+        return {"tasks": {"mmmu_val": {"acc": score, "stderr": 0.016}}}
+
+    near = task_sentence("awq", "fp16", {"fp16": tasks(0.52), "awq": tasks(0.50)})
+    assert near == "awq against fp16 on tasks: mmmu_val 0.5 against 0.52, within the noise of the task."
+    far = task_sentence("awq", "fp16", {"fp16": tasks(0.52), "awq": tasks(0.40)})
+    assert far == "awq against fp16 on tasks: mmmu_val 0.4 against 0.52, more than the noise of the task."
+    assert task_sentence("awq", "fp16", {"awq": tasks(0.4)}) is None
 
 
 def test_a_report_gets_a_sentence_for_each_thing_that_it_has() -> None:
