@@ -7,9 +7,10 @@ import re
 from .remote import Interrupted
 
 
-def clean(text: str) -> str:
-    """A hub's own words in one short line, without addresses (which may be signed) and without anything like a
-    token."""
+def clean(text: str, secret: str | None = None) -> str:
+    """A hub's own words in one short line, without addresses (which may be signed), the token `secret`, and anything
+    that looks like one."""
+    text = text.replace(secret, "(token)") if secret else text
     text = re.sub(r"https?://\S+|\S*\?\S+=\S*", "(address)", " ".join(text.split()))
     return re.sub(r"\b(hf_|ms-)[\w-]{8,}", "(token)", text)[:300]
 

@@ -122,11 +122,7 @@ def upload(
         try:
             notes += door.send(target.repo, there.commit, add, drop, message=message, tell=tell)
         except Interrupted as e:
-            now = _look_again(door, target)
-            if now is None or any(differences(items, now)):
-                raise OSError(
-                    f"{e}; {target} shows nothing of this run: run again, what was uploaded is kept"
-                ) from None
+            _check_arrived(door, target, items, e)
         there = door.look(target.repo)
         wrong = [one.path for one in differences(items, there)[0]] if there else [one.path for one in items]
         if wrong or there is None:
@@ -147,7 +143,11 @@ def _tag(door: Door, plan: Plan, there: There, items: Sequence[Item]) -> None:
     try:
         door.tag(repo, plan.tag, there.commit)
     except Interrupted as e:
-        if _look_again(door, target, plan.tag) is None:
+        try:
+            arrived = door.look(repo, plan.tag) is not None
+        except OSError:
+            arrived = False
+        if not arrived:
             raise OSError(f"{e}; {whole}") from None
     except OSError as e:
         raise OSError(f"{e}; {whole}") from None
@@ -156,9 +156,11 @@ def _tag(door: Door, plan: Plan, there: There, items: Sequence[Item]) -> None:
         raise OSError(f"the tag {plan.tag} of {target} does not hold what was published; delete it there and run again")
 
 
-def _look_again(door: Door, target: Target, revision: str | None = None) -> There | None:
-    """The repository as it is after an answer was lost; None where it cannot be told."""
+def _check_arrived(door: Door, target: Target, items: Sequence[Item], why: Interrupted) -> None:
+    """A commit whose answer was lost is there, or it is not: OSError then, and where nobody can be asked."""
     try:
-        return door.look(target.repo, revision)
+        now = door.look(target.repo)
     except OSError:
-        return None
+        raise OSError(f"{why}, and does not tell whether it has the commit; run again: nothing is sent twice") from None
+    if now is None or any(differences(items, now)):
+        raise OSError(f"{why}; {target} shows nothing of this run: run again, what was uploaded is kept") from None

@@ -63,7 +63,10 @@ def create(repo: str, *, public: bool, license: str | None) -> None:
     from huggingface_hub import HfApi
 
     with _errors(repo, "made"):
-        HfApi(library_name="mmq").create_repo(repo, private=not public, repo_type="model", exist_ok=True)
+        try:
+            HfApi(library_name="mmq").create_repo(repo, private=not public, repo_type="model", exist_ok=True)
+        except KeyError:
+            return  # it is there already, or in the making, and its address was not told: the caller looks
 
 
 def send(
@@ -109,6 +112,7 @@ def _host() -> str:
 def _errors(repo: str, what: str) -> Iterator[list[str]]:
     """No bars and no log lines inside the block (they carry signed addresses), warnings gathered, errors in one line
     of ours."""
+    from huggingface_hub import get_token
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     log, said = logging.getLogger("huggingface_hub"), []
@@ -119,7 +123,7 @@ def _errors(repo: str, what: str) -> Iterator[list[str]]:
             warnings.simplefilter("always")
             disable_progress_bars()
             yield said
-            said += [clean(str(w.message)) for w in caught if issubclass(w.category, UserWarning)]
+            said += [clean(str(w.message), get_token()) for w in caught if issubclass(w.category, UserWarning)]
     except OSError as e:
         if type(e) in (OSError, Interrupted):
             raise
@@ -136,23 +140,25 @@ def _errors(repo: str, what: str) -> Iterator[list[str]]:
 
 def _explained(error: Exception, repo: str, what: str) -> Exception:
     """One line for what huggingface_hub raised; Interrupted where the hub may have done it all the same."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     host, chain = _host(), _chain(error)
     response = next((r for e in chain if (r := getattr(e, "response", None)) is not None), None)
     status = getattr(response, "status_code", None)
-    told = next((clean(str(m)) for e in chain if (m := getattr(e, "server_message", None))), "")
+    told = next((clean(str(m), get_token()) for e in chain if (m := getattr(e, "server_message", None))), "")
     told = f" ({told})" if told else ""
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
         return OSError(f"{host} is not asked (HF_HUB_OFFLINE is set); unset it to publish")
     if isinstance(error, errors.HFValidationError):
-        return ValueError(f"{repo} is no name for a repository on {host}: {clean(str(error))}")
+        return ValueError(f"{repo} is no name for a repository on {host}: {clean(str(error), get_token())}")
     if isinstance(error, ValueError) and "metadata" in str(error):
-        return ValueError(f"{host} refuses the card's metadata: {clean(str(error))}")
+        return ValueError(f"{host} refuses the card's metadata: {clean(str(error), get_token())}")
     if isinstance(error, ValueError):  # the LFS door answers with an error for one file
-        return OSError(f"{host} does not take a file of {repo}: {clean(str(error))}")
+        return OSError(f"{host} does not take a file of {repo}: {clean(str(error), get_token())}")
     if status is None and not _network(chain):
-        return OSError(f"{repo} could not be {what} on {host}: {clean(str(error)) or type(error).__name__}")
+        return OSError(
+            f"{repo} could not be {what} on {host}: {clean(str(error), get_token()) or type(error).__name__}"
+        )
     return trouble(host, repo, what, status, told, LOGIN)
 
 

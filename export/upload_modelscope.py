@@ -175,9 +175,9 @@ def _errors(repo: str, what: str) -> Iterator[Any]:
 
 
 def _explained(error: Any, repo: str, what: str) -> OSError:
-    from modelscope_hub import errors
+    from modelscope_hub import HubConfig, errors
 
-    host, told = _host(), clean(str(getattr(error, "message", "")))
+    host, told = _host(), clean(str(getattr(error, "message", "")), HubConfig().token)
     told = f" ({told})" if told else ""
     known = {
         errors.AuthenticationError: 401,
@@ -186,9 +186,13 @@ def _explained(error: Any, repo: str, what: str) -> OSError:
         errors.AlreadyExistsError: 409,
         errors.RateLimitError: 429,
         errors.QuotaExceededError: 507,
+        errors.ServerError: 500,  # urllib3's own, after the last of its tries, has no status
     }
-    status = next((code for kind, code in known.items() if isinstance(error, kind)), None)
-    status = status or getattr(error, "status_code", None)
+    status = getattr(error, "status_code", None)
+    if status is None or isinstance(error, errors.QuotaExceededError | errors.AlreadyExistsError):
+        status = next((code for kind, code in known.items() if isinstance(error, kind)), None)
+    if status == 500 and "too many 429" in str(error):
+        status = 429
     if status is None and not isinstance(error, errors.NetworkError):
         return OSError(f"{repo} could not be {what} on {host}{told}")
     return trouble(host, repo, what, status, told, LOGIN)

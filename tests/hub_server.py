@@ -12,7 +12,7 @@ import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -26,6 +26,7 @@ class Repo:
     token: str | None = None  # without it, the repository is not there
     wrong: set[str] = field(default_factory=set)  # paths of which other bytes of the same size are sent
     claims: dict[str, int] = field(default_factory=dict)  # path: the size that the listing tells
+    public: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Asked:
 class HubServer:
     """`with HubServer(repos) as hub`: hub.url is the endpoint for both libraries."""
 
-    def __init__(self, repos: dict[str, Repo]) -> None:
+    def __init__(self, repos: dict[str, Repo], handler: type[BaseHTTPRequestHandler] | None = None) -> None:
         self.repos = repos
         self.asked: list[Asked] = []
         self.calls: list[str] = []  # every request line
@@ -49,7 +50,8 @@ class HubServer:
         self.stall: dict[str, int] = {}  # path: the next GET of it stops after so many bytes and waits for `resume`
         self.slow: set[str] = set()  # paths that come at 4 MiB a second
         self.stalled, self.resume = threading.Event(), threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        speaks: Any = type("Handler", (handler or Handler,), {"hub": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), speaks)
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
@@ -61,7 +63,7 @@ class HubServer:
         """The paths of the files asked for, in order of name."""
         return sorted(a.path for a in self.asked if a.method == method)
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -76,9 +78,10 @@ class HubServer:
         self._thread.join(timeout=5)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body go out on their own; the second would wait for the first's receipt
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -143,7 +146,17 @@ class _Handler(BaseHTTPRequestHandler):
             if _is_lfs(path):
                 sibling["lfs"] = {"sha256": _sha(data), "size": size, "pointerSize": 135}
             siblings.append(sibling)
-        self._json(200, {"id": name, "modelId": name, "sha": commit, "private": False, "siblings": siblings})
+        self._json(
+            200,
+            {
+                "id": name,
+                "modelId": name,
+                "sha": commit,
+                "private": not repo.public,
+                "gated": repo.gated,
+                "siblings": siblings,
+            },
+        )
 
     def _hf_file(self, name: str, revision: str, path: str) -> None:
         self.hub.asked.append(Asked(self.command, path, self.headers.get("Range")))
