@@ -39,10 +39,8 @@ from .speed import Load
 
 ROUNDS = 5
 OF_PICTURES = ("image_preprocessing", "vision_tower", "picture")
-BY_CLIENT = (
-    "this engine counts no times of its own: image preprocessing and vision tower cannot be told apart (they are one "
-    "figure, picture), and prefill has HTTP and tokenizer in it"
-)
+BY_CLIENT = "this engine counts no times of its own: prefill has HTTP and tokenizer in it"
+ONE = ", and image preprocessing and vision tower are one figure, picture"
 NOT_KEPT = "this server keeps no picture that it has seen: vision tower and prefill are one figure"
 
 
@@ -75,7 +73,7 @@ def stages(url: str, *, model: str, load: Load, rounds: int = ROUNDS, tell: Tell
     kept = done[1:]
     again = not load.pictures or cache_hits(url) > hits
     figures = told(kept, again=again) if counted else timed(kept)
-    untold = BY_CLIENT if not counted else "" if again else NOT_KEPT
+    untold = BY_CLIENT + (ONE if load.pictures else "") if not counted else "" if again else NOT_KEPT
     if not load.pictures:
         figures = {name: figure for name, figure in figures.items() if name not in OF_PICTURES}
     last = kept[-1]

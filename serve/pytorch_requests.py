@@ -89,7 +89,7 @@ class Bounded:
             return
         config.max_new_tokens = given or self.context - length
         if UNDER_WAY.get()["asked"].ignore_eos:
-            config.eos_token_id = None
+            config.min_new_tokens = config.max_new_tokens  # no end token before: None would mean the model's own
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
         self.bound(model, inputs, config)

@@ -7,7 +7,9 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -135,6 +137,20 @@ def test_the_face(served_as: tuple[Path, Server]) -> None:
     assert text.choices[0].finish_reason == "length"
     chinese = next(s for s in samples("test", 160) if s.images and "\u4e00" <= s.answer[0] <= "\u9fff")
     assert any("\u4e00" <= c <= "\u9fff" for c in said(server, chinese))
+
+
+@needs_server
+@only_awq
+def test_an_answer_is_as_long_as_a_measurement_wants_it(served_as: tuple[Path, Server]) -> None:
+    _, server = served_as
+    with client_of(server) as client:
+        ask: Any = partial(client.chat.completions.create, model=server.name, max_tokens=40, temperature=0)
+        messages = [{"role": "user", "content": "What is this?"}]
+        assert ask(messages=messages).usage.completion_tokens < 40
+        endless = {"extra_body": {"ignore_eos": True}}
+        assert ask(messages=messages, **endless).usage.completion_tokens == 40
+        *_, last = ask(messages=messages, stream=True, stream_options={"include_usage": True}, **endless)
+        assert last.usage.completion_tokens == 40
 
 
 @needs_server
