@@ -5,6 +5,7 @@ Whatever vLLM makes of our bytes, it must say what it says of the same weights u
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -30,15 +31,21 @@ LIMIT = 0.05  # nats, the largest difference of any answer token's logprob
 PROMPT = "<|im_start|>user\n{place}{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def twin(artifact: Path, out: Path) -> Path:
-    """The artifact's dequantized weights as a plain float16 checkpoint."""
-    shutil.copytree(artifact, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "mmq.json"))
+def twin(artifact: Path, place: Path) -> Path:
+    """The artifact's dequantized weights as a plain float16 checkpoint below `place`: one for all artifacts that hold
+    the same weights to the bit, as two formats of one method do."""
     source = view(artifact)
-    tensors = {n: source.get(n).to(torch.float16).contiguous() for n in source.metas}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
+    tensors = {n: source.get(n).to(torch.float16).contiguous() for n in sorted(source.metas)}
+    config = json.loads((artifact / "config.json").read_text())
     del config["quantization_config"]
-    (out / "config.json").write_text(json.dumps(config))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    out = place / digest.hexdigest()
+    if not out.is_dir():
+        shutil.copytree(artifact, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "mmq.json"))
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        (out / "config.json").write_text(json.dumps(config))
     return out
 
 
@@ -71,15 +78,15 @@ def said(artifact: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
         packed = artifact(method, format)
         name = f"{method} {format}"
         places[name] = str(packed)
-        places[f"twin of {name}"] = str(twin(packed, folder / name.replace(" ", "-")))
+        places[f"twin of {name}"] = str(twin(packed, folder))
     for method, format in HEADED:
         packed = artifact(method, format, head="int4")
         name = f"{method} {format} head"
         places[name] = str(packed)
-        places[f"twin of {name}"] = str(twin(packed, folder / name.replace(" ", "-")))
+        places[f"twin of {name}"] = str(twin(packed, folder))
     places["shuffled"] = str(shuffled(artifact("awq"), folder / "shuffled"))
     request, reply = folder / "request.json", folder / "reply.json"
-    request.write_text(json.dumps({"folders": list(places.values()), "prompts": prompts}), encoding="utf-8")
+    request.write_text(json.dumps({"folders": sorted(set(places.values())), "prompts": prompts}), encoding="utf-8")
     script = Path(__file__).parent / "twins.py"
     run = subprocess.run([sys.executable, script, request, reply], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
