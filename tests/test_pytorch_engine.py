@@ -17,6 +17,8 @@ import torch
 
 from mmq.bench.generate import answers
 from mmq.bench.served import check_served
+from mmq.bench.speed import Load
+from mmq.bench.stages import stages
 from mmq.bench.verdict import limits_of
 from mmq.export.artifact import open_artifact
 from mmq.export.subject import Linear, read_subject
@@ -151,6 +153,19 @@ def test_an_answer_is_as_long_as_a_measurement_wants_it(served_as: tuple[Path, S
         assert ask(messages=messages, **endless).usage.completion_tokens == 40
         *_, last = ask(messages=messages, stream=True, stream_options={"include_usage": True}, **endless)
         assert last.usage.completion_tokens == 40
+
+
+@needs_server
+@only_awq
+def test_stages_where_only_the_client_has_a_clock(served_as: tuple[Path, Server]) -> None:
+    _, server = served_as
+    load = Load(input_tokens=24, output_tokens=24, picture=(224, 224), pictures=2)
+    found = stages(server.url, model=server.name, load=load, rounds=2)
+    assert list(found.figures) == ["picture", "prefill", "decode"]
+    assert "one figure" in found.untold
+    assert found.settings["clock"] == "the client's"
+    assert found.settings["output_tokens"] == 24
+    assert found.figures["decode"].value > found.figures["prefill"].value > 0
 
 
 @needs_server
