@@ -1,4 +1,4 @@
-"""What is here: versions, this machine, what each engine loads on it, each backend's environment.
+"""What is here: versions, this machine, what each engine loads on it, each backend's environment, the tasks'.
 
 With each the line that mends what is missing. Looks, and changes nothing; imports nothing heavy.
 """
@@ -12,6 +12,7 @@ from ..serve.machine import this_machine
 from .backends import BACKENDS
 from .environments import state
 from .report import versions
+from .tasks import harness_state
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ def findings() -> list[Finding]:
     for engine in abilities(machine):
         found.append(Finding(f"engine {engine.engine}", engine.ready, engine.words, engine.mend))
     states = [state(name) for name in BACKENDS]
-    return found + [Finding(f"backend {s.backend}", s.ready, s.text, s.mend) for s in states]
+    found += [Finding(f"backend {s.backend}", s.ready, s.text, s.mend) for s in states]
+    tasks = harness_state()
+    return [*found, Finding(f"tasks {tasks.backend}", tasks.ready, tasks.text, tasks.mend)]
 
 
 def row(finding: Finding) -> list[str]:

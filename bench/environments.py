@@ -73,8 +73,9 @@ def environment(name: str, *, tell: Tell = silent, requirements: Path | None = N
     return place / "bin" / "python"
 
 
-def state(name: str, *, requirements: Path | None = None) -> State:
-    """What there is of the backend's environment. Makes nothing, runs nothing, and never fails."""
+def state(name: str, *, requirements: Path | None = None, makes: str = "") -> State:
+    """What there is of the environment of this name; `makes` is the command that makes it, where it is no backend's.
+    Makes nothing, runs nothing, and never fails."""
     try:
         own = _users_own(name)
         if own is not None:
@@ -87,7 +88,7 @@ def state(name: str, *, requirements: Path | None = None) -> State:
         find_uv()
     except OSError as e:
         return State(name, False, f"cannot be installed here: {e}", "pip install uv" if "uv" in str(e) else "")
-    again = f"mmq quantize MODEL --backend {name}"
+    again = makes or f"mmq quantize MODEL --backend {name}"
     if _failure(place).is_file():
         why = _failure(place).read_text(encoding="utf-8").strip()
         return State(name, False, f"could not be installed: {why}", f"{again}  (tries again)")

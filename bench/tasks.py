@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import yaml
 from ..recipes.progress import Step, Tell, silent
 from ..serve.client import key_here, root
 from .bars import listener
-from .environments import clean, environment, follow
+from .environments import State, clean, environment, follow, state
 
 NAME = "lm-eval"
 PICTURES = 8  # of one question at most; lm-eval's own number is 1, and drops the rest without a word
@@ -35,6 +36,13 @@ def harness(*, tell: Tell = silent) -> Path:
     if not os.environ.get("MMQ_LM_EVAL_PYTHON") and importlib.util.find_spec("lm_eval"):
         return Path(sys.executable)
     return environment(NAME, tell=tell)
+
+
+def harness_state() -> State:
+    """What there is of lm-eval, for `mmq doctor`. Makes nothing."""
+    if not os.environ.get("MMQ_LM_EVAL_PYTHON") and importlib.util.find_spec("lm_eval"):
+        return State(NAME, True, f"beside this Python, {NAME} {version(NAME)}")
+    return state(NAME, makes="mmq bench NAMES --tasks TASK")
 
 
 def check_tasks(names: Sequence[str], *, tell: Tell = silent) -> Path:
