@@ -9,8 +9,10 @@ from ..export.artifact import Artifact
 from ..export.card import Speed
 from ..recipes.terminal import human
 from .report import Figure, Report, read_report
+from .section import card_section
 
 RESULTS = Path("bench-results")
+QUALITY = "Quality, as the bench has it"
 LOAD = ("requests", "concurrency", "input_tokens", "output_tokens", "pictures")
 SHOWN = (
     *("input_rate", "output_rate", "time", "ttft", "ttft_p99", "tpot", "tpot_p99"),
@@ -42,7 +44,7 @@ def label_of(report: Report, artifact: Artifact) -> str | None:
 
 
 def speed_of(report: Report, artifact: Artifact) -> Speed | None:
-    """A column for the first subject (FP16, as a rule) and one for this artifact."""
+    """A column for the first subject (FP16, as a rule) and one for this artifact; and the report's own section."""
     label, first = label_of(report, artifact), next(iter(report.subjects))
     if label is None or label not in report.numbers:
         return None
@@ -52,7 +54,9 @@ def speed_of(report: Report, artifact: Artifact) -> Speed | None:
         figures = [report.numbers.get(name, {}).get(measure) for name in labels]
         if figures[-1] is not None:
             rows.append([measure, *(_show(f) for f in figures)])
-    return Speed(head=["", *labels], rows=rows, how=_how(report))
+    told = card_section(report).replace("### Speed and memory\n\n", "").replace("### Quality", f"**{QUALITY}**")
+    inert = told.replace("://", "&#58;//").replace("@", "&#64;")  # its cells are escaped, but a bare address is a link
+    return Speed(head=["", *labels], rows=rows, how=_how(report), markdown=inert.strip())
 
 
 def plots(report: Path) -> list[tuple[str, Path]]:

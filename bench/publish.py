@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .gate import Gate, checked_line, gate, quality_rows
 from .verdict import limits_of
 
 CARD = "README.md"
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
 ENGINES = {"vllm": "vLLM", "pytorch": "transformers", "lmdeploy": "LMDeploy"}
 
 
@@ -220,9 +221,8 @@ def reloaded(
     RuntimeError where it dies or has nothing to say."""
     with clean_copy(artifact, items) as folder:
         trust: dict[str, Any] = {"trust_remote_code": True} if _trusts(artifact) else {}
-        launch = launch_plan(
-            engine, folder, machine=this_machine(), port=free_port(), engine_bin=engine_bin, **trust
-        )  # fmt: skip
+        launch = launch_plan(engine, folder, machine=this_machine(), port=free_port(), engine_bin=engine_bin, **trust)
+        launch = replace(launch, env={**launch.env, **dict.fromkeys(TOKENS, "")})  # no business of the engine's
         with running(launch, tell=tell) as server, connect(server.url, retries=0) as client:
             embedded = artifact.manifest["base"]["hub"] == "embedded"
             sample = held_out_samples(None, 1, embedded=embedded)[0].question

@@ -15,7 +15,7 @@ import yaml
 
 from ..recipes.terminal import human
 from .artifact import Artifact
-from .card_words import LANGUAGES
+from .card_words import ENGLISH, LANGUAGES
 from .inert import fenced, inert, link, table
 from .source import Source, without_paths
 from .summary import fallbacks
@@ -46,8 +46,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Speed:
-    """A table of measures against FP16, and one line on where and how they were taken; `markdown` instead of both is a
-    section that is ready, of numbers and our own words alone."""
+    """A table of measures against FP16, and one line on where and how they were taken; `markdown` is what stands in
+    their place in English, ready and inert."""
 
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
@@ -166,7 +166,7 @@ def _speed(told: Told, words: Mapping[str, str]) -> list[str]:
     parts = [f"### {words['speed']}"]
     if told.speed is None:
         return [*parts, words["unmeasured"]]
-    if told.speed.markdown:
+    if told.speed.markdown and words is ENGLISH:
         parts.append(told.speed.markdown)
     else:
         rows = [[words.get(row[0], row[0]), *row[1:]] for row in told.speed.rows]

@@ -28,7 +28,8 @@ FREE = {
     *("postgresql"),
 }
 HOMES = {"hf": "https://huggingface.co/", "modelscope": "https://www.modelscope.cn/models/"}
-LONGEST = 1 << 20  # bytes of a README that are read
+LONGEST = 1 << 16  # characters of a README that are looked at
+DEEPEST = 20  # lists and mappings within each other
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,22 @@ def _local(folder: Path) -> str:
 def metadata(readme: str) -> Mapping[str, Any]:
     """The YAML block at the head of a model card; empty where there is none, or none that can be read."""
     found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", readme[:LONGEST], re.DOTALL)
-    if found is None or ("&" in found[1] and "*" in found[1]):  # anchors may name each other into terabytes
-        return {}
     try:
-        data = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
+        data = yaml.safe_load(found[1]) if found and _is_plain(found[1]) else None
+    except (yaml.YAMLError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML is small without names for its parts, which may name each other into terabytes, and not deep. Errors
+    as yaml's."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            return False
+    return True
 
 
 def with_metadata(source: Source, data: Mapping[str, Any]) -> Source:
