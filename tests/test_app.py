@@ -1,16 +1,12 @@
-"""The web page: what it serves and refuses, and a real browser that chats on it with the real vLLM.
-
-pip install playwright, and a Chromium: Debian's `chromium`, `playwright install chromium`, or MMQ_CHROMIUM=/path
-"""
+"""The web page: what it serves and refuses, and a real browser (browsing.py) that chats on it with the real vLLM."""
 
 from __future__ import annotations
 
 import http.client
+import importlib
 import importlib.util
 import json
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from browsing import chromium, needs_browser
 
 from mmq.serve.app import page
 from mmq.serve.client import connect as connect_to
@@ -32,10 +29,7 @@ from mmq.serve.running import Server, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MEDIA = ROOT / "docs" / "media"
-CHROMIUM = os.environ.get("MMQ_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-HAS_BROWSER = importlib.util.find_spec("playwright") is not None and CHROMIUM is not None
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-needs_browser = pytest.mark.skipif(not HAS_BROWSER, reason="playwright or Chromium is not installed")
 
 
 def ask(address: str, path: str, *, body: bytes | None = None, **headers: str) -> tuple[int, Any, bytes]:
@@ -139,11 +133,8 @@ def test_the_command(served: Server) -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    api = importlib.import_module("playwright.sync_api")
-    with api.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 @needs_vllm

@@ -7,7 +7,7 @@ import math
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmq.bench.charts import Bar, Dot, Line, bar_chart, dot_chart, line_chart, ratio_chart
@@ -31,6 +31,7 @@ def test_a_scale_by_hand() -> None:
         Scale(0, 3, 0, 1, log=True)
 
 
+@settings(max_examples=40)
 @given(amounts, st.floats(1.001, 1e6), st.integers(2, 8))
 def test_ticks_are_inside_evenly_apart_and_about_as_many(low: float, factor: float, count: int) -> None:
     high = low * factor
@@ -41,6 +42,7 @@ def test_ticks_are_inside_evenly_apart_and_about_as_many(low: float, factor: flo
     assert len(found) <= count + 1
 
 
+@settings(max_examples=40)
 @given(amounts, st.floats(1.5, 1e9))
 def test_logarithmic_ticks_are_inside_and_few(low: float, factor: float) -> None:
     found = log_ticks(low, low * factor)
@@ -48,6 +50,7 @@ def test_logarithmic_ticks_are_inside_and_few(low: float, factor: float) -> None
     assert all(low * 0.99 <= t <= low * factor * 1.01 for t in found)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
 def test_names_keep_apart_in_their_order_and_stay_where_there_is_room(wanted: list[float]) -> None:
     placed = spread(wanted, 15, 0, 300)
@@ -61,6 +64,7 @@ def test_names_keep_apart_in_their_order_and_stay_where_there_is_room(wanted: li
         assert placed == pytest.approx(wanted)
 
 
+@settings(max_examples=40)
 @given(st.text())
 def test_any_text_is_text_and_nothing_else(text: str) -> None:
     read = ET.fromstring(f'<svg xmlns="http://www.w3.org/2000/svg">{words(0, 0, text)}</svg>')
@@ -72,6 +76,7 @@ def test_any_text_is_text_and_nothing_else(text: str) -> None:
     assert '"' not in plain(text)
 
 
+@settings(max_examples=40)
 @given(st.text(), st.floats(0, 400))
 def test_text_is_cut_to_its_room(text: str, room: float) -> None:
     assert text_width(fitted(text, room)) <= max(room, text_width("…"))
