@@ -1,0 +1,255 @@
+"""`mmq run`: what a matrix is, what becomes of its jobs, what is kept, and what an interruption leaves. Real processes
+of mmq's own on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmq.bench import run as running
+from mmq.bench.done import Done, StepDone, facts, state_of, worst
+from mmq.bench.jobs import Job, addresses, as_matrix, check_addresses, check_apart, matrix
+from mmq.bench.run import call, locked, run
+from mmq.bench.run_page import markdown
+from mmq.bench.steps import Settings
+
+STRICT = "name: strict\nmodel: pebble\nsamples: 8\nlimits: {mean_kl: 0}\n"
+LOOSE = "name: strict\nmodel: pebble\nsamples: 8\nversion: 2\nlimits: {top1: 0, accuracy_drop: 1, repeating: 1}\n"
+QUICK = ("--samples", "3", "--device", "cpu")
+
+
+def mmq(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mmq", "run", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "mmq-run" / "run.json").read_text(encoding="utf-8"))
+    return {job["name"]: job for job in found["jobs"]}
+
+
+# what is to be made
+
+
+def test_a_matrix_is_recipes_times_methods(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: 我的\nmodel: a/b\nmethod: gptq\n", encoding="utf-8")
+    (tmp_path / "bad.yaml").write_text("name: bad\nmodl: a/b\n", encoding="utf-8")
+    mine, bad = str(tmp_path / "mine.yaml"), str(tmp_path / "bad.yaml")
+    assert [job.name for job in matrix(["pebble", mine])] == ["pebble-awq", "我的-gptq"]
+    jobs = matrix(["pebble", bad], ["awq", "gptq"])
+    assert [job.name for job in jobs] == ["pebble-awq", "pebble-gptq", "bad-awq", "bad-gptq"]
+    assert [job.recipe is None for job in jobs] == [False, False, True, True]
+    assert "unknown key 'modl'" in jobs[2].problem
+    assert as_matrix(jobs[:1]) == {"include": [{"recipe": "pebble", "method": "awq", "name": "pebble-awq"}]}
+
+
+def test_a_method_that_a_recipe_cannot_have_is_that_jobs_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\nmodel: pebble\nquality: best\n", encoding="utf-8")
+    awq, bnb = matrix([str(tmp_path / "mine.yaml")], ["awq", "bnb"])
+    assert awq.recipe is not None
+    assert bnb.recipe is None
+    assert "method bnb has one quality only" in bnb.problem
+
+
+def test_what_no_matrix_is() -> None:
+    with pytest.raises(ValueError, match=r"no method 'awk'; --methods takes awq, gptq"):
+        matrix(["pebble"], ["awk"])
+    with pytest.raises(ValueError, match=r"pebble and pebble would both make pebble-awq"):
+        matrix(["pebble", "pebble"])
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", "/etc", "-x", ".hidden", ""])
+def test_a_name_that_is_no_folders_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"name: {json.dumps(name)}\nmodel: pebble\n", encoding="utf-8")
+    (job,) = matrix([str(tmp_path / "mine.yaml")])
+    assert job.recipe is None
+    assert job.name == "mine-awq"
+
+
+def test_addresses_take_the_recipes_name() -> None:
+    awq, gptq = matrix(["pebble"], ["awq", "gptq"])
+    places = ("hf:me/{name}-{method}", "modelscope:me/{name}-{method}-v{version}")
+    assert addresses(places, awq) == ["hf:me/pebble-awq", "modelscope:me/pebble-awq-v1"]
+    check_apart(places, [awq, gptq])
+    with pytest.raises(ValueError, match=r"would both be published at hf:me/pebble; add \{method\}"):
+        check_apart(["hf:me/{name}"], [awq, gptq])
+    for wrong in ("hf:me/{nam}", "hf:me/{0}", "hf:me/{", "hf:me/{name.__class__}"):
+        with pytest.raises(ValueError, match="--publish"):
+            check_addresses([wrong])
+
+
+# what comes out
+
+
+def done(**changes: Any) -> Done:
+    return Done("a-awq", "a.yaml", "awq", **changes)
+
+
+def test_the_worst_job_is_the_exit_code() -> None:
+    codes = [done(code=code, state=state_of(code)) for code in (0, 3, 1, 2)]
+    assert worst(codes) == 3
+    assert worst([]) == 0
+    assert [result.state for result in codes] == ["done", "engine died", "past a limit", "failed"]
+    assert facts(codes)["code"] == 3
+    assert state_of(139) == "fault"
+
+
+def test_the_page_is_words_whatever_a_recipe_says() -> None:
+    hostile = "<img src=x onerror=alert(1)> | [click](javascript:x) `a` **b** @everyone"
+    text = markdown([done(code=2, state="failed", why=(hostile,), steps=(StepDone("quantize", 2, 1.0),))])
+    assert "<img" not in text
+    assert "\\[click\\]" in text
+    assert "| [" not in text
+    assert "\\@everyone" in text
+    assert markdown([]).startswith("# 0 of 0")
+
+
+def test_the_page_has_the_tables() -> None:
+    good = done(
+        state="done",
+        steps=(StepDone("quantize", 0, 3.0), StepDone("check", 0, kept=True)),
+        bytes={"base": 2**30, "artifact": 2**28},
+        measures={"mean_kl": 0.0123, "top1": 0.99},
+        limits={"mean_kl": 0.1, "top1": 0.9},
+        published=("hf:me/a-awq", "modelscope:me/a-awq"),
+    )
+    text = markdown([good, Done("b-awq", "b.yaml", "awq")])
+    assert "# 1 of 2 artifacts" in text
+    assert "| `a-awq` | ✅ done | 0.0123 | 0.99 | 256.00 MiB | 3 s |" in text
+    assert "| mean KL to FP16 (nats a token) | 0.0123 | ≤ 0.1 |" in text
+    assert "<https://huggingface.co/me/a-awq>" in text
+    assert "<https://modelscope.cn/models/me/a-awq>" in text
+    assert "| `b-awq` | ⬜ not begun |" in text
+
+
+# processes
+
+
+def test_a_steps_last_word_is_why(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert call(["recipes", "pebble"], log) == (0, ())
+    code, why = call(["recipes", "peble"], log)
+    assert code == 2
+    assert why == ("no recipe, folder or hub id 'peble': did you mean pebble?",)
+    said = log.read_text(encoding="utf-8")
+    assert "$ mmq recipes pebble\n" in said
+    assert "name: pebble" in said
+
+
+def test_a_crash_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(running.sys, "executable", str(program))
+    code, why = call(["quantize"], tmp_path / "log")
+    assert code == 70
+    assert why == ("mmq quantize was ended by SIGKILL; the system may have run out of memory",)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match="another `mmq run` works in"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_remote_code_is_not_pinned_by_the_run_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\nmodel: owner/model\ntrust_remote_code: true\n", encoding="utf-8")
+    (found,) = run(matrix([str(tmp_path / "mine.yaml")]), Settings(tmp_path / "out"))
+    assert found.code == 2
+    assert "the full hash of the commit that you have read" in found.why[0]
+
+
+def begun(folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """A run of bad.yaml and strict.yaml that has finished its first layer, and that layer's file."""
+    for name, text in (("strict", STRICT), ("bad", "name: bad\n")):
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "mmq", "run", "bad.yaml", "strict.yaml", *QUICK]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    layer = folder / "mmq-run" / "strict-awq" / "model-00001-of-00006.safetensors"
+    until = time.monotonic() + 120
+    while not layer.exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    return process, layer
+
+
+def at_work(folder: Path) -> list[int]:
+    """Processes that work in `folder`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(folder):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_interrupted_taken_up_failed_kept_and_mended(tmp_path: Path) -> None:
+    """A life of two recipes, one of which cannot be read, and the other is past its limits at first."""
+    process, layer = begun(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert at_work(tmp_path) == []
+    assert results(tmp_path)["strict-awq"]["state"] == "interrupted"
+    assert not (layer.parent / "mmq.json").exists()
+    written = layer.stat().st_mtime_ns
+
+    words = ("bad.yaml", "strict.yaml", *QUICK)
+    first = mmq(*words, "--summary", "page.md", folder=tmp_path)
+    assert first.returncode == 2, first.stderr  # the worst of 2 and 1
+    assert layer.stat().st_mtime_ns == written  # taken up, not made again
+    bad, strict = results(tmp_path).values()
+    assert (bad["code"], bad["state"]) == (2, "failed")
+    assert "key 'model' is missing" in bad["why"][0]
+    assert (strict["code"], strict["state"]) == (1, "past a limit")
+    assert strict["why"][0].startswith("past the limit: mean_kl is")
+    assert strict["measures"]["mean_kl"] > 0
+    assert "| `strict-awq` | ❌ past a limit (check) |" in (tmp_path / "page.md").read_text(encoding="utf-8")
+
+    log = tmp_path / strict["log"]
+    before = log.read_bytes()
+    again = mmq(*words, "--json", folder=tmp_path)
+    assert again.returncode == 2
+    kept = json.loads(again.stdout)["jobs"][1]
+    assert log.read_bytes() == before  # nothing was started
+    assert kept["digest"] == strict["digest"]
+    assert all(step["kept"] for step in kept["steps"])
+    assert (kept["code"], kept["why"]) == (1, strict["why"][: len(kept["why"])])  # a failed check stays one
+
+    (tmp_path / "strict.yaml").write_text(LOOSE, encoding="utf-8")  # other limits: checked anew, not made anew
+    loose = mmq("strict.yaml", *QUICK, folder=tmp_path)
+    assert loose.returncode == 0, loose.stderr
+    steps = {step["name"]: step["kept"] for step in results(tmp_path)["strict-awq"]["steps"]}
+    assert steps == {"quantize": True, "check": False}
+    manifest = json.loads((tmp_path / "mmq-run" / "strict-awq" / "mmq.json").read_text(encoding="utf-8"))
+    assert manifest["recipe"]["version"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_or_killed_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    process, layer = begun(tmp_path)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    until = time.monotonic() + 30
+    while at_work(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert at_work(tmp_path) == []
+    assert layer.exists()
+    assert not (layer.parent / "mmq.json").exists()
+
+
+def test_a_job_knows_its_name_without_a_recipe() -> None:
+    assert Job("recipes/some.yaml", "awq", None, "why").name == "some-awq"
