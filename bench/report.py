@@ -43,14 +43,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Level:
-    """What one load did at one concurrency: output_rate, ttft, tpot, itl and e2e with their _p90 and _p99."""
-
-    concurrency: int
-    numbers: Mapping[str, Figure]
-
-
-@dataclass(frozen=True)
 class Ratio:
     """A measure by the first label's same one, over `pairs` interleaved pairs of runs, and the interval in which it
     lies with the confidence `level`. `low` and `high` are None where there was one pair: nothing is known then."""
@@ -60,6 +52,16 @@ class Ratio:
     high: float | None
     level: float = 0.95
     pairs: int = 1
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one load did at one concurrency: output_rate, ttft, tpot, itl and e2e with their _p90 and _p99; `ratios` to
+    the first label's at the same concurrency, where their runs were interleaved."""
+
+    concurrency: int
+    numbers: Mapping[str, Figure]
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,18 +172,19 @@ def report_of(raw: Mapping[str, Any]) -> Report:
     for name in ("numbers", "stages", "memory"):
         fields[name] = {label: _figures(found) for label, found in raw.get(name, {}).items()}
     fields["sweep"] = {
-        label: [Level(level["concurrency"], _figures(level["numbers"])) for level in levels]
+        label: [Level(v["concurrency"], _figures(v["numbers"]), _ratios(v.get("ratios", {}))) for v in levels]
         for label, levels in raw.get("sweep", {}).items()
     }
-    fields["ratios"] = {
-        label: {measure: Ratio(**ratio) for measure, ratio in found.items()}
-        for label, found in raw.get("ratios", {}).items()
-    }
+    fields["ratios"] = {label: _ratios(found) for label, found in raw.get("ratios", {}).items()}
     return Report(**fields)
 
 
 def _figures(raw: Mapping[str, Any]) -> dict[str, Figure]:
     return {measure: Figure(**figure) for measure, figure in raw.items()}
+
+
+def _ratios(raw: Mapping[str, Any]) -> dict[str, Ratio]:
+    return {measure: Ratio(**ratio) for measure, ratio in raw.items()}
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

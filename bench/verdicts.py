@@ -51,13 +51,14 @@ def word_of(ratio: Ratio) -> str:
 
 
 def steps(first: Sequence[Level], other: Sequence[Level], *, measure: str = "output_rate") -> list[Step]:
-    """The concurrencies that both were asked at, the lowest first."""
+    """The concurrencies that both were asked at, the lowest first; where runs were not interleaved, by the range of
+    each one's own."""
     base = {level.concurrency: level.numbers for level in first}
     found = []
     for level in sorted(other, key=lambda one: one.concurrency):
         numbers = base.get(level.concurrency, {})
         if measure in numbers and measure in level.numbers and numbers[measure].value:
-            ratio = ratio_of(numbers[measure], level.numbers[measure])
+            ratio = level.ratios.get(measure) or ratio_of(numbers[measure], level.numbers[measure])
             found.append(Step(level.concurrency, ratio, word_of(ratio)))
     return found
 

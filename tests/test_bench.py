@@ -218,7 +218,9 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
     plain = report_of({"output_rate": figure}, {"output_rate": figure})
     full = dataclasses.replace(
         plain,
-        sweep={"awq": [Level(1, {"ttft_p90": Figure(3.0, "ms", "measured")}), Level(8, {})]},
+        sweep={
+            "awq": [Level(1, {"ttft_p90": Figure(3.0, "ms", "measured")}, {"tpot": Ratio(0.8, 0.7, 0.9)}), Level(8, {})]
+        },
         ratios={"awq": {"output_rate": Ratio(1.4, 1.3, 1.5, pairs=4), "time": Ratio(0.7, None, None)}},
         stages={"awq": {"prefill": Figure(7.0, "ms", "measured")}},
         memory={"awq": {"cache": Figure(2.0, "bytes", "projected")}},

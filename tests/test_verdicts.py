@@ -71,6 +71,12 @@ def test_noise_is_never_read_as_a_result() -> None:
     assert "one run each" in speed_sentence("awq", "fp16", steps(BASE, once))
 
 
+def test_interleaved_pairs_are_believed_before_the_range_of_runs() -> None:
+    loud = [Level(8, {"output_rate": rate(650, 0.4)}, {"output_rate": Ratio(1.3, 1.25, 1.35, pairs=5)})]
+    (step,) = steps(BASE, loud)
+    assert (step.word, step.ratio.low) == ("faster", 1.25)
+
+
 def test_slower_everywhere() -> None:
     said = speed_sentence("awq", "fp16", steps(BASE, levels(c1=rate(90), c8=rate(420))))
     assert said == (
