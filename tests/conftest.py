@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from mmq.serve.running import Server
@@ -18,6 +20,44 @@ torch.set_num_threads(1)  # the matrices are small, and threads that spin for ea
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub that is not the test's own
 
 SAMPLES = 48
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of several at once (`make test`), None for one process
+if WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what the tests start does not spin beside the other's threads
+# files whose tests ask the shared server: one worker has them all, so that there is one server
+SERVED = (
+    *("test_api", "test_app", "test_bench", "test_chat", "test_clients_page", "test_infer"),
+    *("test_serve", "test_soak"),
+)
+# files that take long, which are begun first, behind those: one of them last would keep all waiting
+LONG = ("test_check", "test_twin", "test_resume", "test_ranks", "test_experts", "test_engine_rules", "test_lora")
+
+
+def group_of(file: str) -> str:
+    """Which tests stay together with those of a file; of several workers one has them."""
+    return "served" if file in SERVED else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole groups to each worker, in the order of `pytest_collection_modifyitems`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(Path(nodeid.partition("::")[0]).stem)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long groups first, where several workers share the tests."""
+    for item in items:
+        if "served" in getattr(item, "fixturenames", ()) and item.path.stem not in SERVED:
+            raise pytest.UsageError(f"{item.path.name} asks the shared server: name it in SERVED of conftest.py")
+    if WORKER:
+        rank = {name: at for at, name in enumerate(("served", *LONG))}
+        items.sort(key=lambda item: rank.get(group_of(item.path.stem), len(rank)))
 
 
 @pytest.fixture(scope="session")
@@ -31,22 +71,25 @@ def pebble() -> Path:
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`artifact(method, format=None, **recipe)`: pebble quantized so, made on first use and shared; never change it."""
-    made: dict[tuple, Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    place = base.parent if WORKER else base  # the workers' own folders are in one
 
     def make_once(method: str, format: str | None = None, **changes: object) -> Path:
-        key = (method, format, *sorted(changes.items()))
-        if key not in made:
-            from mmq.export.make import make
-            from mmq.recipes.calibration import CALIBRATIONS
-            from mmq.recipes.hub import fetch
-            from mmq.recipes.recipe import recipe_for
+        key = repr((method, format, *sorted(changes.items())))
+        out = place / f"artifact-{hashlib.sha256(key.encode()).hexdigest()[:12]}" / f"out-{method}"
+        out.parent.mkdir(exist_ok=True)
+        with FileLock(out.parent / "lock"):
+            if not (out / "mmq.json").is_file():
+                from mmq.export.make import make
+                from mmq.recipes.calibration import CALIBRATIONS
+                from mmq.recipes.hub import fetch
+                from mmq.recipes.recipe import recipe_for
 
-            recipe = dataclasses.replace(recipe_for("pebble"), method=method, format=format, samples=SAMPLES, **changes)
-            out = tmp_path_factory.mktemp("artifact") / f"out-{method}"
-            samples = [] if method == "bnb" else CALIBRATIONS[recipe.calibration](SAMPLES)
-            make(recipe, fetch("pebble"), out, samples=samples, calibration=recipe.calibration)
-            made[key] = out
-        return made[key]
+                changes |= {"method": method, "format": format, "samples": SAMPLES}
+                recipe = dataclasses.replace(recipe_for("pebble"), **changes)
+                samples = [] if method == "bnb" else CALIBRATIONS[recipe.calibration](SAMPLES)
+                make(recipe, fetch("pebble"), out, samples=samples, calibration=recipe.calibration)
+        return out
 
     return make_once
 
