@@ -15,7 +15,7 @@ from .report import Figure, Level, Ratio, Report
 
 NARROW = 1.10  # highest over lowest of an interval that holds 1: less than this is no difference, more is noise
 FASTER, SLOWER, SAME, NOISY, UNKNOWN = "faster", "slower", "the same", "noisy", "unknown"
-NO_INTERVAL = "one run each, so nothing tells this from noise"
+NO_INTERVAL = "too few runs, or not taken in turns, so nothing tells this from noise"
 INT4_LEAVES = ("image_preprocessing", "vision_tower", "picture")  # stages that int4 weights of the decoder leave alone
 
 
@@ -76,12 +76,13 @@ def stops(found: Sequence[Step]) -> int | None:
 def speed_sentence(label: str, first: str, found: Sequence[Step]) -> str:
     """Where the sweep says that `label` helps, and where it stops."""
     known = [step for step in found if step.word in (FASTER, SLOWER, SAME)]
-    unsure = [step for step in found if step.word in (NOISY, UNKNOWN)]
+    noisy, few = ([step for step in found if step.word == word] for word in (NOISY, UNKNOWN))
     if not known:
         values = ", ".join(_at(step) for step in found)
-        why = "the machine was too noisy to say" if any(s.word == NOISY for s in found) else NO_INTERVAL
+        why = "the machine was too noisy to say" if noisy else NO_INTERVAL
         return f"{label} against {first}, output tok/s: {values}; {why}."
-    noise = f" At {_list(unsure)} at once the machine was too noisy to say." if unsure else ""
+    noise = f" At {_list(noisy)} at once the machine was too noisy to say." if noisy else ""
+    noise += f" At {_list(few)} at once there were too few runs to say." if few else ""
     fast = [step for step in known if step.word == FASTER]
     if not fast:
         which = "slower than" if any(step.word == SLOWER for step in known) else "no faster than"

@@ -68,7 +68,7 @@ def test_noise_is_never_read_as_a_result() -> None:
     assert "too noisy to say" in said
     assert "faster" not in said
     once = [Level(1, {"output_rate": Figure(150, "tok/s", "measured")})]
-    assert "one run each" in speed_sentence("awq", "fp16", steps(BASE, once))
+    assert "too few runs" in speed_sentence("awq", "fp16", steps(BASE, once))
 
 
 def test_interleaved_pairs_are_believed_before_the_range_of_runs() -> None:
