@@ -88,6 +88,9 @@ def speed_sentence(label: str, first: str, found: Sequence[Step]) -> str:
         which = "slower than" if any(step.word == SLOWER for step in known) else "no faster than"
         return f"{label} is {which} {first} at every load that can be told: {', '.join(map(_at, known))}.{noise}"
     last, where = fast[-1], stops(found)
+    if mixed := [step for step in known[: known.index(last)] if step.word != FASTER]:
+        told = ", ".join(map(_at, known))
+        return f"{label} is faster than {first} at {_list(fast)} at once and is not at {_list(mixed)}: {told}.{noise}"
     helps = f"{label} is faster than {first} up to {last.concurrency} at once ({_at(last)})"
     if last is found[-1]:
         return f"{helps}, the most that was asked; where it stops helping was not reached.{noise}"

@@ -51,6 +51,14 @@ def test_where_it_stops_helping() -> None:
     )
 
 
+def test_no_tidy_story_where_there_is_none() -> None:
+    found = steps(BASE, levels(c1=rate(90), c8=rate(650), c32=rate(900)))
+    assert speed_sentence("awq", "fp16", found) == (
+        "awq is faster than fp16 at 8 at once and is not at 1: 0.90x, 0.86 to 0.94 at 1, 1.30x, 1.25 to 1.35 at 8, "
+        "0.90x, 0.86 to 0.94 at 32."
+    )
+
+
 def test_where_it_is_not_reached_that_is_said() -> None:
     found = steps(BASE, levels(c1=rate(150), c8=rate(650), c32=rate(1200), c128=rate(1650)))
     assert stops(found) is None
