@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -23,18 +25,16 @@ SAMPLES = 48
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of several at once (`make test`), None for one process
 if WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what the tests start does not spin beside the other's threads
-# files whose tests ask the shared server: one worker has them all, so that there is one server
-SERVED = (
-    *("test_api", "test_app", "test_bench", "test_chat", "test_clients_page", "test_infer"),
-    *("test_serve", "test_soak"),
-)
-# files that take long, which are begun first, behind those: one of them last would keep all waiting
+# files that take long, which are begun first, behind those that ask the shared server: one last would keep all waiting
 LONG = ("test_check", "test_twin", "test_resume", "test_ranks", "test_experts", "test_engine_rules", "test_lora")
 
 
-def group_of(file: str) -> str:
-    """Which tests stay together with those of a file; of several workers one has them."""
-    return "served" if file in SERVED else file
+@functools.cache
+def group_of(file: Path) -> str:
+    """Which tests stay together with those of a file, at one of several workers: all that ask the shared server do, so
+    that there is one, and else those of the file."""
+    functions = (node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.FunctionDef))
+    return "served" if any(arg.arg == "served" for node in functions for arg in node.args.args) else file.stem
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -44,7 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group_of(Path(nodeid.partition("::")[0]).stem)
+            return group_of(config.rootpath / nodeid.partition("::")[0])
 
     config.option.loadscopereorder = False
     return ByGroup(config, log)
@@ -52,12 +52,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long groups first, where several workers share the tests."""
-    for item in items:
-        if "served" in getattr(item, "fixturenames", ()) and item.path.stem not in SERVED:
-            raise pytest.UsageError(f"{item.path.name} asks the shared server: name it in SERVED of conftest.py")
     if WORKER:
         rank = {name: at for at, name in enumerate(("served", *LONG))}
-        items.sort(key=lambda item: rank.get(group_of(item.path.stem), len(rank)))
+        items.sort(key=lambda item: rank.get(group_of(item.path), len(rank)))
 
 
 @pytest.fixture(scope="session")
