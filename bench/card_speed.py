@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..export.artifact import Artifact
@@ -27,15 +29,20 @@ def find_speed(artifact: Artifact, asked: Path | None) -> tuple[Speed | None, li
         report = read_report(asked)
         if label_of(report, artifact) is None:
             raise ValueError(f"{asked} did not measure this artifact (digest {artifact.digest[:12]}); measure it anew")
-        return speed_of(report, artifact), plots(asked)
+        return _with_plots(speed_of(report, artifact), asked)
     for path in sorted(RESULTS.glob("*/report.json"), reverse=True):  # named by their time
         try:
             report = read_report(path)
         except (OSError, ValueError):
             continue  # another version's, or half of one: not this artifact's
         if label_of(report, artifact) is not None:
-            return speed_of(report, artifact), plots(path)
+            return _with_plots(speed_of(report, artifact), path)
     return None, []
+
+
+def _with_plots(speed: Speed | None, report: Path) -> tuple[Speed | None, list[tuple[str, Path]]]:
+    found = plots(report) if speed else []
+    return replace(speed, pictures=[name for name, _ in found]) if speed else None, found
 
 
 def label_of(report: Report, artifact: Artifact) -> str | None:
@@ -60,9 +67,9 @@ def speed_of(report: Report, artifact: Artifact) -> Speed | None:
 
 
 def plots(report: Path) -> list[tuple[str, Path]]:
-    """The pictures beside a report, each under figures/ on the hub."""
+    """The pictures beside a report whose names are plain, each under figures/ on the hub."""
     folder: Sequence[Path] = sorted((report if report.is_dir() else report.parent).glob("*.png"))
-    return [(f"figures/{file.name}", file) for file in folder]
+    return [(f"figures/{file.name}", file) for file in folder if re.fullmatch(r"[\w-]+\.png", file.name, re.ASCII)]
 
 
 def _show(figure: Figure | None) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from .remote import Remote, RemoteFile, Unreachable
@@ -42,10 +44,21 @@ def ask(model: str, revision: str | None) -> Remote:
 def get(model: str, commit: str, files: Sequence[RemoteFile], *, count: Callable[[int], None]) -> None:
     """Download `files` of `commit` into the cache; `count` hears of every piece of bytes, from several threads."""
     from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [glob.escape(f.path) for f in files]
+        with _quiet():
+            snapshot_download(model, revision=commit, allow_patterns=patterns, max_workers=4, tqdm_class=_bars(count))
+    except Exception as e:
+        raise _explained(e, model, commit) from None
+
+
+def _bars(count: Callable[[int], None]) -> Any:
+    """A class of bars for the library that tells `count` the bytes, and draws nothing."""
     from huggingface_hub.utils import tqdm
 
     class Counter(tqdm):
-        """Draws nothing. Of the bars that the library makes, the bytes on disk are what counts."""
+        """Of the bars that the library makes, the bytes on disk are what counts."""
 
         def __init__(self, *args: object, **kwargs: object) -> None:
             desc = str(kwargs.get("desc"))
@@ -56,29 +69,32 @@ def get(model: str, commit: str, files: Sequence[RemoteFile], *, count: Callable
             if self.counts and n:
                 count(int(n))
 
+    return Counter
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines inside the block: the library's warnings on retries carry signed addresses."""
     log = logging.getLogger("huggingface_hub")
     before = log.level
-    log.setLevel(logging.CRITICAL)  # its warnings on retries carry signed addresses
+    log.setLevel(logging.CRITICAL)
     try:
-        patterns = [glob.escape(f.path) for f in files]
-        snapshot_download(model, revision=commit, allow_patterns=patterns, max_workers=4, tqdm_class=Counter)
-    except Exception as e:
-        raise _explained(e, model, commit) from None
+        yield
     finally:
         log.setLevel(before)
 
 
 def about(model: str, revision: str | None) -> tuple[str, bool]:
     """(README.md at `revision`, "" where there is none; whether the hub gates the model). Errors as `ask`'s."""
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
     api = HfApi(library_name="mmq")
     try:
-        info = api.model_info(model, revision=revision)
-        try:
-            path = api.hf_hub_download(model, "README.md", revision=info.sha)
-        except errors.EntryNotFoundError:
-            return "", bool(info.gated)
+        with _quiet():
+            info = api.model_info(model, revision=revision)
+            if not any(s.rfilename == "README.md" for s in info.siblings or ()):
+                return "", bool(info.gated)
+            path = api.hf_hub_download(model, "README.md", revision=info.sha, tqdm_class=_bars(lambda size: None))
     except Exception as e:
         raise _explained(e, model, revision) from None
     return Path(path).read_text(encoding="utf-8", errors="replace"), bool(info.gated)

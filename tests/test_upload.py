@@ -70,6 +70,7 @@ def point(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str = TO
     monkeypatch.setattr(modelscope_hub.config, "_default_config", None)
     for key, value in {
         "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,  # the server speaks LFS, which the library falls back to
         "HF_TOKEN_PATH": str(home / "token"),

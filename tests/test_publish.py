@@ -1,0 +1,335 @@
+"""mmq publish from the command line, of a real artifact that a real check passed, through the real hub libraries to a
+loopback hub; and what came back, by mmq's own download, served."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub_keeper import SIGNED, TOKEN, HubKeeper
+from test_upload import environment, half, point
+
+from mmq.__main__ import main
+from mmq.bench.examine import examine
+from mmq.export.artifact import Artifact, open_artifact
+from mmq.recipes.hub import fetch
+
+BOTH = ("hf:me/pebble-awq", "modelscope:me/elsewhere")  # one server is both hubs here
+NAME = "me/pebble-awq"
+
+
+@pytest.fixture(scope="module")
+def checked(artifact: Callable[..., Path], pebble: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AWQ pebble and its real check; never change it."""
+    folder = Path(shutil.copytree(artifact("awq"), tmp_path_factory.mktemp("checked") / "out-awq"))
+    examine(open_artifact(folder), pebble, count=3)
+    return folder
+
+
+@pytest.fixture
+def mine(checked: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checked, tmp_path / "out-awq"))
+
+
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubKeeper]:
+    with HubKeeper() as server:
+        point(monkeypatch, server.url, tmp_path)
+        monkeypatch.chdir(tmp_path)
+        yield server
+
+
+@pytest.fixture
+def mmq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of the command line, in this process."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmq", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = capsys.readouterr()
+        assert TOKEN not in out + err
+        assert SIGNED not in out + err
+        return code, out, err
+
+    return run
+
+
+def whole(keeper: HubKeeper, artifact: Artifact, ref: str = "main") -> dict[str, bytes]:
+    """What the hub shows, once it is known to hold each of the artifact's files."""
+    files = keeper.files(NAME, ref)
+    for name in artifact.manifest["files"]:
+        assert files[name] == (artifact.path / name).read_bytes(), name
+    return files
+
+
+def test_published_to_both_hubs_and_a_second_time_nothing(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    code, out, err = mmq("publish", mine, *BOTH, "--no-reload", "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    opened = open_artifact(mine)
+    assert told["digest"] == opened.digest
+    assert told["tag"] == "v1"
+    assert [p["target"] for p in told["published"]] == list(BOTH)
+    files = whole(keeper, opened, "v1")
+    assert sorted(files) == sorted([*opened.manifest["files"], "mmq.json", "check.json", "README.md", ".gitattributes"])
+    assert "samples" not in json.loads(files["check.json"])
+    assert json.loads(files["mmq.json"])["files"] == opened.manifest["files"]
+    assert b"without being loaded in an engine first" in files["README.md"]
+    assert [len(p["sent"]) for p in told["published"]] == [len(files) - 1] * 2
+    keeper.calls.clear()
+    code, out, err = mmq("publish", mine, BOTH[1], "--no-reload", "--json")
+    assert (code, json.loads(out)["published"][0]["sent"]) == (0, [])
+    assert not [c for c in keeper.calls if not c.startswith("GET")]
+
+
+@pytest.mark.parametrize("hub", ["hf", "modelscope"])
+def test_what_comes_down_is_what_went_up(keeper: HubKeeper, mmq: Callable, mine: Path, hub: str) -> None:
+    assert mmq("publish", mine, f"{hub}:{NAME}", "--no-reload")[0] == 0
+    base = fetch(NAME, hub=hub)
+    down = open_artifact(base.path, verify=True)
+    assert down.digest == open_artifact(mine).digest
+    assert base.revision == keeper.repos[NAME].branches["main"]
+    assert fetch(NAME, hub=hub, revision="v1").path == base.path
+
+
+def test_past_a_limit_nothing_is_sent_and_the_code_is_1(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    path = mine / "check.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({**report, "measures": {**report["measures"], "mean_kl": 7.0}}))
+    code, _, err = mmq("publish", mine, BOTH[0], "--no-reload")
+    assert code == 1
+    assert "past the limit: check.json: mean_kl is 7" in err
+    assert keeper.calls == []
+    assert mmq("publish", mine, BOTH[0], "--no-reload", "--no-gate")[0] == 0
+    card = keeper.files(NAME)["README.md"].decode()
+    assert "Published without the gate" in card
+    assert "mean\\_kl is 7, the limit is" in card
+
+
+def test_without_a_check_the_code_is_2(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    (mine / "check.json").unlink()
+    code, _, err = mmq("publish", mine, BOTH[0])
+    assert code == 2
+    assert "check.json is not there: run `mmq check" in err
+    assert keeper.calls == []
+
+
+def test_a_changed_byte_is_found_before_anything_is_sent(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    weights = next(iter(sorted(mine.glob("*.safetensors"))))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, _, err = mmq("publish", mine, BOTH[0])
+    assert code == 2
+    assert "changed since it was made" in err
+    assert keeper.calls == []
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500])
+def test_a_hub_that_refuses_gives_code_2_and_no_secret(
+    keeper: HubKeeper, mmq: Callable, mine: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own words hold the token and a signed address; `mmq` asserts that none of it comes out."""
+    keeper.fail = lambda number, method, path: status if method == "POST" and "/commit/" in path else None
+    code, out, _ = mmq("publish", mine, *BOTH, "--no-reload", "--json")
+    assert code == 2
+    told = json.loads(out)
+    assert set(told["failed"]) == set(BOTH)
+    assert told["published"] == []
+    assert half(keeper, NAME, {}) == ""
+    monkeypatch.setenv("MMQ_DEBUG", "1")
+    keeper.fail = lambda number, method, path: status
+    with pytest.raises(OSError, match=r"127\.0\.0\.1") as failed:
+        mmq("publish", mine, BOTH[0], "--no-reload")
+    assert TOKEN not in "".join(map(str, [failed.value, failed.getrepr(showlocals=False)]))
+
+
+def test_one_hub_that_fails_does_not_keep_the_other_from_its_own(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    keeper.fail = lambda number, method, path: 403 if path.startswith("/api/models/me/no/commit") else None
+    code, out, err = mmq("publish", mine, "hf:me/no", "modelscope:me/yes", "--no-reload", "--json")
+    assert code == 2
+    assert [p["target"] for p in json.loads(out)["published"]] == ["modelscope:me/yes"]
+    assert "mmq: hf:me/no: 127.0.0.1" in err
+    assert "config.json" in keeper.files("me/yes")
+
+
+def test_an_engine_that_dies_gives_code_3_and_nothing_is_sent(
+    keeper: HubKeeper, mmq: Callable, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "token: $HF_TOKEN"; ls "$2"; echo "RuntimeError: no"; exit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("MMQ_VLLM", str(program))
+    code, _, err = mmq("publish", mine, BOTH[0])
+    assert code == 3
+    assert "the engine died at its start" in err
+    log = Path(err.rpartition("(log: ")[2].rstrip(")\n")).read_text()
+    assert "token: \n" in log
+    listed = log.split("token: \n")[1].splitlines()
+    assert "README.md" not in listed
+    assert {"mmq.json", "config.json", "check.json"} <= set(listed)
+    assert keeper.repos == {}
+    assert not list(tmp_path.glob(".mmq-clean-*"))
+
+
+def test_where_no_engine_is_it_says_so_and_goes_on(
+    keeper: HubKeeper, mmq: Callable, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMQ_VLLM", "/nowhere/vllm")
+    code, _, err = mmq("publish", mine, BOTH[0])
+    assert code == 0
+    assert "note: not loaded in an engine first: MMQ_VLLM names /nowhere/vllm" in err
+    assert b"without being loaded in an engine first" in keeper.files(NAME)["README.md"]
+
+
+def test_a_dry_run_asks_nobody_and_leaves_the_card(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    code, out, _ = mmq("publish", mine, *BOTH, "--dry-run")
+    assert code == 0
+    assert keeper.calls == []
+    assert "model.safetensors.index.json" in out
+    assert (mine / "README.md").read_text(encoding="utf-8").startswith("---\n")
+    assert open_artifact(mine, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["me/model"], "is no place to publish to"),
+        (["hf:me/model", "--tag", "a b"], "tag is 'a b'"),
+        (["hf:me/model", "--tag", "main"], "no branch's name"),
+        (["hf:me/model", "--license", "gemma"], "may not let you publish what is made of it"),
+        (["hf:me/model", "--report", "nothing"], "no report nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_hub_is_asked(
+    keeper: HubKeeper, mmq: Callable, mine: Path, words: list[str], told: str
+) -> None:
+    code, _, err = mmq("publish", mine, *words, "--no-reload")
+    assert code == 2
+    assert told in err
+    assert keeper.calls == []
+
+
+def test_a_licence_that_was_read_may_pass(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    code, _, err = mmq("publish", mine, BOTH[0], "--no-reload", "--license", "gemma", "--may-redistribute")
+    assert (code, err.count("mmq:")) == (0, 0)
+    assert b"license: gemma\n" in keeper.files(NAME)["README.md"]
+
+
+def test_the_base_on_a_hub_tells_licence_and_languages(
+    keeper: HubKeeper, mmq: Callable, mine: Path, tmp_path: Path
+) -> None:
+    """Of a base on a hub the card is read at the commit that the manifest pins."""
+    readme = b"---\nlicense: mit\nlanguage: [en, zh]\n---\n# base\n"
+    base = keeper.create("org/base", public=True, files={"README.md": readme, "config.json": b"{}"})
+    commit = base.branches["main"]
+    keeper.commit(base, {"README.md": b"---\nlicense: gemma\n---\n"})
+    manifest = json.loads((mine / "mmq.json").read_text())
+    for hub in ("hf", "modelscope"):
+        manifest["base"] |= {"model": "org/base", "hub": hub, "revision": commit}
+        (mine / "mmq.json").write_text(json.dumps(manifest))
+        assert mmq("publish", mine, f"{hub}:me/{hub}", "--no-reload")[0] == 0
+        card = keeper.files(f"me/{hub}")["README.md"].decode()
+        assert "license: mit\n" in card
+        assert "base_model:\n- org/base\n" in card
+        assert f"mmq quantize org/base {'--hub modelscope ' if hub == 'modelscope' else ''}--revision {commit}" in card
+    base.gated = True
+    code, _, err = mmq("publish", mine, "modelscope:me/other", "--no-reload")
+    assert code == 2
+    assert "gated" in err or "forbids" in err
+
+
+def test_a_bench_report_of_this_artifact_is_on_the_card(
+    keeper: HubKeeper, mmq: Callable, mine: Path, tmp_path: Path
+) -> None:
+    from mmq.bench.report import Figure, Report, write_report
+
+    def report(digest: str) -> Report:
+        numbers = {
+            "fp16": {
+                "output_rate": Figure(100.0, "tok/s", "measured"),
+                "weights": Figure(2 << 30, "bytes", "computed"),
+            },
+            "awq": {"output_rate": Figure(321.5, "tok/s", "measured"), "weights": Figure(1 << 30, "bytes", "computed")},
+        }
+        subjects = {"fp16": {"digest": "headers:1"}, "awq": {"digest": digest}}
+        load = {"requests": 16, "concurrency": 4, "input_tokens": 64, "output_tokens": 64, "pictures": 1}
+        load |= {"picture": (112, 112), "runs": 3, "warmups": 2, "seed": 0}
+        settings = {"load": load, "vram": 24 << 30, "context": 2048}
+        machine = {"words": "a card of 24 GiB"}
+        when = "2026-11-21T10:00:00+00:00"
+        return Report("bench", when, "vllm", subjects, numbers, {}, settings, machine, {"mmq": "0.1.0"})
+
+    results = tmp_path / "bench-results"
+    write_report(report(open_artifact(mine).digest), results / "20261121T100000-fp16-awq", markdown="")
+    write_report(report("another"), results / "20261121T110000-fp16-awq", markdown="")
+    (results / "20261121T100000-fp16-awq" / "curve.png").write_bytes(b"\x89PNG picture")
+    assert mmq("publish", mine, BOTH[0], "--no-reload")[0] == 0
+    files = keeper.files(NAME)
+    card = files["README.md"].decode()
+    assert "321.5" in card
+    assert "| 每秒输出词元 | 100 | 321.5 |" in card
+    assert "figures/curve.png" in card
+    assert files["figures/curve.png"] == b"\x89PNG picture"
+    code, _, err = mmq("publish", mine, BOTH[0], "--no-reload", "--report", results / "20261121T110000-fp16-awq")
+    assert code == 2
+    assert "did not measure this artifact" in err
+
+
+def test_no_token_in_any_process_list(keeper: HubKeeper, mine: Path, tmp_path: Path) -> None:
+    """The command and all that it starts, looked at while it works; and everything that it says."""
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nps -eo args > seen.txt\nexit 1\n")
+    program.chmod(0o755)
+    command = [sys.executable, "-m", "mmq", "publish", str(mine), BOTH[0]]
+    env = {**environment(keeper, tmp_path), "MMQ_VLLM": str(program), "MMQ_DEBUG": "1"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    seen = (tmp_path / "seen.txt").read_text()
+    assert "publish" in seen
+    assert TOKEN not in seen + done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hub", ["hf", "modelscope"])
+def test_published_downloaded_and_served_by_the_real_engine(
+    keeper: HubKeeper, mmq: Callable, mine: Path, tmp_path: Path, hub: str
+) -> None:
+    """The clean copy before it goes up, and the download of it after, each by a vLLM of its own."""
+    from mmq.recipes.pebble.tasks import samples
+    from mmq.recipes.samples import as_openai
+    from mmq.serve.client import connect
+    from mmq.serve.engines import plan
+    from mmq.serve.machine import this_machine
+    from mmq.serve.running import free_port, running
+
+    code, out, err = mmq("publish", mine, f"{hub}:{NAME}", "--json")
+    assert (code, err) == (0, "")
+    first = json.loads(out)["answer"]
+    assert first
+    assert b"vLLM loaded a clean copy of these files and answered" in keeper.files(NAME)["README.md"]
+    base = fetch(NAME, hub=hub, revision="v1")
+    assert open_artifact(base.path, verify=True).digest == open_artifact(mine).digest
+    launch = plan("vllm", base.path, machine=this_machine(), port=free_port())
+    with running(launch, timeout=300, log_path=tmp_path / "log") as server, connect(server.url) as client:
+        sample = next(iter(samples("test", 1)))
+        reply = client.chat.completions.create(
+            model=server.name,
+            messages=as_openai(sample.question),  # pyright: ignore[reportArgumentType]
+            max_tokens=32,
+            temperature=0,
+        )
+    assert reply.choices[0].message.content == first == sample.answer
+    assert "HF_TOKEN" in os.environ
