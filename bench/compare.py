@@ -1,33 +1,57 @@
-"""compare: several checkpoints under the same engine, flags and load, one after the other; a report and its table.
+"""compare: several checkpoints under the same engine, flags and load, in turns, from one request at once to saturation.
 
-Knows an engine by its name in `serve` alone.
+Who is up is `variants`, whose turn it is `turns`, what is asked `speed`, what is done already `journal`, and what it
+comes to `outcome`. Knows an engine by its name in `serve` alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..recipes.progress import Tell, silent
-from ..serve.engines import plan, weights_kept
-from ..serve.flags import Launch, shell_line
+from ..recipes.progress import Step, Tell, silent
+from ..serve.flags import number
 from ..serve.footprint import footprint
-from ..serve.machine import GIB, Machine, this_machine
-from ..serve.programs import packages_beside
-from ..serve.running import START_TIMEOUT, free_port, running
+from ..serve.machine import this_machine
+from ..serve.overhead import batched_tokens
+from ..serve.running import START_TIMEOUT, terminate_is_exit
 from ..serve.shape import context_length, read_config
-from . import memory, speed
-from .find import Subject, find
-from .report import Figure, Report, describe, digest_of, markdown_table, now, versions
-from .speed import CPU_LOAD, Load
+from . import capacity as limits
+from . import outcome
+from .budget import Budget, budget_of
+from .find import find
+from .generator import Ask, generator, one_run, pictures_in, written_rows
+from .journal import Journal, forget_unpaired, open_journal
+from .nvml import Card, begin, open_card
+from .report import Report, describe, now
+from .speed import CPU_LOAD, Load, measures
+from .stages import stages as time_stages
+from .turns import levels_of, mode_of, runs_at, saturated, visits
+from .variants import Up, all_fit, described, dropped, servers, variant_of
 
-SPREAD = 1.25  # fastest run over slowest: beyond it the rates are not to be trusted
 CONTEXT = 2048  # tokens, as the field's own tables have it
-# random prompts would hit no cache, but warm-ups and repetitions may: switched off, so every run does all its work
-SAME_FOR_ALL = {"vllm": ("--no-enable-prefix-caching",)}  # the other engines keep no prefix unless told to
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One comparison: what stays the same while it runs. `failed` fills as it goes."""
+
+    load: Load
+    levels: tuple[int, ...]
+    auto: bool  # levels above the load's own end where no rate grows any more
+    journal: Journal
+    budget: Budget
+    context: int
+    card: Card | None
+    rows: Path | None
+    remote_code: bool
+    stages: bool
+    capacity: bool
+    failed: dict[str, str]
+    tell: Tell
 
 
 def compare(
@@ -35,9 +59,15 @@ def compare(
     *,
     folder: Path = Path(),
     out: Path = Path("bench-results"),
-    vram: int = 24 * GIB,
+    vram: int | None = None,
+    card: str | None = None,
     context: int = CONTEXT,
     load: Load | None = None,
+    sweep: Sequence[int] | None = None,
+    interleave: str = "auto",
+    capacity: bool | None = None,
+    stages: bool = True,
+    fresh: bool = False,
     engine: str = "vllm",
     engine_bin: str | Path | None = None,
     extra: Sequence[str] = (),
@@ -47,9 +77,13 @@ def compare(
 ) -> tuple[Report, Path]:
     """Serve and measure each of `names` (see `find.find`); returns the report and the folder it belongs into.
 
-    The folder, new in `out`, has the engine's logs and the load generator's raw JSON; `write_report` completes it.
-    Max length and max batch are for `vram` bytes at `context` tokens: measured where a GPU can be given just this
-    budget, computed elsewhere. `extra` flags go to every server. ValueError for names, RuntimeError for the engine.
+    The folder in `out` has the engines' logs, the generator's raw JSON and the journal by which a run that broke off
+    is taken up again unless `fresh`; `write_report` completes it. Memory, max length and max batch are for `vram`
+    bytes or a `card` by name, at `context` tokens: measured where an engine can be held to that budget here, computed
+    elsewhere (`capacity` True runs what fits here all the same). `sweep` lists levels of concurrency beside the load's
+    own, () for none; None: up to saturation. `interleave`: auto, together, restart or off. `extra` flags go to every
+    server. A variant that fails does not stop the others: `settings["failed"]` of the report has its reason.
+    ValueError for names and settings, RuntimeError where nothing could be measured.
     """
     subjects = find(names, folder=folder, tell=tell)
     for subject in subjects:
@@ -58,190 +92,158 @@ def compare(
             raise ValueError(f"a context of {context} tokens is more than {subject.label} can do: {longest}")
     machine = this_machine()
     load = load or (Load() if machine.gpus else CPU_LOAD)
+    levels = levels_of(load, sweep)
+    budget = budget_of(machine, engine, vram=vram, card=card)
+    same: dict[str, Any] = {"engine": engine, "machine": machine, "budget": budget}
+    options: dict[str, Any] = {"load": load, "context": context, "pictures": pictures_in(load), "extra": extra}
+    options |= {"trust_remote_code": trust_remote_code, "engine_bin": engine_bin}
+    variants = [variant_of(subject, **same, **options) for subject in subjects]
+    labels = [variant.label for variant in variants]
+    mode = mode_of(interleave, many=len(variants), fit=lambda: all_fit(variants, **same))
+    subjects_told = {variant.label: described(variant) for variant in variants}
+    asked = {
+        "subjects": {label: told["digest"] for label, told in subjects_told.items()},
+        "load": dataclasses.asdict(load),
+        "settings": [engine, list(levels), mode, capacity, stages, context, budget.size, list(extra)],
+        "machine": machine.words,
+    }
     created = now()
-    place = out / "-".join([re.sub(r"\W", "", created[:19]), *(s.label for s in subjects)])
-    flags, budgeted = _budget_flags(engine, machine, vram, extra)
-    described, numbers, raw, packages = {}, {}, {}, {}
-    for subject in subjects:
-        launch = plan(
-            engine,
-            subject.path,
-            machine=machine,
-            port=free_port(),
-            max_model_len=context,
-            served_model_name=subject.label,
-            trust_remote_code=trust_remote_code,
-            engine_bin=engine_bin,
-            extra=flags,
+    journal = open_journal(out, asked, created=created, labels=labels, fresh=fresh)
+    if mode != "off":
+        forget_unpaired(journal, labels)
+    nvml, dark = open_card() if budget.enforced else (None, "")
+    bench = Bench(
+        load=load,
+        levels=levels,
+        auto=sweep is None,
+        journal=journal,
+        budget=budget,
+        context=context,
+        card=nvml,
+        rows=written_rows(load, journal.place),
+        remote_code=trust_remote_code,
+        stages=stages,
+        capacity=budget.enforced if capacity is None else capacity,
+        failed={},
+        tell=tell,
+    )
+    with terminate_is_exit(), generator(journal.place / "generator.log") as ask:
+        for up, numbers in visits(mode, labels, load.runs):
+            wanted = [v for v in variants if v.label in up and v.label not in bench.failed]
+            if not any(_left(bench, v.label, numbers) for v in wanted):
+                continue
+            places = {"place": journal.place, "timeout": timeout, "card": nvml, "tell": tell}
+            with servers(wanted, failed=lambda label, e: _fail(bench, label, e), **places) as ups:
+                _visit(bench, ask, ups, numbers)
+    measured = [v for v in variants if outcome.rate_of(journal, v.label, load.concurrency) is not None]
+    if not measured:
+        raise RuntimeError("; ".join(bench.failed.values()))
+    told = {v.label: subjects_told[v.label] for v in measured}
+    done: dict[str, Any] = {"load": load, "context": context, "mode": mode, "failed": bench.failed, "dark": dark}
+    made = {"created": created, "machine": describe(machine)}
+    return outcome.report(journal, measured, told, engine=engine, budget=budget, **done, **made), journal.place
+
+
+def _left(bench: Bench, label: str, numbers: Sequence[int]) -> bool:
+    """Whether anything of a visit is still to be measured."""
+    own = bench.load.concurrency
+    done = {line["number"] for line in bench.journal.found("run", label=label, concurrency=own)}
+    return not (done >= set(numbers) and bench.journal.found("visited", label=label, numbers=list(numbers)))
+
+
+def _visit(bench: Bench, ask: Ask, ups: dict[str, Up], numbers: Sequence[int]) -> None:
+    """All levels, in turns between the servers that are up; then what is asked of each alone."""
+    journal, own = bench.journal, bench.load.concurrency
+    for label, up in ups.items():
+        spell = dataclasses.asdict(up.start) if up.start else None
+        journal.add("start", label=label, seconds=round(up.server.startup_s, 2), spell=spell)
+    before: dict[str, float] = {}
+    for concurrency in bench.levels:
+        todo = [n for n in range(runs_at(bench.load, concurrency)) if n in numbers]
+        for number_ in todo:
+            for at, label in enumerate(list(ups)):
+                done = todo.index(number_) * len(ups) + at
+                bench.tell(Step(f"{concurrency} at once", done, len(todo) * len(ups), label))
+                if not journal.found("run", label=label, concurrency=concurrency, number=number_):
+                    _safely(bench, ups, label, lambda up: _run(bench, ask, up, concurrency, number_))  # noqa: B023
+        bench.tell(Step(f"{concurrency} at once", 1, 1))
+        rates = {label: outcome.rate_of(journal, label, concurrency) or 0.0 for label in ups}
+        if bench.auto and concurrency > own and saturated(before, rates):
+            break
+        before = rates
+    for label in list(ups):
+        if not journal.found("footprint", label=label):
+            _safely(bench, ups, label, lambda up: _look(bench, up))
+    for label in ups:
+        journal.add("visited", label=label, numbers=list(numbers))
+
+
+def _safely(bench: Bench, ups: dict[str, Up], label: str, do: Callable[[Up], None]) -> None:
+    """Do something with one server; where that fails it is ended, told of and left out."""
+    try:
+        do(ups[label])
+    except (RuntimeError, OSError, ValueError) as e:
+        _fail(bench, label, dropped(ups, label, e))
+
+
+def _fail(bench: Bench, label: str, error: Exception) -> None:
+    bench.failed[label] = str(error)
+    bench.journal.add("failed", label=label, why=str(error))
+
+
+def _run(bench: Bench, ask: Ask, up: Up, concurrency: int, number: int) -> None:
+    """One run of one level on one server, written down."""
+    label, load = up.variant.label, bench.load.at(concurrency)
+    file = bench.journal.place / f"{label}-{concurrency}-{number + 1}.json"
+    tokenizer = up.variant.subject.path.resolve()
+    options: dict[str, Any] = {"rows": bench.rows, "remote_code": bench.remote_code}
+    end = begin(bench.card)
+    try:
+        run = one_run(
+            ask,
+            up.server.url,
+            model=up.server.name,
+            tokenizer=tokenizer,
+            load=load,
+            number=number,
+            result=file,
+            **options,
         )
-        with running(launch, timeout=timeout, log_path=place / f"{subject.label}.log", tell=tell) as server:
-            runs = speed.measure(
-                server.url,
-                model=server.name,
-                tokenizer=subject.path.resolve(),
-                load=load,
-                out=place,
-                label=subject.label,
-                tell=tell,
-            )
-            taken = footprint(server)
-        numbers[subject.label] = {
-            **speed.figures(runs),
-            **memory.figures(
-                subject.path,
-                budget=vram,
-                context=context,
-                measured=taken,
-                same_budget=budgeted,
-                weights=weights_kept(engine, subject.path),
+    finally:
+        spell = end()
+    facts: dict[str, Any] = {"label": label, "concurrency": concurrency, "number": number, "file": file.name}
+    facts |= {"output_rate": measures(run)["output_rate"], "spell": dataclasses.asdict(spell) if spell else None}
+    bench.journal.add("run", **facts)
+
+
+def _look(bench: Bench, up: Up) -> None:
+    """What is asked of one server alone: its stages, its memory, the largest batch and the longest context."""
+    label, journal, url, model = up.variant.label, bench.journal, up.server.url, up.server.name
+    if bench.stages:
+        try:
+            found = time_stages(url, model=model, load=bench.load, tell=bench.tell)
+            journal.add("stages", label=label, **dataclasses.asdict(found))
+        except ValueError as e:
+            journal.add("note", label=label, why=f"{label}: its stages could not be timed: {e}")
+    taken = footprint(up.server)
+    if bench.capacity:
+        argv = up.variant.launch.argv
+        step = int(number(argv, "--max-num-batched-tokens") or batched_tokens(bench.budget.size))
+        most = int(number(argv, "--max-num-seqs") or 0) or None
+        tries: dict[str, Callable[[], list[limits.Trial]]] = {
+            "max_batch": lambda: limits.max_batch(
+                url, model=model, context=bench.context, most=most, step=step, tell=bench.tell
             ),
-            "startup": Figure(server.startup_s, "s", "measured"),
+            "max_length": lambda: limits.max_context(url, model=model, tell=bench.tell),
         }
-        raw[subject.label] = {"runs": [dataclasses.asdict(r) for r in runs], "footprint": dataclasses.asdict(taken)}
-        described[subject.label] = _describe(subject, launch)
-        packages = packages_beside(Path(launch.argv[0]))
-    report = Report(
-        kind="bench",
-        created=created,
-        engine=engine,
-        subjects=described,
-        numbers=numbers,
-        raw=raw,
-        settings={
-            "load": dataclasses.asdict(load),
-            "vram": vram,
-            "context": context,
-            "reserve": memory.RESERVE,
-            "budget_given_to_engine": budgeted,
-        },
-        machine=describe(machine),
-        versions=versions(packages),
-    )
-    return report, place
-
-
-def _budget_flags(engine: str, machine: Machine, vram: int, extra: Sequence[str]) -> tuple[tuple[str, ...], bool]:
-    """Flags for all servers, and whether they hold the engine to `vram` bytes: only vLLM on a GPU with that much free
-    can."""
-    flags = (*SAME_FOR_ALL.get(engine, ()), *extra)
-    if (
-        engine != "vllm"
-        or not machine.gpus
-        or vram > 0.97 * machine.gpus[0].free
-        or "--gpu-memory-utilization" in extra
-    ):
-        return flags, False
-    return ("--gpu-memory-utilization", f"{vram / machine.gpus[0].memory:.4f}", *flags), True
-
-
-def _describe(subject: Subject, launch: Launch) -> dict[str, Any]:
-    described: dict[str, Any] = {"path": subject.shown, "digest": digest_of(subject.path)}
-    if subject.artifact is not None:
-        manifest = subject.artifact.manifest
-        described |= {k: manifest.get(k) for k in ("name", "method", "format", "group_size", "base")}
-    # as a reader would type it: the program by its name, the checkpoint by its own
-    program, *words = launch.argv
-    first = next((at for at, word in enumerate(words) if word.startswith("--")), len(words))  # the folder stands before
-    typed = (Path(program).name, *words[: first - 1], subject.shown, *words[first:])
-    return described | {"command": shell_line(dataclasses.replace(launch, argv=typed))}
-
-
-ROWS = (  # measure, title
-    ("input_rate", "input tok/s"),
-    ("output_rate", "output tok/s"),
-    ("time", "time (s)"),
-    ("weights", "model memory"),
-    ("max_length", "max length in {vram} (tokens)"),
-    ("max_batch", "max batch in {vram} ({context} tokens each)"),
-    ("ttft", "time to first token, median (ms)"),
-    ("ttft_p99", "time to first token, p99 (ms)"),
-    ("tpot", "time per output token, median (ms)"),
-    ("tpot_p99", "time per output token, p99 (ms)"),
-    ("server_memory", "server's memory, all processes"),
-    ("card_memory", "GPU memory, cache included"),
-)
-
-
-def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of the table of the field: a column each, then each one's ratio to the first."""
-    labels = list(report.numbers)
-    first = labels[0]
-    head = ["", *labels, *(f"{label} / {first}" for label in labels[1:])]
-    words = {"vram": _amount(report.settings["vram"]), "context": report.settings["context"]}
-    rows = []
-    for key, title in ROWS:
-        found = [report.numbers[label].get(key) for label in labels]
-        if found[0] is None or any(f is None for f in found):
-            continue
-        shown = [f for f in found if f is not None]
-        computed = ", computed" if any(f.how == "computed" for f in shown) else ""
-        ratios = [f"{f.value / shown[0].value:.2f}x" if shown[0].value else "-" for f in shown[1:]]
-        rows.append([title.format(**words) + computed, *map(_show, shown), *ratios])
-    return head, rows
-
-
-def _show(figure: Figure) -> str:
-    if figure.unit == "bytes":
-        return _amount(figure.value)
-    if figure.unit in ("tokens", "sequences"):
-        return f"{figure.value:,.0f}"
-    return f"{figure.value:.1f}" if figure.value >= 100 else f"{figure.value:.2f}"
-
-
-def _amount(size: float) -> str:
-    for unit, scale in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= scale:
-            return f"{size / scale:.4g} {unit}"
-    return f"{size:.0f} B"
-
-
-def load_line(report: Report) -> str:
-    """What was asked of the servers, for a reader."""
-    load: Mapping[str, Any] = report.settings["load"]
-    height, width = load["picture"]
-    pictures = f"{load['pictures']} picture(s) of {height} x {width}" if load["pictures"] else "no picture"
-    return (
-        f"{load['requests']} requests, {load['concurrency']} at once, each {load['input_tokens']} random tokens and "
-        f"{pictures} in, {load['output_tokens']} tokens out; {load['runs']} runs, their median"
-    )
-
-
-def warnings(report: Report) -> list[str]:
-    """What a reader must know before believing the rates: runs of one load that differ much, by the label."""
-    said = []
-    for label, found in report.numbers.items():
-        rate = found["output_rate"]
-        if rate.low and rate.high and rate.high > SPREAD * rate.low:
-            said.append(
-                f"{label}: output tok/s from {rate.low:.1f} to {rate.high:.1f} between runs of one load; "
-                "something else uses this machine, measure again when it is quiet"
-            )
-    return said
-
-
-def markdown(report: Report) -> str:
-    """The report as Markdown: the table, the load, the machine, the versions, the commands."""
-    head, rows = table(report)
-    spread = []
-    for label, found in report.numbers.items():
-        rate = found["output_rate"]
-        spread.append(f"{label} {rate.low:.1f} to {rate.high:.1f}")
-    versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    reserve = f"{report.settings['reserve']:.0%}"
-    lines = [
-        f"# {' against '.join(report.numbers)}: speed and memory",
-        "",
-        markdown_table(head, rows),
-        f"- Load: {load_line(report)}. Output tok/s over the runs: {'; '.join(spread)}.",
-        f"- Computed figures: {_amount(report.settings['vram'])} less {reserve} for activations, less the weights, "
-        "divided by the cache's bytes per token.",
-        f"- Machine: {report.machine['words']}, {report.machine['system']}.",
-        f"- Engine: {report.engine}; {versions_line}.",
-        f"- Taken: {report.created}.",
-        *(f"- Beware: {line}." for line in warnings(report)),
-        "",
-    ]
-    for label, subject in report.subjects.items():
-        lines += [f"## {label}", "", f"`{subject['path']}`, digest `{subject['digest']}`", ""]
-        lines += ["```", subject["command"], "```", ""]
-    return "\n".join(lines)
+        for name, trial in tries.items():
+            end = begin(bench.card)
+            try:
+                trials = [dataclasses.asdict(found) for found in trial()]
+            except ValueError as e:
+                journal.add("note", label=label, why=f"{label}: {e}")
+                continue
+            finally:
+                spell = end()
+            journal.add(name, label=label, trials=trials, spell=dataclasses.asdict(spell) if spell else None)
+    journal.add("footprint", label=label, footprint=dataclasses.asdict(taken))

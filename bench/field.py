@@ -1,18 +1,23 @@
 """The table of the field for a page: every measure that was taken, in groups, with ranges and ratios.
 
-The rows that the terminal shows are compare.py's, and so are their titles; nothing measured is left out here.
+The rows that the terminal shows are table.py's, and so are their titles; nothing measured is left out here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .compare import ROWS
 from .headline import ratio_cell
 from .report import Figure, Report
 from .show import amount, show
+from .table import ROWS
 
-BESIDES = {"startup": "start of the server (s)", "kv_token": "cache of one token"}
+BESIDES = {
+    "startup": "start of the server (s)",
+    "kv_token": "cache of one token",
+    "decode_limit": "decoding on the stated card, at most (tok/s)",
+    "decode_projected": "decoding on the stated card (tok/s)",
+}
 
 
 def field(report: Report) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -58,6 +63,8 @@ def _cell(figure: Figure | None, *, told: bool) -> dict[str, str]:
 def reading(report: Report) -> str:
     """How the table is to be read."""
     said = "Under a figure: the lowest and highest of its runs."
+    if len(report.numbers) == 1:
+        return said
     known = [r for found in report.ratios.values() for r in found.values() if r.low is not None]
     if known:
         pairs = max(r.pairs for r in known)

@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .. import __version__
 from .beside import answer
 from .colours import series, shipped, variables
-from .compare import load_line, warnings
 from .field import field, reading
 from .headline import moment, tiles, title
 from .plots import Plot, layer_plot, load_plots, memory_plot, pareto_plot, ratio_plot, stage_plot
 from .proof import rows as proof_rows
+from .proof import unchecked as unchecked_lines
 from .report import Report
 from .show import amount, number_of
+from .table import load_line, warnings
 
 PAGE = "report.html"
 SECTIONS = (
@@ -41,11 +42,11 @@ SECTIONS = (
     ("conditions", "How it was measured"),
 )
 MISSING = {  # section -> what is not there, and what would fill it
-    "load": "One level of load was run; `mmq bench --compare ... --sweep` goes up to saturation.",
-    "memory": "No engine told its memory by part.",
-    "quality": "Nothing was checked; `mmq check ARTIFACT`, then `mmq bench` again, brings quality in here.",
-    "stages": "Stages were not timed; `mmq bench --compare ... --stages` times them.",
-    "answers": "No questions were asked; `mmq bench --compare ... --answers 8` asks some of the held-out samples.",
+    "load": "No latency against load: one level was run; `mmq bench --compare ... --sweep auto` goes up to saturation.",
+    "memory": "No memory by part: this engine did not tell it; vLLM on a GPU does.",
+    "quality": "No quality: nothing was checked; `mmq check ARTIFACT`, then `mmq bench` again, brings it in here.",
+    "stages": "No stages: they were not timed; `mmq bench --compare ... --stages` times them.",
+    "answers": "No answers: no question was asked; `mmq bench --compare ... --answers 8` asks some held-out samples.",
 }
 
 
@@ -54,56 +55,70 @@ def page(report: Report, folder: Path) -> str:
     plots = [p for p in (layer_plot(report), pareto_plot(report)) if p is not None]
     style = variables() + shipped("chart.css") + shipped("report.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    labels = list(report.numbers)
+    labels, quality = list(report.numbers), {k: dict(v) for k, v in report.quality.items()}
+    unchecked = unchecked_lines(quality)
     task_head, task_rows = _tasks(report)
     memory, stages, ratios = memory_plot(report), stage_plot(report), ratio_plot(report)
+    load, answers = load_plots(report), [answer(one, folder, labels) for one in report.answers]
+    there = {"load": load, "memory": memory, "quality": report.quality, "stages": stages, "answers": answers}
+    missing = [line for section, line in MISSING.items() if not there[section]]
     return _template().render(
         title=title(report),
         style=Markup(style),
         style_hash=f"sha256-{digest}",
-        sections=SECTIONS,
+        sections=[(name, heading) for name, heading in SECTIONS if there.get(name, True)],
         machine=report.machine.get("words", "a machine that was not told"),
         engine=f"{report.engine} {report.versions.get(report.engine, '')}".strip(),
         created=moment(report.created),
         verdicts=report.verdicts,
-        warnings=warnings(report),
+        warnings=[line for line in warnings(report) if line not in unchecked],
         tiles=tiles(report),
         load=load_line(report),
         labels=[{"name": label, "class": series(i)} for i, label in enumerate(labels)],
         field=field(report),
         reading=reading(report),
         ratio_plot=ratios and _drawn(ratios),
-        load_plots=[_drawn(p) for p in load_plots(report)],
+        load_plots=[_drawn(p) for p in load],
         memory_plot=memory and _drawn(memory),
-        unchecked=[f"{label}: {q['unchecked']}" for label, q in report.quality.items() if q.get("unchecked")],
+        unchecked=unchecked,
         quality_head=["", *labels],
-        quality_rows=proof_rows(labels, {k: dict(v) for k, v in report.quality.items()}),
+        quality_rows=proof_rows(labels, quality),
         quality_plots=[_drawn(p) for p in plots],
         task_head=task_head,
         task_rows=task_rows,
         stage_plot=stages and _drawn(stages),
         stage_sizes=_stage_sizes(report),
-        answers=[answer(one, folder, labels) for one in report.answers],
+        answers=answers,
         carries=_carries(report),
         facts=_facts(report),
         subjects=_subjects(report),
         again=report.settings.get("command"),
-        missing=MISSING,
+        missing=missing,
         mmq=report.versions.get("mmq", __version__),
     )
 
 
-def write_page(report: Report, folder: Path) -> Path:
-    """Write report.html into `folder`, beside report.json; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PAGE
-    path.write_text(page(report, folder), encoding="utf-8")
+def write_page(report: Report, folder: Path, *, out: Path | None = None) -> Path:
+    """Write report.html into `out`, or into `folder`, where the report and its pictures are; returns its path."""
+    path = (out or folder) / PAGE
+    text = page(report, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
     return path
+
+
+def coded(text: str) -> Markup:
+    """A sentence whose `commands` are set as code; all else in it is escaped."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick too many is just that
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 @cache
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = coded
     return environment.from_string(shipped("report.html"))
 
 

@@ -7,7 +7,6 @@ time, on a card that nothing else uses: the engine measures the whole card. benc
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import sys
@@ -20,18 +19,16 @@ import click
 
 from ..serve.bill import read_model
 from ..serve.engines import plan
-from ..serve.flags import Launch
 from ..serve.footprint import footprint
 from ..serve.machine import GIB, Gpu, Machine, this_machine
-from ..serve.overhead import batched_tokens, default_sequences
 from ..serve.plan_flags import asked_in
 from ..serve.planner import Plan, planned
 from ..serve.running import free_port, running
+from .budget import scaled, settled, usable
 from .report import parse_bytes
 
 WEIGHTS = 0.03  # the largest relative error that is accepted
 TOKENS = 0.10
-SHARE = "--gpu-memory-utilization"
 TOLD = {  # GiB, as vLLM's log has them; the second to fourth with VLLM_LOGGING_LEVEL=DEBUG alone
     "for the cache": r"Available KV cache memory: ([\d.]+) GiB",
     "passes": r"torch peak memory increase: ([\d.]+)GiB",
@@ -95,13 +92,7 @@ def hold(folder: Path, budget: int, *, extra: Sequence[str] = (), machine: Machi
     if budget > here.memory:
         raise ValueError(f"{here.name} has {here.memory / GIB:.1f} GiB; a budget cannot be larger")
     card = Gpu("a card of this size", budget, budget, here.capability)
-    settled = (
-        "--max-num-batched-tokens",
-        str(batched_tokens(budget)),
-        "--max-num-seqs",
-        str(default_sequences(budget)),
-    )
-    extra = (*settled, *extra)
+    extra = (*settled(budget), *extra)
     told = planned(read_model(folder), card, asked_in(extra, context=None))
     held = Held(
         folder=folder.name,
@@ -114,7 +105,7 @@ def hold(folder: Path, budget: int, *, extra: Sequence[str] = (), machine: Machi
     if told.problem:
         return held
     launch = plan("vllm", folder, machine=replace(machine, gpus=(card,)), port=free_port(), extra=extra)
-    launch = scaled(launch, budget / _usable(here))
+    launch = scaled(launch, budget / usable(here))
     held = replace(held, argv=launch.argv[1:])
     try:
         with running(launch, log_path=log) as server:
@@ -130,26 +121,6 @@ def hold(folder: Path, budget: int, *, extra: Sequence[str] = (), machine: Machi
             )
     except RuntimeError as e:
         return replace(held, error=str(e))
-
-
-def scaled(launch: Launch, factor: float) -> Launch:
-    """The launch with its share of the card times `factor`: as much memory of a larger card."""
-    at = launch.argv.index(SHARE) + 1
-    share = f"{float(launch.argv[at]) * factor:.6f}"
-    return replace(launch, argv=(*launch.argv[:at], share, *launch.argv[at + 1 :]))
-
-
-def _usable(card: Gpu) -> int:
-    """Bytes of the first card as CUDA tells them, of which vLLM takes its share: less than nvidia-smi's, which counts
-    what the driver keeps. Opens no context there, which would be memory that an engine sees."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return card.memory
-    device, size = ctypes.c_int(), ctypes.c_size_t()
-    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
-    failed = failed or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
-    return card.memory if failed else size.value
 
 
 def _gib(told: Plan) -> dict[str, float]:

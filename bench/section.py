@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 
-from .compare import load_line
 from .headline import moment, ratio_cell
 from .proof import rows as proof_rows
 from .report import Report, markdown_table
 from .show import amount, show
+from .table import load_line
 
 ROWS = (  # measure, title
     ("weights", "model memory"),

@@ -1,33 +1,31 @@
-"""How fast a server is: the field's own load generator (`vllm bench serve`) drives it, its raw times are kept.
+"""How fast a server is: what is asked of it, and what the load generator's raw times say.
 
-Knows a server by its URL: any OpenAI-compatible one will do.
+Arithmetic and a command line; `generator` is who runs it. Knows a server by its URL: any OpenAI-compatible one will do.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..recipes.progress import Step, Tell, silent
-from ..serve.client import key_here
-from ..serve.log import useful_lines
 from ..serve.machine import this_machine
-from ..serve.programs import find_program
 from .report import Figure
+
+TIMES = ("ttft", "tpot", "itl", "e2e")  # of a request: to the first token, a further token, between pieces, all of it
+WAVES, LEAST = 4, 8  # of a sweep's level: each place under way is filled so often, and so many requests at least
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: random words and random pictures, the same for every server by `seed`.
+    """What is asked: random words and random pictures, the same for every server by `seed`; or rows of `dataset`.
 
     `concurrency` requests are under way at once; `picture` is (height, width) in pixels, `pictures` how many a
     request has; every answer is exactly `output_tokens` long. The whole is done `runs` times, each with another seed.
+    `dataset` is a JSONL file as `mmq infer` takes it ("x.jsonl#100"), whose rows then stand for words and pictures.
     """
 
     requests: int = 64
@@ -36,9 +34,10 @@ class Load:
     output_tokens: int = 128
     pictures: int = 1
     picture: tuple[int, int] = (448, 448)
-    runs: int = 3
+    runs: int = 5
     warmups: int = 2
     seed: int = 0
+    dataset: str = ""
 
     def __post_init__(self) -> None:
         for name in ("requests", "concurrency", "input_tokens", "output_tokens", "runs"):
@@ -47,19 +46,41 @@ class Load:
         if self.pictures < 0 or self.warmups < 0 or min(self.picture) < 28:
             raise ValueError("a load has 0 or more pictures and warm-ups, and pictures of at least 28 x 28 pixels")
 
+    def at(self, concurrency: int) -> Load:
+        """The load of a sweep's level: as many requests as fill `concurrency` places a few times."""
+        if concurrency == self.concurrency:
+            return self
+        return replace(self, concurrency=concurrency, requests=max(LEAST, WAVES * concurrency))
+
+    @property
+    def words(self) -> str:
+        """What is asked, for a reader."""
+        height, width = self.picture
+        pictures = f"{self.pictures} picture(s) of {height} x {width}" if self.pictures else "no picture"
+        asked = f"of {self.dataset}" if self.dataset else f"each {self.input_tokens} random tokens and {pictures} in"
+        return f"{self.requests} requests, {self.concurrency} at once, {asked}, {self.output_tokens} tokens out"
+
 
 CPU_LOAD = Load(requests=16, concurrency=4, input_tokens=64, output_tokens=64, picture=(112, 112))
+QUICK = {"runs": 3, "warmups": 1}
 
 
-def load_here(**asked: int | None) -> Load:
+def load_here(*, quick: bool = False, **asked: Any) -> Load:
     """The load for this machine, a GPU's or a CPU's, with each field that was asked for (None: as it is)."""
     load = Load() if this_machine().gpus else CPU_LOAD
+    load = replace(load, **QUICK, requests=max(8, load.requests // 2)) if quick else load
     return replace(load, **{k: v for k, v in asked.items() if v is not None})
+
+
+def asked_of(options: Mapping[str, Any]) -> list[str]:
+    """Those of the options that are a load's fields."""
+    return [field.name for field in fields(Load) if field.name in options]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's raw samples, in the order of the requests. Seconds and tokens; `tpot` is seconds per further token."""
+    """One run's raw samples, in the order of the requests. Seconds and tokens; `tpot` is seconds per further token,
+    `itl` those between the pieces of all answers, `joules` what the card took meanwhile, where it tells."""
 
     seconds: float
     input_lens: tuple[int, ...]
@@ -67,53 +88,51 @@ class Run:
     ttft: tuple[float, ...]
     tpot: tuple[float, ...]
     latency: tuple[float, ...]
+    itl: tuple[float, ...] = ()
+    joules: float | None = None
+
+    def samples(self, name: str) -> tuple[float, ...]:
+        """Those of one of `TIMES`."""
+        return self.latency if name == "e2e" else getattr(self, name)
 
 
-def command(program: Path, url: str, model: str, tokenizer: Path, load: Load, *, run: int, result: Path) -> list[str]:
-    """The load generator's command line for one run; its result goes to the file `result`."""
+def command(
+    url: str,
+    model: str,
+    tokenizer: Path,
+    load: Load,
+    *,
+    run: int,
+    result: Path,
+    rows: Path | None = None,
+    remote_code: bool = False,
+) -> list[str]:
+    """The words after `vllm bench serve` for one run; its result goes to the file `result`. `rows` is the load's
+    dataset in the generator's form; `remote_code` lets the tokenizer's own Python files run."""
     height, width = load.picture
+    if rows is not None:
+        what = ["--dataset-name", "custom_image", "--dataset-path", str(rows)]
+        what += ["--custom-output-len", str(load.output_tokens)]
+    else:
+        what = ["--dataset-name", "random-mm"]
+        what += ["--random-input-len", str(load.input_tokens), "--random-output-len", str(load.output_tokens)]
+        what += ["--random-mm-base-items-per-request", str(load.pictures)]
+        what += ["--random-mm-limit-mm-per-prompt", json.dumps({"image": max(load.pictures, 1)})]
+        what += ["--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"]
+    # a picture that an engine has seen costs it less: no two runs, and no two levels, have a seed in common
+    seed = load.seed + run + 1000 * load.concurrency
     return [
-        *(str(program), "bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
-        *("--base-url", url, "--model", model, "--served-model-name", model, "--tokenizer", str(tokenizer)),
-        *("--dataset-name", "random-mm", "--num-prompts", str(load.requests), "--seed", str(load.seed + run)),
-        *("--random-input-len", str(load.input_tokens), "--random-output-len", str(load.output_tokens)),
-        *("--random-mm-base-items-per-request", str(load.pictures)),
-        *("--random-mm-limit-mm-per-prompt", json.dumps({"image": max(load.pictures, 1)})),
-        *("--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"),
+        *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", url),
+        *("--model", model, "--served-model-name", model, "--tokenizer", str(tokenizer)),
+        *(["--trust-remote-code"] if remote_code else []),
+        *(*what, "--num-prompts", str(load.requests), "--seed", str(seed)),
         *("--max-concurrency", str(load.concurrency), "--num-warmups", str(load.warmups)),
         *("--ignore-eos", "--temperature", "0", "--disable-tqdm"),
         *("--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name),
     ]
 
 
-def measure(
-    url: str, *, model: str, tokenizer: Path, load: Load, out: Path, label: str = "server", tell: Tell = silent
-) -> tuple[Run, ...]:
-    """Put `load` on the server; the generator's raw JSON of each run stays in the folder `out`.
-
-    `tokenizer` is a folder with the model's tokenizer, so that prompts have their length in its tokens. RuntimeError
-    when the generator is not installed or fails, or when any request failed.
-    """
-    program = find_program("vllm")
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "no_proxy": "127.0.0.1,localhost"}
-    env["OPENAI_API_KEY"] = key_here()  # where the generator looks for it
-    runs = []
-    for number in range(load.runs):
-        tell(Step(f"load {label}", number, load.runs, f"{load.requests} requests"))
-        result = out / f"{label}-{number + 1}.json"
-        argv = command(program, url, model, tokenizer, load, run=number, result=result)
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode != 0 or not result.is_file():
-            said = " ".join(useful_lines(done.stderr + "\n" + done.stdout))
-            raise RuntimeError(f"the load generator `vllm bench serve` failed: {said}")
-        runs.append(read_run(json.loads(result.read_text(encoding="utf-8"))))
-    tell(Step(f"load {label}", load.runs, load.runs))
-    return tuple(runs)
-
-
-def read_run(raw: Mapping[str, Any]) -> Run:
+def read_run(raw: Mapping[str, Any], *, joules: float | None = None) -> Run:
     """The raw samples of the generator's JSON. RuntimeError when a request failed, with the server's words."""
     errors = [error for error in raw["errors"] if error]
     if errors or raw["failed"]:
@@ -128,6 +147,8 @@ def read_run(raw: Mapping[str, Any]) -> Run:
         ttft=tuple(ttft),
         tpot=tuple((whole - t) / (n - 1) for whole, t, n in zip(latency, ttft, outputs, strict=True) if n > 1),
         latency=tuple(latency),
+        itl=tuple(gap for request in raw.get("itls") or () for gap in request),
+        joules=joules,
     )
 
 
@@ -142,19 +163,33 @@ def percentile(samples: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def figures(runs: Sequence[Run]) -> dict[str, Figure]:
-    """The figures of the field: rates and time by run (median, lowest, highest), latencies over all requests."""
-
-    def by_run(values: list[float], unit: str) -> Figure:
-        return Figure(statistics.median(values), unit, "measured", min(values), max(values))
-
+def measures(run: Run) -> dict[str, float]:
+    """One run's own measures, for ratios between runs: tok/s, seconds, medians and p99 in ms, J per output token."""
     found = {
-        "input_rate": by_run([sum(r.input_lens) / r.seconds for r in runs], "tok/s"),
-        "output_rate": by_run([sum(r.output_lens) / r.seconds for r in runs], "tok/s"),
-        "time": by_run([r.seconds for r in runs], "s"),
+        "input_rate": sum(run.input_lens) / run.seconds,
+        "output_rate": sum(run.output_lens) / run.seconds,
+        "time": run.seconds,
     }
-    for name, samples in (("ttft", [t for r in runs for t in r.ttft]), ("tpot", [t for r in runs for t in r.tpot])):
-        if samples:
-            found[name] = Figure(1000 * percentile(samples, 0.5), "ms", "measured")
-            found[f"{name}_p99"] = Figure(1000 * percentile(samples, 0.99), "ms", "measured")
+    for name in TIMES:
+        if samples := run.samples(name):
+            found[name] = 1000 * percentile(samples, 0.5)
+            found[f"{name}_p99"] = 1000 * percentile(samples, 0.99)
+    if run.joules is not None:
+        found["energy"] = run.joules / sum(run.output_lens)
+    return found
+
+
+def figures(runs: Sequence[Run]) -> dict[str, Figure]:
+    """The figures of the field: rates, time and energy by run (median, lowest, highest), latencies over all requests
+    (median, _p90, _p99)."""
+    found: dict[str, Figure] = {}
+    by_run = [measures(run) for run in runs]
+    for name, unit in (("input_rate", "tok/s"), ("output_rate", "tok/s"), ("time", "s"), ("energy", "J/tok")):
+        if all(name in one for one in by_run):
+            values = [one[name] for one in by_run]
+            found[name] = Figure(statistics.median(values), unit, "measured", min(values), max(values))
+    for name in TIMES:
+        if samples := [t for run in runs for t in run.samples(name)]:
+            for ending, share in (("", 0.5), ("_p90", 0.9), ("_p99", 0.99)):
+                found[name + ending] = Figure(1000 * percentile(samples, share), "ms", "measured")
     return found

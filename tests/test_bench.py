@@ -11,11 +11,18 @@ from pathlib import Path
 
 import numpy
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 from mmq.bench import memory
-from mmq.bench.compare import compare, markdown, table, warnings
+from mmq.bench.budget import budget_of, planned_for, scaled
+from mmq.bench.compare import compare
 from mmq.bench.find import find
+from mmq.bench.generator import measure, written_rows
+from mmq.bench.hollow import write
+from mmq.bench.intervals import ratio, t_quantile, unsure
+from mmq.bench.journal import forget_unpaired, open_journal
+from mmq.bench.nvml import Spell, peak_of
 from mmq.bench.report import (
     Figure,
     Level,
@@ -27,9 +34,16 @@ from mmq.bench.report import (
     read_report,
     write_report,
 )
-from mmq.bench.speed import Load, Run, figures, measure, percentile, read_run
+from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
+from mmq.bench.table import markdown, table, warnings
+from mmq.bench.turns import levels_of, mode_of, runs_at, saturated, visits
+from mmq.bench.variants import flags_for
 from mmq.recipes.hub import fetch
+from mmq.serve.bill import Ask, read_model
+from mmq.serve.flags import Launch
 from mmq.serve.footprint import Footprint
+from mmq.serve.machine import Gpu, Machine
+from mmq.serve.planner import planned
 from mmq.serve.running import Server
 from mmq.serve.shape import read_shape
 
@@ -70,6 +84,15 @@ def test_figures_of_runs_by_hand() -> None:
     assert found["ttft"].value == pytest.approx(250)
     assert found["tpot"].value == pytest.approx(25)
     assert found["ttft_p99"].value == pytest.approx(numpy.percentile([100, 200, 300, 400], 99))
+    assert found["ttft_p90"].value == pytest.approx(numpy.percentile([100, 200, 300, 400], 90))
+    assert found["e2e"].value == pytest.approx(1500)
+    assert "itl" not in found
+    assert "energy" not in found
+    told = dataclasses.replace(fast, itl=(0.01, 0.02, 0.03), joules=36.0)
+    assert figures([told])["itl"].value == pytest.approx(20)
+    assert figures([told])["energy"] == Figure(3.0, "J/tok", "measured", 3.0, 3.0)
+    assert "energy" not in figures([told, slow])
+    assert measures(told)["energy"] == 3.0
 
 
 def test_a_failed_request_fails_the_measurement() -> None:
@@ -78,45 +101,225 @@ def test_a_failed_request_fails_the_measurement() -> None:
         read_run(raw)
 
 
-def test_what_fits_by_hand(pebble: Path) -> None:
+CARD = Gpu("a card", 24 * GIB, 24 * GIB, 8.9)
+
+
+def test_without_a_bill_a_flat_reserve(pebble: Path) -> None:
     with safe_open(pebble / "model.safetensors", framework="pt") as f:
         weights = sum(f.get_tensor(name).nbytes for name in f.keys())  # noqa: SIM118, it is no dict
     assert memory.weight_bytes(pebble) == weights
     kv_token = read_shape(pebble).kv_token
-    budget = weights * 2
-    found = memory.fit(pebble, budget=budget, context=100)
-    assert found.cache == int(budget * 0.9) - weights
+    card = dataclasses.replace(CARD, memory=weights * 2)
+    found = memory.fit(pebble, card=card, context=100, billed=False)
+    assert found.cache == int(weights * 2 * 0.9) - weights
     tokens = found.cache // kv_token // 16 * 16  # whole blocks
     assert found.max_length == min(tokens, 4096)
     assert found.max_batch == tokens // 100
-    told = memory.fit(pebble, budget=budget, context=100, cache_tokens=1250)
+    told = memory.fit(pebble, card=card, context=100, billed=False, cache_tokens=1250)
     assert (told.max_length, told.max_batch) == (1250, 12)
-    small = memory.fit(pebble, budget=weights // 2, context=100)
+    small = memory.fit(pebble, card=dataclasses.replace(CARD, memory=weights // 2), context=100, billed=False)
     assert (small.cache, small.max_length, small.max_batch) == (0, 0, 0)
     with pytest.raises(ValueError, match="context is 0"):
-        memory.fit(pebble, budget=budget, context=0)
+        memory.fit(pebble, card=CARD, context=0)
 
 
-def test_int4_holds_more_than_its_base(pebble: Path, artifact: Callable[..., Path]) -> None:
-    awq = artifact("awq")
-    assert memory.weight_bytes(awq) < memory.weight_bytes(pebble)
-    assert read_shape(awq).kv_token == read_shape(pebble).kv_token
-    budget = memory.weight_bytes(pebble) * 2
-    assert (
-        memory.fit(awq, budget=budget, context=64).max_batch > memory.fit(pebble, budget=budget, context=64).max_batch
-    )
+def test_the_planners_bill_is_what_is_computed(pebble: Path, tmp_path: Path) -> None:
+    plan = planned(read_model(pebble), CARD, Ask(context=2048))
+    found = memory.fit(pebble, card=CARD, context=2048)
+    assert (found.max_batch, found.max_length, found.cache) == (plan.max_batch, plan.max_context, plan.cache)
+    parts = memory.stack(found)
+    assert list(parts) == list(memory.STACK)
+    whole = plan.cache + sum(part.size for part in plan.parts if part.counted)
+    assert sum(figure.value for figure in parts.values()) == whole <= 0.9 * CARD.memory
+    assert {figure.how for figure in parts.values()} == {"computed"}
+    plain = write("qwen2.5-vl-7b", tmp_path / "fp16")
+    seven = memory.fit(plain, card=CARD, context=2048, flags=("--max-num-seqs", "8"))
+    four = memory.fit(write("qwen2.5-vl-7b", tmp_path / "awq", packed=True), card=CARD, context=2048)
+    assert 0 < seven.max_batch < four.max_batch
+    assert seven.plan is not None
+    assert seven.plan.sequences == 8
 
 
-def test_measured_wins_and_is_labelled(pebble: Path) -> None:
+def test_what_an_engine_told_wins_in_the_stack(pebble: Path) -> None:
+    found = memory.fit(pebble, card=CARD, context=2048, cache_tokens=100_000)
+    held = Footprint(resident=None, card=None, weights=GIB, cache_tokens=100_000)
+    log = "Graph capturing finished in 3 secs, took 0.50 GiB\ntorch peak memory increase: 0.25GiB"
+    parts = memory.stack(found, measured=held, peak=20 * GIB, log=log)
+    assert parts["weights"] == Figure(GIB, "bytes", "measured")
+    assert parts["cache"] == Figure(100_000 * found.kv_token, "bytes", "measured")
+    assert (parts["graphs"].value, parts["activations"].value) == (GIB // 2, GIB // 4)
+    assert sum(figure.value for figure in parts.values()) == 20 * GIB
+    assert {figure.how for figure in parts.values()} == {"measured"}
+
+
+def test_measured_weights_are_labelled(pebble: Path) -> None:
     taken = Footprint(resident=5 * GIB, card=None, weights=7 * GIB, cache_tokens=4000)
-    computed = memory.figures(pebble, budget=GIB, context=1000, measured=taken)
-    assert computed["weights"] == Figure(7 * GIB, "bytes", "measured")
-    assert computed["max_batch"].how == "computed"
-    measured = memory.figures(pebble, budget=GIB, context=1000, measured=taken, same_budget=True)
-    assert measured["max_batch"] == Figure(4, "sequences", "measured")
-    assert measured["max_length"] == Figure(4000, "tokens", "measured")
+    found = memory.figures(memory.fit(pebble, card=CARD, context=1000), measured=taken, peak=9 * GIB)
+    assert found["weights"] == Figure(7 * GIB, "bytes", "measured")
+    assert found["peak_memory"] == Figure(9 * GIB, "bytes", "measured")
+    assert found["max_batch"].how == "computed"
     with pytest.raises(ValueError, match="measured, computed or projected"):
         Figure(1.0, "s", "guessed")
+
+
+# ratios, turns
+
+
+def test_student_s_quantiles_are_the_printed_ones() -> None:
+    for degrees, value in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (120, 1.980)):
+        assert t_quantile(0.975, degrees) == pytest.approx(value, abs=5e-4)
+
+
+def test_a_ratio_of_pairs_has_an_interval_that_drift_does_not_widen() -> None:
+    first = [10.0, 12.0, 15.0, 11.0]  # the machine changes, for both alike
+    found = ratio(first, [1.5 * value for value in first])
+    assert found.value == found.low == found.high == pytest.approx(1.5)
+    assert found.pairs == 4
+    noisy = ratio([10.0, 10.0, 10.0], [10.0, 20.0, 8.0])
+    logs = numpy.log([1.0, 2.0, 0.8])
+    half = 4.30265 * logs.std(ddof=1) / 3**0.5
+    assert noisy.low == pytest.approx(numpy.exp(logs.mean() - half), rel=1e-4)
+    assert noisy.high == pytest.approx(numpy.exp(logs.mean() + half), rel=1e-4)
+    assert unsure(noisy)
+    assert not unsure(found)
+    assert not unsure(ratio([10.0, 10.1, 10.0, 10.1], [10.1, 10.0, 10.1, 10.0]))  # the same, and sure of it
+    for alone in (ratio([10.0], [12.0]), ratio([10.0, 11.0], [12.0, 13.0], paired=False)):
+        assert (alone.low, alone.high) == (None, None)
+    with pytest.raises(ValueError, match="2 and 1 runs are no pairs"):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    random = numpy.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        drift = random.normal(0, 0.5, 5)  # of the machine, shared by a pair
+        first, second = (numpy.exp(drift + random.normal(at, 0.05, 5)) for at in (0.0, 0.2))
+        found = ratio(list(first), list(second))
+        held += (found.low or 0) <= numpy.exp(0.2) <= (found.high or 9)
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_whose_turn_it_is() -> None:
+    assert visits("together", ["a", "b"], 3) == [(("a", "b"), (0, 1, 2))]
+    assert visits("off", ["a", "b"], 2) == [(("a",), (0, 1)), (("b",), (0, 1))]
+    assert visits("restart", ["a", "b"], 3) == [(("a",), (0, 2)), (("b",), (0, 2)), (("a",), (1,)), (("b",), (1,))]
+    assert visits("restart", ["a", "b"], 1) == [(("a",), (0,)), (("b",), (0,))]
+    assert mode_of("auto", many=2, fit=lambda: True) == "together"
+    assert mode_of("auto", many=2, fit=lambda: False) == "restart"
+    assert mode_of("restart", many=2, fit=lambda: True) == "restart"
+    assert mode_of("together", many=1, fit=lambda: True) == "off"
+    with pytest.raises(ValueError, match="known are auto, together, restart, off"):
+        mode_of("sometimes", many=2, fit=lambda: True)
+
+
+def test_levels_and_saturation() -> None:
+    load = Load(concurrency=4, runs=5)
+    assert levels_of(load, None)[:4] == (1, 4, 8, 32)
+    assert levels_of(load, (16, 2)) == (2, 4, 16)
+    assert levels_of(load, ()) == (4,)
+    assert (runs_at(load, 4), runs_at(load, 8)) == (5, 3)
+    assert load.at(32).requests == 128
+    assert load.at(4) == load
+    with pytest.raises(ValueError, match="a sweep at 0"):
+        levels_of(load, (0, 2))
+    assert saturated({"a": 100.0, "b": 50.0}, {"a": 104.0, "b": 40.0})
+    assert not saturated({"a": 100.0, "b": 50.0}, {"a": 100.0, "b": 60.0})
+    assert not saturated({}, {"a": 1.0})
+
+
+# a budget, what the card saw
+
+
+def test_a_stated_card_on_another_one(tmp_path: Path) -> None:
+    big = Machine("a processor", 8, 64 * GIB, 64 * GIB, False, (Gpu("H100", 80 * GIB, 79 * GIB, 9.0),))
+    held = budget_of(big, "vllm", card="4090")
+    assert held.enforced
+    assert held.factor == pytest.approx(24 / 80)
+    assert planned_for(big, held).gpus == (held.card,)
+    launch = Launch(("vllm", "serve", "x", "--gpu-memory-utilization", "0.90"), {}, (), "", "", "", 1, "cuda")
+    assert scaled(launch, 24 / 80).argv[-1] == "0.270000"
+    folder = write("qwen2-vl-2b", tmp_path / "2b")
+    flags = flags_for(folder, "vllm", held, Load(), 2, ("--max-num-seqs", "8"))
+    assert flags == (
+        *("--no-enable-prefix-caching", "--max-num-batched-tokens", "2048", "--max-model-len", "auto"),
+        *("--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--max-num-seqs", "8"),
+    )
+    for machine, engine, why in (
+        (dataclasses.replace(big, gpus=()), "vllm", "no GPU is here"),
+        (big, "lmdeploy", "lmdeploy has no setting"),
+        (dataclasses.replace(big, gpus=(Gpu("T4", 15 * GIB, 15 * GIB, 7.5),)), "vllm", "T4 has 15.0 GiB"),
+        (dataclasses.replace(big, gpus=(Gpu("H100", 80 * GIB, 9 * GIB, 9.0),)), "vllm", "9.0 GiB are free"),
+    ):
+        free = budget_of(machine, engine, vram=24 * GIB)
+        assert not free.enforced
+        assert why in free.why
+        assert planned_for(machine, free) == machine
+    itself = budget_of(dataclasses.replace(big, gpus=(Gpu("4090", 24564 << 20, 24000 << 20, 8.9),)), "vllm")
+    assert itself.factor == 1.0
+    with pytest.raises(ValueError, match="--vram or --card"):
+        budget_of(big, "vllm", vram=GIB, card="4090")
+
+
+def test_the_peak_of_one_of_two_servers() -> None:
+    """A start that needs more than it keeps, a run that grows it, a run that does not."""
+    spells = [Spell(10, 14, None), Spell(2, 3, 5.0), Spell(0, 1, 5.0)]
+    assert peak_of(spells) == 14
+    assert peak_of([*spells, Spell(1, 5, None)]) == 17
+    assert peak_of([]) == 0
+
+
+# a journal
+
+
+def run_line(label: str, number: int, concurrency: int = 4) -> dict[str, object]:
+    return {"label": label, "number": number, "concurrency": concurrency, "file": "x.json", "output_rate": 1.0}
+
+
+def test_a_run_that_broke_off_is_taken_up(tmp_path: Path) -> None:
+    asked = {"load": {"picture": (56, 84)}, "engine": "vllm"}
+    first = open_journal(tmp_path, asked, created="2026-11-21T10:00:00", labels=["fp16", "awq"])
+    assert first.place.name == "20261121T100000-fp16-awq"
+    for label, number in (("fp16", 0), ("awq", 0), ("fp16", 1)):
+        first.add("run", **run_line(label, number))
+    with (first.place / "journal.jsonl").open("a") as file:
+        file.write('{"kind": "run", "la')  # killed while it wrote
+    again = open_journal(tmp_path, asked, created="2026-11-21T11:00:00", labels=["fp16", "awq"])
+    assert again.place == first.place
+    assert again.lines == first.lines
+    forget_unpaired(again, ["fp16", "awq"])
+    assert [(line["label"], line["number"]) for line in again.found("run")] == [("fp16", 0), ("awq", 0)]
+    again.add("run", **run_line("fp16", 1))
+    assert len(open_journal(tmp_path, asked, created="now", labels=["fp16"]).found("run", label="fp16")) == 3
+    for changed, fresh in ((asked | {"engine": "pytorch"}, False), (asked, True)):
+        other = open_journal(tmp_path, changed, created="2026-11-21T11:00:00", labels=["fp16", "awq"], fresh=fresh)
+        assert other.place != first.place
+        assert not other.lines
+        shutil.rmtree(other.place)
+    (first.place / "report.json").write_text("{}")
+    assert open_journal(tmp_path, asked, created="later", labels=["awq"]).place.name == "later-awq"
+
+
+def test_a_dataset_becomes_the_generators_rows(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 40), "red").save(tmp_path / "a.png")
+    lines = [
+        {"messages": [{"role": "system", "content": "kurz"}, {"role": "user", "content": "<image>什么颜色？"}]},
+        {"query": "Hello", "response": "Hi"},
+    ]
+    lines[0]["images"] = ["a.png"]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    file = written_rows(Load(dataset=str(data)), tmp_path)
+    assert file is not None
+    rows = [json.loads(line)["content"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [part["type"] for part in rows[0]] == ["text", "image_url", "text"]
+    assert rows[0][1]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert rows[0][2]["text"] == "什么颜色？"
+    assert rows[1] == [{"type": "text", "text": "Hello"}]
+    assert written_rows(Load(), tmp_path) is None
+    data.write_text('{"query": "<video>what?", "videos": ["https://example.org/x.mp4"]}\n')
+    with pytest.raises(ValueError, match="text and pictures; video_url cannot be sent"):
+        written_rows(Load(dataset=str(data)), tmp_path)
 
 
 # names
@@ -186,7 +389,7 @@ def test_digests_tell_checkpoints_apart(pebble: Path, artifact: Callable[..., Pa
 
 
 def report_of(first: dict[str, Figure], second: dict[str, Figure]) -> Report:
-    settings = {"vram": 24 * GIB, "context": 2048, "reserve": 0.1, "load": dataclasses.asdict(Load())}
+    settings = {"vram": 24 * GIB, "context": 2048, "load": dataclasses.asdict(Load())}
     subjects = {name: {"path": name, "digest": "d", "command": f"vllm serve {name}"} for name in ("fp16", "awq")}
     machine = {"words": "a machine", "system": "Linux"}
     return Report(

@@ -1,0 +1,152 @@
+"""The field's load generator (`vllm bench serve`) as a process that stays, and the runs that it makes.
+
+Knows its process and its files; what is asked is `speed`'s business. Any OpenAI-compatible server will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..recipes.progress import Step, Tell, silent
+from ..serve.client import key_here
+from ..serve.log import useful_lines
+from ..serve.programs import find_program, python_of
+from ..serve.questions import question_of as asked_by
+from ..serve.questions import read_lines
+from .speed import Load, Run, command, read_run
+
+SCRIPT = Path(__file__).resolve().parent / "peers" / "load.py"
+Ask = Callable[[list[str]], None]  # one run of `vllm bench serve` with these words
+
+
+@contextlib.contextmanager
+def generator(log: Path) -> Iterator[Ask]:
+    """The generator's process for the length of a `with`; yields what makes it run. Its own words go to `log`.
+
+    OSError when vLLM, whose part it is, is not installed; RuntimeError when it fails, with its reason.
+    """
+    argv = [str(python_of(find_program("vllm"))), str(SCRIPT)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "no_proxy": "127.0.0.1,localhost"}
+    env["OPENAI_API_KEY"] = key_here()  # where the generator looks for it
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as words:
+        # in a session of its own: Ctrl-C is for us, who end it
+        process = subprocess.Popen(
+            argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True
+        )
+        try:
+            _reply(process, log)
+            yield lambda typed: _run(process, log, typed)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    if pipe:
+                        pipe.close()
+
+
+def _run(process: subprocess.Popen[bytes], log: Path, words: list[str]) -> None:
+    assert process.stdin is not None
+    begun = log.stat().st_size
+    with contextlib.suppress(BrokenPipeError):  # it is gone: what it said last is the reply
+        process.stdin.write(json.dumps(words).encode() + b"\n")
+        process.stdin.flush()
+    _reply(process, log, begun)
+
+
+def _reply(process: subprocess.Popen[bytes], log: Path, begun: int = 0) -> None:
+    """Wait for its line. RuntimeError with what it said since byte `begun` of its log where that is no success."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    told = json.loads(line) if line.endswith(b"\n") else {}
+    if "ready" in told or "done" in told:
+        return
+    with log.open("rb") as file:
+        file.seek(begun)
+        said = " ".join(useful_lines(file.read().decode("utf-8", "replace")))
+    raise RuntimeError(f"the load generator `vllm bench serve` failed: {said or told.get('error') or 'it ended'}")
+
+
+def one_run(
+    ask: Ask,
+    url: str,
+    *,
+    model: str,
+    tokenizer: Path,
+    load: Load,
+    number: int,
+    result: Path,
+    rows: Path | None = None,
+    remote_code: bool = False,
+) -> Run:
+    """Put `load` on the server once, as its run `number`; the generator's raw JSON is then the file `result`.
+
+    `tokenizer` is a folder with the model's tokenizer, so that prompts have their length in its tokens. RuntimeError
+    when the generator fails, or any request failed.
+    """
+    result = result.resolve()
+    result.unlink(missing_ok=True)
+    options = {"run": number, "result": result, "rows": rows, "remote_code": remote_code}
+    ask(command(url, model, tokenizer, load, **options))
+    if not result.is_file():
+        raise RuntimeError(f"the load generator `vllm bench serve` ended without its result {result}")
+    return read_run(json.loads(result.read_text(encoding="utf-8")))
+
+
+def measure(
+    url: str, *, model: str, tokenizer: Path, load: Load, out: Path, label: str = "server", tell: Tell = silent
+) -> tuple[Run, ...]:
+    """All runs of `load` on one server, one after the other; raw JSON and the generator's log stay in `out`. Errors as
+    `generator`'s and `one_run`'s."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = written_rows(load, out)
+    runs = []
+    with generator(out / "generator.log") as ask:
+        for number in range(load.runs):
+            tell(Step(f"load {label}", number, load.runs, f"{load.requests} requests"))
+            file = out / f"{label}-{number + 1}.json"
+            runs.append(
+                one_run(ask, url, model=model, tokenizer=tokenizer, load=load, number=number, result=file, rows=rows)
+            )
+    tell(Step(f"load {label}", load.runs, load.runs))
+    return tuple(runs)
+
+
+def pictures_in(load: Load) -> int:
+    """The most pictures that a request of the load has. ValueError for a dataset that cannot be read."""
+    if not load.dataset:
+        return load.pictures
+    return max((len(line.data.get("images") or ()) for line in read_lines([load.dataset])), default=0)
+
+
+def written_rows(load: Load, out: Path) -> Path | None:
+    """The load's dataset in the generator's form, as a file in `out`; None for a load of random words.
+
+    The generator sends one user's turn a request: a row's messages are joined into one, pictures where they stand.
+    ValueError names the row that is broken or has other media than pictures.
+    """
+    if not load.dataset:
+        return None
+    file = out / "dataset.jsonl"
+    with file.open("w", encoding="utf-8") as f:
+        for line in read_lines([load.dataset]):
+            question = asked_by(line)
+            parts = []
+            for message in question.messages:
+                content = message["content"]
+                parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if strange := {part["type"] for part in parts} - {"text", "image_url"}:
+                kinds = ", ".join(sorted(strange))
+                raise ValueError(f"{question.where}: a load has text and pictures; {kinds} cannot be sent by it")
+            f.write(json.dumps({"content": parts}, ensure_ascii=False) + "\n")
+    if not file.stat().st_size:
+        raise ValueError(f"{load.dataset} holds no samples")
+    return file

@@ -1,0 +1,169 @@
+"""A report as the table of the field and its Markdown: a column each, then each one's ratio to the first.
+
+Reads a report; measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .intervals import unsure
+from .report import Figure, Level, Report, markdown_table
+from .show import amount, show
+from .speed import Load
+
+SPREAD = 1.25  # fastest run over slowest: beyond it the rates are not to be trusted
+ROWS = (  # measure, title
+    ("input_rate", "input tok/s"),
+    ("output_rate", "output tok/s"),
+    ("time", "time (s)"),
+    ("weights", "model memory"),
+    ("peak_memory", "memory at peak"),
+    ("server_memory", "server's memory, all processes"),
+    ("card_memory", "GPU memory, cache included"),
+    ("max_length", "max length in {vram} (tokens)"),
+    ("max_batch", "max batch in {vram} ({context} tokens each)"),
+    ("ttft", "time to first token, median (ms)"),
+    ("ttft_p90", "time to first token, p90 (ms)"),
+    ("ttft_p99", "time to first token, p99 (ms)"),
+    ("tpot", "time per output token, median (ms)"),
+    ("tpot_p90", "time per output token, p90 (ms)"),
+    ("tpot_p99", "time per output token, p99 (ms)"),
+    ("itl", "between tokens, median (ms)"),
+    ("itl_p99", "between tokens, p99 (ms)"),
+    ("e2e", "a whole answer, median (ms)"),
+    ("e2e_p90", "a whole answer, p90 (ms)"),
+    ("e2e_p99", "a whole answer, p99 (ms)"),
+    ("energy", "energy of the card (J per output token)"),
+)
+MODES = {
+    "together": "all servers up at once, their runs in turns",
+    "restart": "one server at a time, started alternately",
+    "off": "one server after the other, all its runs at once",
+}
+
+
+def table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the table of the field: a column each, then each one's ratio to the first."""
+    labels = list(report.numbers)
+    first = labels[0]
+    head = ["", *labels, *(f"{label} / {first}" for label in labels[1:])]
+    words = {"vram": amount(report.settings["vram"]), "context": report.settings["context"]}
+    rows = []
+    for key, title in ROWS:
+        found = [report.numbers[label].get(key) for label in labels]
+        if any(f is None for f in found):
+            continue
+        shown = [f for f in found if f is not None]
+        told = sorted({f.how for f in shown} - {"measured"})
+        ratios = [_ratio(report, label, key, f, shown[0]) for label, f in zip(labels[1:], shown[1:], strict=True)]
+        rows.append([", ".join([title.format(**words), *told]), *map(show, shown), *ratios])
+    return head, rows
+
+
+def _ratio(report: Report, label: str, key: str, figure: Figure, first: Figure) -> str:
+    paired = report.ratios.get(label, {}).get(key)
+    if paired is not None and paired.low is not None and paired.high is not None:
+        return f"{paired.value:.2f}x ({paired.low:.2f} to {paired.high:.2f})"
+    value = paired.value if paired is not None else figure.value / first.value if first.value else None
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def sweep_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of latency against load: a row a label and concurrency."""
+    head = ["", "at once", "output tok/s", "TTFT", "p90", "p99", "TPOT", "p90", "p99", "E2E", "p90", "p99"]
+    rows = []
+    for label, levels in report.sweep.items():
+        rows += [[label, str(level.concurrency), *_cells(level)] for level in levels]
+    return head, rows
+
+
+def _cells(level: Level) -> list[str]:
+    names = ["output_rate", *(f"{t}{e}" for t in ("ttft", "tpot", "e2e") for e in ("", "_p90", "_p99"))]
+    return [show(level.numbers[name]) if name in level.numbers else "-" for name in names]
+
+
+def load_line(report: Report) -> str:
+    """What was asked of the servers, for a reader."""
+    load: Mapping[str, Any] = report.settings["load"]
+    words = Load(**{**load, "picture": tuple(load["picture"])}).words
+    return f"{words}; {load['runs']} runs, their median"
+
+
+def warnings(report: Report) -> list[str]:
+    """What a reader must know before believing the figures: what failed, what was too noisy, what was not held to."""
+    settings = report.settings
+    said = [f"{label} failed: {why}" for label, why in settings.get("failed", {}).items()]
+    first = next(iter(report.numbers), "")
+    for label, found in report.ratios.items():
+        rate = found.get("output_rate")
+        if rate is not None and unsure(rate):
+            said.append(
+                f"too noisy to say whether {label} or {first} is faster: output tok/s {rate.low:.2f}x to "
+                f"{rate.high:.2f}x at {rate.level:.0%} confidence, {rate.pairs} pairs of runs; measure again when the "
+                "machine is quiet, or with more --runs"
+            )
+    for label, found in report.numbers.items():
+        rate = found["output_rate"]
+        if rate.low and rate.high and rate.high > SPREAD * rate.low:
+            said.append(
+                f"{label}: output tok/s from {rate.low:.1f} to {rate.high:.1f} between runs of one load; "
+                "something else uses this machine, measure again when it is quiet"
+            )
+    if len(report.numbers) > 1 and settings.get("interleave", {}).get("mode") == "off":
+        said.append(
+            "runs were not taken in turns: what the machine did meanwhile is in the ratios, which have no interval"
+        )
+    return said + list(settings.get("notes", []))
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown: the table, the sweep, the load, the machine, the versions, the commands."""
+    settings = report.settings
+    head, rows = table(report)
+    spread = []
+    for label, found in report.numbers.items():
+        rate = found["output_rate"]
+        spread.append(f"{label} {rate.low:.1f} to {rate.high:.1f}")
+    versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    lines = [f"# {' against '.join(report.numbers)}: speed and memory", "", markdown_table(head, rows)]
+    if any(len(levels) > 1 for levels in report.sweep.values()):
+        lines += ["## Latency against load", "", markdown_table(*sweep_table(report))]
+        lines += [
+            "TTFT: time to first token; TPOT: time per output token; E2E: a whole answer; median and so on, ms.",
+            "",
+        ]
+    lines.append(f"- Load: {load_line(report)}. Output tok/s over the runs: {'; '.join(spread)}.")
+    if "interleave" in settings and len(report.numbers) > 1:
+        mode = MODES[settings["interleave"]["mode"]]
+        how = "the mean of the log ratios of paired runs, with its 95% t interval where there is one"
+        lines.append(f"- In turns: {mode}. Ratios: {how}.")
+    lines += [
+        f"- {budget_line(report)}",
+        f"- Machine: {report.machine['words']}, {report.machine['system']}.",
+        f"- Engine: {report.engine}; {versions_line}.",
+        f"- Taken: {report.created}.",
+        *(f"- Beware: {line}." for line in warnings(report)),
+        "",
+    ]
+    for label, subject in report.subjects.items():
+        lines += [f"## {label}", "", f"`{subject['path']}`, digest `{subject['digest']}`", ""]
+        lines += ["```", subject["command"], "```", ""]
+    return "\n".join(lines)
+
+
+def budget_line(report: Report) -> str:
+    """What the memory figures are for, and how they came about."""
+    settings = report.settings
+    size, budget = amount(settings["vram"]), settings.get("budget", {})
+    stated = f"{size} ({budget['card']})" if budget.get("card") else size
+    energy = f" No energy: {budget['energy']}." if budget.get("energy") else ""
+    if not budget.get("enforced"):
+        why = f" ({budget['why']})" if budget.get("why") else ""
+        return f"Memory: {stated} was computed by the planner, no engine was held to it here{why}.{energy}"
+    seen = [f"{label} {amount(size)}" for label, size in budget.get("seen", {}).items() if size]
+    told = f"at its peak NVML saw {', '.join(seen)}" if seen else "NVML did not tell what they took"
+    carries = " Memory, max length and max batch carry over to that card; speed and energy do not."
+    carries = "" if budget.get("here") else carries
+    return f"Memory: the engine was given {stated} of this card; {told}.{carries}{energy}"

@@ -1,0 +1,58 @@
+"""Who is measured when: levels of concurrency, servers in turns, and when a sweep has seen enough.
+
+Numbers and names only; starts and asks nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from .speed import Load
+
+SWEEP = (1, 8, 32, 128, 512)  # requests at once, up to saturation
+GROWTH = 1.05  # output tok/s of a level over the last one's; where nothing grows by more, all is saturated
+LEVEL_RUNS = 3  # of a level that is not the load's own
+RESTARTS = 2  # of each server, where only one can be up
+MODES = ("auto", "together", "restart", "off")
+
+
+def levels_of(load: Load, sweep: Sequence[int] | None) -> tuple[int, ...]:
+    """Concurrencies to measure, the lowest first, the load's own among them. ValueError for one below 1."""
+    if sweep and min(sweep) < 1:
+        raise ValueError(f"a sweep at {min(sweep)} requests at once; it must be at least 1")
+    return tuple(sorted({*(SWEEP if sweep is None else sweep), load.concurrency}))
+
+
+def runs_at(load: Load, concurrency: int) -> int:
+    """How often a level is run: the load's own gives the ratios, the others a curve."""
+    return load.runs if concurrency == load.concurrency else min(LEVEL_RUNS, load.runs)
+
+
+def mode_of(asked: str, *, many: int, fit: Callable[[], bool]) -> str:
+    """together, restart or off: `asked`, or by what the memory lets. ValueError for an unknown word."""
+    if asked not in MODES:
+        raise ValueError(f"--interleave is {asked!r}; known are {', '.join(MODES)}")
+    if many == 1:
+        return "off"
+    if asked != "auto":
+        return asked
+    return "together" if fit() else "restart"
+
+
+def visits(mode: str, labels: Sequence[str], runs: int) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """(labels that are up together, numbers of the runs that are made meanwhile), one after the other.
+
+    together: all labels, all runs, each number's runs right after one another. restart: A, B, A, B, each start with a
+    part of the runs. off: A, then B.
+    """
+    every = tuple(range(runs))
+    if mode == "together":
+        return [(tuple(labels), every)]
+    parts = [every[at::RESTARTS] for at in range(RESTARTS)] if mode == "restart" else [every]
+    return [((label,), part) for part in parts if part for label in labels]
+
+
+def saturated(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether no label's rate grew by more than `GROWTH` since the level before."""
+    both = before.keys() & now.keys()
+    return bool(both) and all(now[label] < GROWTH * before[label] for label in both)
