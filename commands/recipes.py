@@ -26,6 +26,6 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({n: dataclasses.asdict(r) for n, r in found.items()}, indent=2, ensure_ascii=False))
         return
-    rows = [[n, r.method, r.model, r.description] for n, r in found.items()]
-    show_table(["recipe", "method", "model", ""], rows)
+    rows = [[n, r.card or "", r.description] for n, r in found.items()]
+    show_table(["recipe", "card", ""], rows)
     next_step("mmq quantize pebble")

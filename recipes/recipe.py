@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .plain import CONTROL, read_bytes
+from .plain_yaml import LONGEST, read_yaml
+
 METHODS = ("awq", "gptq", "bnb", "rtn")
 QUALITIES = ("fast", "default", "best")
 FORMATS = ("awq", "gptq", "compressed-tensors", "bnb")
 HEADS = ("16bit", "int4")
 HUBS = ("hf", "modelscope")
+MOST_SAMPLES = 1_000_000
 SHARES = ("top1", "image_effect", "accuracy_drop")  # the limits that are shares of one
 KINDS: dict[Any, str] = {
     str: "text",
@@ -46,7 +51,7 @@ class Limits:
     def __post_init__(self) -> None:
         _typed(self)
         for name, value in dataclasses.asdict(self).items():
-            if value is not None and not 0 <= value <= (1 if name in SHARES else float("inf")):
+            if value is not None and not 0 <= value <= (1 if name in SHARES else sys.float_info.max):
                 raise ValueError(f"{name} is {value!r}; it must be {'from 0 to 1' if name in SHARES else '>= 0'}")
 
 
@@ -59,7 +64,7 @@ class Recipe:
     description: str = ""
     version: int = 1  # of the recipe: a published checkpoint's tag is v1, v2, ...
     family: str | None = None  # config.json's model_type, so that another model under this id is refused
-    card: str | None = None  # the smallest card, as 24GiB, on which a plan of its int4 artifact fits 4,096 tokens
+    card: str | None = None  # the smallest card, as 24GiB, on which AWQ of it fits, with 8,192 tokens and a picture
     modelscope: str | None = None  # the id on ModelScope, where it differs
     revision: str | None = None
     method: str = "awq"
@@ -90,10 +95,15 @@ class Recipe:
             raise ValueError(f"group_size is {self.group_size!r}; it must be one of 32, 64, 128")
         if self.card is not None and not re.fullmatch(r"[1-9]\d*GiB", self.card):
             raise ValueError(f"card is {self.card!r}; it must be a card's memory, as 24GiB")
-        if self.version < 1:
-            raise ValueError(f"version is {self.version!r}; it must be a whole number >= 1")
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples!r}; it must be a whole number >= 1")
+        if not 1 <= self.version <= 1_000_000:
+            raise ValueError(f"version is {self.version!r}; it must be a whole number >= 1 and <= 1000000")
+        for name, value in vars(self).items():
+            allowed = "\n\t" if name == "description" else ""
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, str) and CONTROL.search(one.translate(dict.fromkeys(map(ord, allowed)))):
+                    raise ValueError(f"{name} is {one!r}; it must be without control characters")
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise ValueError(f"samples is {self.samples!r}; it must be a whole number >= 1 and <= {MOST_SAMPLES}")
 
 
 def _choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -129,10 +139,7 @@ def _known(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def parse(text: str, *, where: str) -> Recipe:
     """Read one recipe from YAML `text`; `where` names the file in errors. ValueError on any unknown key."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ValueError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+    data = read_yaml(text, where=where)
     if not isinstance(data, dict):
         raise ValueError(f"{where}: a recipe is a mapping of keys to values")
     data = _known(Recipe, data, where)
@@ -208,7 +215,7 @@ def recipe_for(model: str) -> Recipe:
         if not path.is_file():
             raise ValueError(f"no recipe file {model}")
         try:
-            return parse(path.read_text(encoding="utf-8"), where=model)
+            return parse(read_bytes(path, most=4 * LONGEST).decode("utf-8"), where=model)
         except UnicodeDecodeError as e:
             raise ValueError(f"{model}: not UTF-8 at byte {e.start + 1}") from None
     if path.is_dir():

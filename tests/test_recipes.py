@@ -3,8 +3,14 @@
 from pathlib import Path
 
 import pytest
+import recipe_shapes
+import zoo
 
+from mmq.quantize.family import ROWS
 from mmq.recipes.recipe import Limits, Recipe, bundled, model_on, parse, recipe_for, show
+from mmq.serve.bill import Ask, read_model
+from mmq.serve.machine import GIB, Gpu
+from mmq.serve.planner import planned
 
 HERE = Path(__file__).parents[1] / "recipes" / "bundled"
 
@@ -21,14 +27,60 @@ def test_every_bundled_recipe_parses_under_its_own_name(file):
 
 def test_the_models_that_people_name_are_there():
     names = set(bundled())
-    assert names >= {
-        "pebble",
-        "Qwen2-VL-2B-Instruct",
-        "Qwen2-VL-7B-Instruct",
-        "Qwen2.5-VL-3B-Instruct",
-        "Qwen2.5-VL-7B-Instruct",
-        "MiniCPM-V-2_6",
-    }
+    for family, sizes in {
+        "MiniCPM-V-{}": ("2_6", "4", "4_5", "4.6"),
+        "Qwen2-VL-{}-Instruct": ("2B", "7B"),
+        "Qwen2.5-VL-{}-Instruct": ("3B", "7B", "32B", "72B"),
+        "Qwen3-VL-{}-Instruct": ("2B", "4B", "8B", "32B"),
+        "InternVL3-{}-hf": ("2B", "8B"),
+        "gemma-3-{}-it": ("4b", "12b", "27b"),
+    }.items():
+        assert names >= {family.format(size) for size in sizes}
+    assert names >= {"pebble", "llava-onevision-qwen2-7b-ov-hf", "pixtral-12b", "SmolVLM2-2.2B-Instruct", "Qwen3-8B"}
+
+
+KNOWN = {"pixtral": "llava"}  # kinds of the zoo whose config.json says another model_type
+FAMILIES = {KNOWN.get(kind, kind) for kind in (*zoo.QWEN, *zoo.KINDS)} | {
+    kind for row in ROWS for kind in row.model_types
+}
+
+
+@pytest.mark.parametrize("recipe", [r for r in bundled().values() if r.name != "pebble"], ids=lambda r: r.name)
+def test_a_bundled_recipe_says_what_it_makes_and_where_it_comes_from(recipe):
+    """Its family is one that mmq was tried with; its ids are ids; what it may lose is said, also of its pictures."""
+    assert recipe.family in FAMILIES
+    assert recipe.version >= 1
+    owner, name = recipe.model.split("/")
+    assert owner
+    assert name == recipe.name
+    assert recipe.modelscope is None or recipe.modelscope.split("/")[1] == name
+    assert not recipe.trust_remote_code
+    said = (HERE / f"{recipe.name}.yaml").read_text(encoding="utf-8")
+    assert "limits: {mean_kl: " in said
+    assert ("image_effect" in said) == (recipe.calibration == "drawn")
+
+
+SIZES = (8, 12, 16, 24, 32, 48, 80)  # GiB, as cards are sold
+QUICK = ("MiniCPM-V-4_5", "Qwen2.5-VL-7B-Instruct", "gemma-3-12b-it")
+CARDS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, recipe in bundled().items()
+    if recipe.card
+]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_is_the_smallest_that_a_plan_fits_on(name, tmp_path):
+    """The planner's word on the artifact's shapes: 8,192 tokens and a picture, of a megapixel where that can be set."""
+    model = read_model(recipe_shapes.write(name, tmp_path / name))
+    pixels = 2**20 if model.vision and model.vision.side else None
+    ask = Ask(context=8192, concurrency=1, images=1, pixels=pixels)
+    fitting = [size for size in SIZES if not planned(model, Gpu("a card", size * GIB, size * GIB, 8.9), ask).problem]
+    assert bundled()[name].card == f"{fitting[0]}GiB"
+
+
+def test_only_what_has_a_known_shape_names_a_card():
+    assert {name for name, recipe in bundled().items() if recipe.card} == set(recipe_shapes.SHAPES)
 
 
 @pytest.mark.parametrize("name", sorted(bundled()))
@@ -71,6 +123,10 @@ def test_show_keeps_every_key_and_chinese():
         ("bits: 3", "bits is 3; mmq writes 4-bit weights only"),
         ("group_size: 100", "group_size is 100; it must be one of 32, 64, 128"),
         ("model: 7", "model is 7; it must be text"),
+        ("version: 0", "version is 0; it must be a whole number >= 1"),
+        ("version: 1.5", "version is 1.5; it must be a whole number"),
+        ("card: 24", "card is 24; it must be text or null (put it in quotes)"),
+        ("card: 24 GB", "card is '24 GB'; it must be a card's memory, as 24GiB"),
         ("- a list", "not valid YAML"),
     ],
 )
