@@ -97,7 +97,7 @@ def about(model: str, revision: str | None) -> tuple[str, bool]:
             if not any(e.get("Path") == "README.md" for e in entries):
                 return "", gated
             with tempfile.TemporaryDirectory() as folder:
-                path = api.download_file(model, "README.md", "model", revision=revision or BRANCH, local_dir=folder)
+                path = api.download_file(model, "model", "README.md", revision=revision or BRANCH, local_dir=folder)
                 return Path(path).read_text(encoding="utf-8", errors="replace"), gated
         except Exception as e:
             raise _explained(e, model) from None
