@@ -52,9 +52,9 @@ def inlined(folder: Path, name: str) -> tuple[tuple[str, int, int] | None, str]:
     Only what lies just there is looked at: a report may come from anybody, and a page must not take in other files.
     """
     place = folder.resolve() / name
-    if not name or place.resolve().parent != folder.resolve():
-        return None, f"the report names no picture of its own folder: {name or 'none'}"
     try:
+        if not name or place.resolve().parent != folder.resolve():
+            return None, f"the report names no picture of its own folder: {name or 'none'}"
         with Image.open(place) as opened:
             opened.draft("RGB", (PICTURE, PICTURE))
             small = opened.convert("RGB")

@@ -13,6 +13,7 @@ from .show import times
 from .svg import SIZE, Scale, element, fitted, hint, log_ticks, number, picture, spread, text_width, ticks, words
 
 MANY = 20  # times the lowest value: from there a scale is logarithmic
+BOLD = SIZE * 1.14  # about as wide as bold letters are
 LEAD = 15  # pixels between two names, one over the other
 CROWD = 16  # points of a line: of more, only the last has a mark
 
@@ -67,7 +68,7 @@ def line_chart(
     if not xs:
         raise ValueError("a plot of lines needs a point at least")
     named = [one for one in lines if not one.dashed]
-    names = max((text_width(one.name) for one in named), default=0.0)
+    names = max((text_width(one.name, BOLD) for one in named), default=0.0)
     right = min(names, width / 3.5)
     log_y = min(ys) > 0 and max(ys) > MANY * min(ys)
     y_title = ", ".join(filter(None, (y_title, "log scale" if log_y else "")))
@@ -90,7 +91,7 @@ def line_chart(
         ]
         drawn.append(element("g", path, *dots, class_=series(one.index) + (" dashed" if one.dashed else "")))
     for one, end in zip(named, ends, strict=True):
-        name = words(x.end + 12, end + 4, fitted(one.name, right), class_="own")
+        name = words(x.end + 12, end + 4, fitted(one.name, right, BOLD), class_="own")
         drawn.append(element("g", name, class_=series(one.index)))
     return picture(drawn, width=width, height=height, label=label)
 
@@ -111,7 +112,7 @@ def bar_chart(
     sums = [sum(value for _, value, _ in bar.parts) for bar in bars]
     if not sums or max(sums) <= 0:
         raise ValueError("a stack needs a part that is above 0")
-    ends = text_width(max((show(s) for s in sums), key=text_width)) + 8
+    ends = max(text_width(show(s), BOLD) for s in sums) + 8
     longest = max(*sums, limit[0]) if limit else max(sums)
     x = Scale(0, longest, 0, width - (ends if longest in sums else 2))
     height = 48.0 * len(bars) + (20 if limit else 0)
@@ -150,8 +151,8 @@ def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: s
     low = min(1.0, *(d.low or d.x for d in dots)) / 1.08
     high = max(1.0, *(d.high or d.x for d in dots)) * 1.08
     narrow = width < 420
-    left = 0.0 if narrow else max(text_width(name) for name, _ in rows) + 12
-    right = max(text_width(f"{d.name} {times(d.x)}") for d in dots) + 12
+    left = 0.0 if narrow else max(text_width(name, BOLD) for name, _ in rows) + 12
+    right = max(text_width(f"{d.name} {times(d.x)}", BOLD) for d in dots) + 12
     x = Scale(low, high, left + 8, width - right, log=True)
     heads = 18 if narrow else 0
     drawn, top = [], 24.0
@@ -176,13 +177,14 @@ def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: s
             )
             top += 20
         top += 8
-    for value in [v for v in log_ticks(low, high) if abs(x.at(v) - x.at(1)) > 28 or v == 1]:
+    free = [x.at(1)]  # where words stand
+    for value in [1.0, *log_ticks(low, high)]:
         at = x.at(value)
+        if drawn and min(abs(at - taken) for taken in free) < 34:
+            continue
+        free.append(at)
         drawn.append(element("line", x1=at, x2=at, y1=20, y2=top, class_="limit" if value == 1 else "grid"))
         drawn.append(words(at, 13, f"{number(value)}×", anchor="middle"))
-    if not any(v == 1 for v in log_ticks(low, high)):
-        drawn.append(element("line", x1=x.at(1), x2=x.at(1), y1=20, y2=top, class_="limit"))
-        drawn.append(words(x.at(1), 13, "1×", anchor="middle"))
     drawn.append(words(x.at(1), top + 14, f"as {one}", anchor="middle"))
     return picture([*drawn, *body], width=width, height=top + 20, label=label)
 
@@ -211,7 +213,7 @@ def dot_chart(
         drawn.append(element("polyline", points=corners, class_="front"))
     heights = spread([y.at(d.y) for d in dots], LEAD, y.end, y.start - 8)
     for dot, at in zip(dots, heights, strict=True):
-        before = x.at(dot.x) + 12 + text_width(dot.name) > width
+        before = x.at(dot.x) + 12 + text_width(dot.name, BOLD) > width
         name = words(x.at(dot.x) + (-11 if before else 11), at + 4, dot.name, class_="own",
                      anchor="end" if before else "start")  # fmt: skip
         said = hint(f"{dot.name}: {number(dot.x)}, {number(dot.y)}")

@@ -15,9 +15,10 @@ from .show import better, change, interval, show, times
 TILES = (
     ("weights", "Model memory"),
     ("output_rate", "Output tok/s"),
-    ("tpot", "Time per output token"),
+    ("tpot", "Time per output token (ms)"),
     ("max_batch", "Max batch"),
 )
+SURE = {"weights", "kv_token", "max_length", "max_batch"}
 
 
 def title(report: Report) -> str:
@@ -57,14 +58,14 @@ def tiles(report: Report) -> list[dict[str, Any]]:
 
 
 def ratio_cell(key: str, figure: Figure | None, base: Figure | None, known: Ratio | None) -> dict[str, str]:
-    """A ratio, coloured where it is beyond its interval; amounts of memory and room have none to be beyond of."""
+    """A ratio, coloured where it is beyond its interval, or where no noise is in it (`SURE`)."""
     if known is None and (figure is None or base is None or not base.value):
         return {"value": "-", "detail": "", "class": ""}
     if known is None:
         assert figure is not None
         assert base is not None
         known = Ratio(figure.value / base.value, None, None)
-        sure = figure.unit in ("bytes", "tokens", "sequences") and abs(known.value - 1) >= 0.005
+        sure = key in SURE and abs(known.value - 1) >= 0.005
     else:
         sure = known.low is not None and known.high is not None and not known.low <= 1 <= known.high
     way = better(key) * (known.value > 1 or -1)

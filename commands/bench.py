@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .options import bin_option, json_option
+from .report import show_history
 from .terminal import next_step, progress, show_table
 
 MODES = ["auto", "together", "restart", "off"]
@@ -25,7 +26,7 @@ def _levels(context: click.Context, option: click.Parameter, value: str) -> tupl
 
 
 @click.command("bench")
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1)
 @click.option(
     "--compare", is_flag=True, help="NAMES side by side, each against the first (what several names do anyway)."
 )
@@ -70,9 +71,19 @@ def _levels(context: click.Context, option: click.Parameter, value: str) -> tupl
 @click.option("--trust-remote-code", is_flag=True, help="Let the checkpoints' own Python files run.")
 @click.option("--engine-flags", default="", metavar="FLAGS", help='More flags for every server: "--dtype half".')
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("bench-results"), show_default=True)
+@click.option(
+    "--history",
+    "past",
+    is_flag=False,
+    flag_value="bench-results",
+    metavar="[FOLDER]",
+    help="Measure nothing: exit 1 if the newest report in FOLDER (bench-results) is worse than earlier ones by more "
+    "than noise.",
+)
 @json_option
 def command(
     names: tuple[str, ...],
+    past: str | None,
     compare: bool,
     quick: bool,
     vram: str | None,
@@ -86,7 +97,13 @@ def command(
     A name is fp16 (the common base), a method or a name among the artifacts of this folder, or a path. A run that broke
     off goes on where it stopped; exit 3 where a variant's engine died, with the others' figures.
     """
+    if past is not None:
+        if names:
+            raise ValueError("--history measures nothing: give it no NAMES, or leave it out")
+        show_history(Path(past), as_json=as_json)
+        return
     from ..bench.compare import compare as measure
+    from ..bench.page import write_page
     from ..bench.report import parse_bytes, write_report
     from ..bench.speed import asked_of, load_here
     from ..bench.table import load_line, markdown, sweep_table, table, warnings
@@ -98,6 +115,7 @@ def command(
     with progress(quiet=as_json) as tell:
         report, place = measure(names, out=out, load=load, tell=tell, **options, **given)
     data, text = write_report(report, place, markdown=markdown(report))
+    shown = write_page(report, place)
     failed = report.settings["failed"]
     if as_json:
         click.echo(data.read_text(encoding="utf-8"))
@@ -107,7 +125,7 @@ def command(
         for line in warnings(report):
             click.secho(f"warning: {line}", fg="yellow", err=True)
         click.echo(f"load: {load_line(report)}")
-        click.echo(f"report: {text}, raw samples: {data}")
+        click.echo(f"report: {shown} and {text.name}, raw samples: {data.name}")
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
     if not as_json:
