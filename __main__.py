@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from . import __version__
-from .commands import app, bench, check, convert, doctor, infer, plan, publish, quantize, recipes, run, serve
+from .commands import app, bench, check, convert, doctor, infer, plan, publish, quantize, recipes, report, run, serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -26,7 +26,7 @@ def cli() -> None:
     """
 
 
-for one in (recipes, quantize, check, convert, plan, serve, infer, app, bench, publish, run, doctor):
+for one in (recipes, quantize, check, convert, plan, serve, infer, app, bench, report, publish, run, doctor):
     cli.add_command(one.command)
 
 
