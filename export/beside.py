@@ -20,6 +20,7 @@ from .skips import every_name
 
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
 TEXT = ("text_config", "llm_config", "language_config")  # where a config keeps its text model's
+LEGAL = ("LICENSE", "NOTICE")  # which goes with whatever is made of the model, LICENSE.md too
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")
 
 
@@ -80,5 +81,6 @@ def copy_small_files(base: Path, out: Path) -> None:
     """
     for path in sorted(base.iterdir()):
         hidden = path.name.startswith(".")
-        if path.is_file() and not hidden and path.name not in NOT_COPIED and path.suffix not in LEFT_BEHIND:
+        kept = path.suffix not in LEFT_BEHIND or path.name.startswith(LEGAL)
+        if path.is_file() and not hidden and path.name not in NOT_COPIED and kept:
             shutil.copyfile(path, out / path.name)

@@ -287,6 +287,17 @@ def test_a_bench_report_of_this_artifact_is_on_the_card(
     assert "did not measure this artifact" in err
 
 
+def test_the_licence_goes_with_the_artifact(tmp_path: Path) -> None:
+    from mmq.export.beside import copy_small_files
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("LICENSE.md", "NOTICE", "LICENSE", "README.md", ".env", "tokenizer.json", "notes.md"):
+        (tmp_path / "base" / name).write_text(name)
+    copy_small_files(tmp_path / "base", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["LICENSE", "LICENSE.md", "NOTICE", "tokenizer.json"]
+
+
 def test_no_token_in_any_process_list(keeper: HubKeeper, mine: Path, tmp_path: Path) -> None:
     """The command and all that it starts, looked at while it works; and everything that it says."""
     program = tmp_path / "bin" / "vllm"
