@@ -31,8 +31,10 @@ for one in (recipes, quantize, check, convert, plan, serve, infer, app, bench, r
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """One red line, and out."""
-    click.secho(f"mmq: {message}", fg="red", err=True)
+    """One red line, and out; a file's name or content in it moves no cursor."""
+    from .recipes.plain import shown
+
+    click.secho(f"mmq: {shown(message)}", fg="red", err=True)
     sys.exit(code)
 
 
@@ -58,6 +60,10 @@ def main() -> None:
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted; what is finished is kept, and quantize and infer go on from there if started again", 130)
+    except RecursionError:  # a file within a file within a file; what of ours would do so is a fault as well
+        if os.environ.get("MMQ_DEBUG"):
+            raise
+        fail("something in the input is nested too deep (MMQ_DEBUG=1 shows where it was read)", 2)
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("MMQ_DEBUG"):
             raise

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from .options import bin_option, hub_options, json_option, lora_option, several, size_options
+from .options import (
+    LET_IN,
+    bin_option,
+    hub_options,
+    json_option,
+    let_in_options,
+    lora_option,
+    safety_of,
+    several,
+    size_options,
+)
 from .terminal import progress, show_table
 
 if TYPE_CHECKING:
@@ -34,6 +44,11 @@ answer_options = (  # how an answer is made: `RequestConfig`'s
 media_options = tuple(
     click.option(f"--{kind}", f"{kind}s", multiple=True, metavar="FILE|URL", help=f"{what} to ask about. Repeatable.")
     for kind, what in (("image", "A picture"), ("video", "A video"), ("audio", "A sound"))
+)
+start_options = (  # of an engine that is started here
+    click.option("--max-model-len", type=int, help="Of the engine that is started: longest sequence in tokens."),
+    click.option("--trust-remote-code", is_flag=True, help="Let the checkpoint's own Python files run."),
+    *let_in_options,
 )
 dataset_options = (
     click.option(
@@ -64,6 +79,7 @@ dataset_options = (
 @several(answer_options)
 @several(size_options)
 @lora_option
+@several(start_options)
 @several(hub_options)
 @json_option
 def command(
@@ -88,7 +104,8 @@ def command(
     """Ask TARGET (an artifact, a model, or the URL of a running server) PROMPT, or every row of --dataset.
 
     With neither, chat: `multi-line`, `single-line`, `reset-system`, `clear`, `quit`; <image> in a text asks for one.
-    Flags after `--` go to the engine that is started. Exit 1 where rows of a dataset got no answer.
+    An engine that is started here takes `mmq serve`'s options of the model's size and of media, and the flags after
+    `--`. Exit 1 where rows of a dataset got no answer.
     """
     if url is not None:  # what stands where a target would is the prompt
         target, prompt, engine_flags = url, target, (*([prompt] if prompt else []), *engine_flags)
@@ -103,19 +120,25 @@ def command(
         )
     if engine_flags and "://" in target:
         raise ValueError(f"{' '.join(engine_flags)} is for an engine that is started here; {target} runs already")
-    from ..recipes.terminal import line_reader
+    from ..recipes.plain import shown
+    from ..recipes.terminal import answer_writer, line_reader
     from ..serve.chat import HELP, asked, begin, talk
     from ..serve.infer import answering, asking, at
     from ..serve.request import config_of
     from ..serve.safety import Safety, key_of
 
     many = {name: rest.pop(name) for name in ("result_path", "concurrency", "overwrite", "cluster", "replicas")}
-    started = {name: value for name in ("tp", "pp", "dp", "lora") if (value := rest.pop(name))}
+    let_in = {name: value for name in LET_IN if (value := rest.pop(name)) not in (None, ())}
+    names = ("tp", "pp", "dp", "lora", "max_model_len", "trust_remote_code")
+    started = {name: value for name in names if (value := rest.pop(name))}
+    asked_for = [option.replace("_", "-") for option in (*started, *(LET_IN[name] for name in let_in))]
     config = config_of(**rest, by_default=not datasets and not as_json)
-    if started and "://" in target:
-        raise ValueError(f"--{next(iter(started))} is for an engine that is started here; {target} runs already")
+    if asked_for and "://" in target:
+        raise ValueError(f"--{asked_for[0]} is for an engine that is started here; {target} runs already")
     if "lora" in started and many["cluster"] is not None:
         raise ValueError("--lora goes without --ray: there the model alone is asked")
+    if let_in and many["cluster"] is not None:
+        raise ValueError(f"--{LET_IN[next(iter(let_in))]} goes without --ray: no guard stands before its engines")
     if config.logprobs and not datasets and not as_json:
         raise ValueError("--logprobs goes with --dataset, or with a prompt and --json")
     if datasets and (images or videos or audios):
@@ -129,17 +152,25 @@ def command(
     who: dict[str, Any] = {"model": model, "api_key": key.value if key else None}
     where: dict[str, Any] = {"hub": hub, "revision": revision, "engine": engine, "engine_bin": engine_bin}
     where |= {"extra": engine_flags, **started}
+    if let_in:
+        where["safety"] = safety_of(**let_in)
     if datasets:
         infer_rows(target, datasets, config, where, {**who, "system": system}, as_json=as_json, **many)
         return
-    write = partial(click.echo, nl=False)
+    write = answer_writer(partial(click.echo, nl=False))
     with ExitStack() as stack:
         with progress(quiet=as_json) as tell:  # the bars end before an answer is written under them
             address, config = stack.enter_context(at(target, config, tell=tell, **where))
         if prompt is None:
             click.secho(HELP, dim=True, err=True)
             answer = stack.enter_context(answering(address, config, **who))
-            talk(chat, answer, read=line_reader(), write=write, note=partial(click.secho, dim=True, err=True))
+            talk(
+                chat,
+                answer,
+                read=line_reader(),
+                write=write,
+                note=lambda text: click.secho(shown(text), dim=True, err=True),
+            )
         elif as_json:
             whole = stack.enter_context(asking(address, config, **who))(chat.messages)
             click.echo(json.dumps(whole.facts(), ensure_ascii=False))
@@ -164,11 +195,14 @@ def infer_rows(
     as_json: bool,
 ) -> NoReturn:
     """Answers to datasets, by a server or a cluster; exit 1 where rows got none."""
+    from ..recipes.plain import shown
+    from ..recipes.terminal import answer_writer
     from ..serve.dataset import check_dataset, infer_dataset
     from ..serve.infer import at
     from ..serve.results import failed
 
     check_dataset(datasets, system=who["system"])
+    write = answer_writer(partial(click.echo, nl=False))
     out = result_path or Path(f"{Path(datasets[0].partition('#')[0]).stem}-answers.jsonl")
     with ExitStack() as stack:
         tell = stack.enter_context(progress(quiet=as_json or config.stream))
@@ -180,13 +214,13 @@ def infer_rows(
             facts = infer_on_ray(target, datasets, out, config, **where, **options)
         else:
             url, config = stack.enter_context(at(target, config, tell=tell, **where))
-            options |= {"concurrency": concurrency, "show": lambda number, piece: click.echo(piece, nl=False)}
+            options |= {"concurrency": concurrency, "show": lambda number, piece: write(piece)}
             facts = infer_dataset(url, datasets, out, config, **who, **options)
     if as_json:
         click.echo(json.dumps({"result": str(out), **facts}))
     else:
         show_table(["", ""], [[name, f"{value:g}"] for name, value in facts.items()])
         for line in failed(out):
-            click.secho(line, fg="yellow", err=True)
+            click.secho(shown(line), fg="yellow", err=True)
         click.echo(f"answers: {out}")
     sys.exit(1 if facts["failed"] else 0)

@@ -8,7 +8,6 @@ the package's folder in the base's dtype, all others from the base. Knows no pac
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..quantize.plan import linears
 from ..quantize.skeleton import Skeleton, build, checkpoint_names, read_config
 from ..quantize.source import Meta, Source, open_source
 from ..recipes.hub import Base
+from ..recipes.plain import object_of, read_json
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe
 from .artifact import Artifact, check_disk, finish
@@ -71,7 +71,7 @@ def open_packed(folder: Path) -> Packed:
     beside = folder / "quantize_config.json"  # where AutoGPTQ wrote it before transformers had a place for it
     declared = read_config(folder).get("quantization_config")
     if declared is None and beside.is_file():
-        declared = {"quant_method": "gptq", **json.loads(beside.read_text(encoding="utf-8"))}
+        declared = {"quant_method": "gptq", **object_of(read_json(beside), where=str(beside))}
     format, stored_less = _layout(declared or {}, folder)
     source = open_source(folder)
     found = packed_linears(source.metas, format)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..recipes.hub import Base, fetch
+from ..recipes.plain import check_entries, check_names, read_json
 from ..recipes.progress import Tell, silent
 
 MANIFEST = "mmq.json"
@@ -60,19 +63,21 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
     """
     if not path.is_dir():
         raise OSError(f"{path}: no such folder")
+    check_entries(path)
     file = path / MANIFEST
     if not file.is_file():
         if (path / UNFINISHED).is_file():
             raise OSError(f"{path}: an unfinished run; `mmq quantize` with the same options finishes it")
         raise OSError(f"{path}: not an mmq artifact ({MANIFEST} is missing)")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file, unique=True)
         files = manifest["files"]
         schema = manifest["schema"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise OSError(f"{file}: damaged; quantize again") from None
     if schema != SCHEMA:
         raise OSError(f"{file}: schema {schema}, this mmq reads {SCHEMA}; use the version that wrote it")
+    _check_manifest(manifest, file)
     for name, entry in files.items():
         item = path / name
         if not item.is_file():
@@ -83,6 +88,27 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
         if verify and hash_file(item) != entry["sha256"]:
             raise OSError(f"{item}: changed since it was made (its hash differs from the manifest's)")
     return Artifact(path, manifest)
+
+
+def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
+    """OSError for a manifest that mmq did not write: keys of other kinds, files that are not of this folder."""
+    kinds = {"name": str, "method": str, "format": str, "recipe": dict, "base": dict, "files": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    base = manifest.get("base")
+    if isinstance(base, dict):
+        wrong += [
+            f"base.{key}" for key in ("model", "hub", "revision") if not isinstance(base.get(key), str | NoneType)
+        ]
+    if wrong:
+        raise OSError(f"{file}: damaged ({wrong[0]} is missing or of another kind); quantize again")
+    try:
+        check_names(manifest["files"], where=str(file))
+    except ValueError as e:
+        raise OSError(str(e)) from None
+    for name, entry in manifest["files"].items():
+        known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
+        if not known or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise OSError(f"{file}: damaged ({name} has no size and sha256); quantize again")
 
 
 def base_of(artifact: Artifact, *, tell: Tell = silent) -> Base:

@@ -5,7 +5,6 @@ Reads packed linears in the four int4 layouts by their tensors' names and shapes
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..recipes.folder import headers, shard_names
+from ..recipes.folder import check_beside, headers, shard_names
+from ..recipes.folder import read_config as folder_config
+from ..recipes.plain import check_entries, object_of, read_json
+from ..recipes.sizes import check_quantization
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # two-dimensional weights that no engine treats as a linear: lookups, and the head, which has rules of its own
@@ -24,17 +26,10 @@ NF4 = "quant_state.bitsandbytes__nf4"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. OSError where there is none or it is not JSON."""
-    path = folder / "config.json"
-    if not path.is_file():
+    """The folder's config.json. OSError where there is none, or none that can be one."""
+    if not (folder / "config.json").is_file():
         raise OSError(f"{folder}: no config.json; give the folder of an artifact or of a Hugging Face checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise OSError(f"{path}: not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise OSError(f"{path}: a model's config is a JSON object")
-    return config
+    return folder_config(folder)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -115,9 +110,9 @@ class Subject:
         hub is not among them."""
         maps = [self.config.get("auto_map")]
         for name in sorted(self.files & set(MAPPED)):
-            maps.append(json.loads((self.folder / name).read_text(encoding="utf-8")).get("auto_map"))
+            maps.append(object_of(read_json(self.folder / name), where=str(self.folder / name)).get("auto_map"))
         named = [n for m in maps if isinstance(m, dict) for n in m.values()]
-        flat = [n for item in named for n in (item if isinstance(item, list) else [item]) if n]
+        flat = [n for item in named for n in (item if isinstance(item, list) else [item]) if n and isinstance(n, str)]
         return frozenset(f"{n.split('.')[0]}.py" for n in flat if "--" not in n)
 
     @cached_property
@@ -129,7 +124,9 @@ class Subject:
 
 def read_subject(folder: Path) -> Subject:
     """Read the folder's config and the headers of its safetensors files. OSError or ValueError as they are broken."""
+    check_entries(folder)
     config = read_config(folder)
+    check_beside(folder)
     tensors: dict[str, Tensor] = {}
     for shard in shard_names(folder):
         for name, item in headers(folder / shard).items():
@@ -151,7 +148,8 @@ def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return declared
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if (folder / name).is_file():
-            beside = json.loads((folder / name).read_text(encoding="utf-8"))
+            beside = object_of(read_json(folder / name), where=str(folder / name))
+            check_quantization(beside, where=str(folder / name))
             return {"quant_method": method, **beside}
     return {}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..quantize.minicpmv.release import RELEASES, release_of
+from ..recipes.plain import object_of, read_json
 from .artifact import write_json
 
 FILE = "tokenizer_config.json"
@@ -22,7 +22,7 @@ def mend_words(folder: Path) -> list[str]:
     path = folder / FILE
     if not path.is_file() or not _is_two_five(folder):
         return []
-    said = json.loads(path.read_text(encoding="utf-8"))
+    said = object_of(read_json(path), where=str(path))
     if "auto_map" not in said:
         return []
     write_json(path, {k: v for k, v in said.items() if k != "auto_map"} | {"tokenizer_class": PLAIN})
@@ -31,7 +31,7 @@ def mend_words(folder: Path) -> list[str]:
 
 
 def _is_two_five(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = object_of(read_json(folder / "config.json"), where=str(folder / "config.json"))
     if config.get("model_type") != "minicpmv":
         return False
     try:

@@ -7,7 +7,6 @@ itself, so that what is written keeps the checkpoint's own names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..recipes.plain import object_of, read_json
+from ..recipes.sizes import check_sizes
 from .classes import check_class, open_model
 from .detect import detect
 from .experts import unfused
@@ -70,14 +71,13 @@ class Skeleton:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. OSError when missing, ValueError when it is not JSON."""
+    """config.json as it stands. OSError when missing, ValueError when it cannot be a model's."""
     path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OSError(f"{path}: missing; {folder} is not a model checkpoint") from None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not valid JSON (line {e.lineno}: {e.msg})") from None
+    if not path.is_file():
+        raise OSError(f"{path}: missing; {folder} is not a model checkpoint")
+    config = object_of(read_json(path), where=str(path))
+    check_sizes(config, where=str(path))
+    return config
 
 
 def build(folder: Path, *, source: Source | None = None, device: str = "cpu", trust: bool = False) -> Skeleton:
@@ -100,7 +100,13 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu", tr
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float32 if place.type == "cpu" else stored
-    opened = open_model(folder, config, dtype=dtype, trust=trust)
+    try:
+        opened = open_model(folder, config, dtype=dtype, trust=trust)
+    except (ValueError, OSError):
+        raise
+    except Exception as e:  # transformers takes the values in a config as they are
+        why = " ".join(str(e).split())[:300]
+        raise ValueError(f"{folder}: its config.json makes no model: {type(e).__name__}: {why}") from e
     module = opened.module
     module.eval().requires_grad_(False)
     generation = folder / "generation_config.json"

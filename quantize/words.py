@@ -22,6 +22,8 @@ def plain_tokenizer(folder: Path, *, names: dict[str, str] | None = None) -> Any
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own = "AutoTokenizer" in settings.get("auto_map", {})
     named = None if own else getattr(transformers, str(settings.get("tokenizer_class")), None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase)):
+        named = None  # whatever else of transformers a file may name
     options: dict[str, Any] = {"local_files_only": True}
     if names:
         options["extra_special_tokens"] = names

@@ -6,7 +6,6 @@ Knows the three forms that people keep such data in, and nothing of models. Data
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import re
@@ -15,12 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from .plain import read_bytes
 from .samples import ROLES, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Row = TypeVar("Row")
+LINE = 128 << 20  # bytes of a line, which may hold pictures in base64
+PICTURE = 256 << 20  # bytes of a picture's file
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 DESCRIBE = "Describe this picture."  # what is asked of the pictures of a folder
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMS = '{"messages": [...]}, {"messages": [...], "images": [...]} or {"query": ..., "response": ..., "images": [...]}'
@@ -40,18 +43,36 @@ def rows(file: Path, parse: Callable[[Any], Row]) -> Iterator[tuple[int, Row]]:
     """What `parse` makes of each line's JSON, with the line's number, from 1; empty lines are left out. ValueError,
     `parse`'s too, names the file and the line."""
     with file.open("rb") as lines:  # bytes: only \n ends a line, and a line that is no UTF-8 has a number too
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(LINE + 1), b""), 1):
             if not line.strip():
                 continue
             try:
-                parsed = parse(json.loads(line.decode("utf-8-sig")))
+                parsed = parse(_json(line))
             except json.JSONDecodeError as e:
                 raise ValueError(f"{file}, line {number}: broken JSON: {e.msg} at column {e.colno}") from None
             except UnicodeDecodeError as e:
                 raise ValueError(f"{file}, line {number}: not UTF-8 at byte {e.start + 1}") from None
+            except RecursionError:
+                raise ValueError(f"{file}, line {number}: broken JSON: nested too deep") from None
             except ValueError as e:
                 raise ValueError(f"{file}, line {number}: {e}") from None
             yield number, parsed
+
+
+def _json(line: bytes) -> Any:
+    if len(line) > LINE:
+        raise ValueError(f"longer than {LINE} bytes; put pictures into files and name those")
+    data = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+    if b"\\ud" in line.lower():  # half a pair is no character, and no server could be sent it
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
+    return data
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"broken JSON: {name} is no number of JSON's")
 
 
 def _lines(file: Path) -> Iterator[Sample]:
@@ -167,32 +188,41 @@ def _address(item: Any) -> str:
     return item
 
 
+def opened(data: bytes) -> Image:
+    """A picture, not decoded yet. PIL knows some forty formats, a few of which other programs are run for: only
+    `FORMATS` are tried. Errors as PIL's."""
+    from PIL import Image
+
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def _open(address: str, folder: Path) -> Image:
     """One picture, upright and RGB. ValueError where it cannot be read; `folder` is where relative paths begin."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     if address.startswith(("http://", "https://")):
         raise ValueError(f"{_short(address)} is on the web; samples are local, so download it and give its path")
     try:
-        with Image.open(_file(address, folder)) as image:
+        with opened(_file(address, folder)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as e:
         raise ValueError(f"no file {e.filename}") from None
-    except (binascii.Error, OSError, EOFError, SyntaxError, Image.DecompressionBombError) as e:
+    except Exception as e:  # PIL's readers raise whatever a broken file makes them
         # Of a file that is no picture PIL tells only the name of a buffer object.
         why = "not a picture PIL knows" if "cannot identify" in str(e) else " ".join(str(e).split())
         raise ValueError(f"{_short(address)} cannot be read: {why}") from None
 
 
-def _file(address: str, folder: Path) -> Path | io.BytesIO:
+def _file(address: str, folder: Path) -> bytes:
     if address.startswith("data:"):
         head, _, body = address.partition(",")
         if not head.endswith(";base64"):
             raise ValueError(f"{_short(address)} is no base64 data address")
-        return io.BytesIO(base64.b64decode(body, validate=True))
+        return base64.b64decode(body, validate=True)
     if address.startswith("file://"):
-        return Path(unquote(urlsplit(address).path))
-    return folder / address
+        return read_bytes(Path(unquote(urlsplit(address).path)), most=PICTURE)
+    return read_bytes(folder / address, most=PICTURE)
 
 
 def _short(value: Any) -> str:

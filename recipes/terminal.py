@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .plain import shown
 from .progress import Step
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def human(size: float) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of words, or of figures where more than one column has a title."""
     from rich.table import Table
+    from rich.text import Text
 
     found = Table(box=None, pad_edge=False, show_header=any(head))
     figures = len(head) > 2 and all(head[1:])  # columns of figures keep their width, and the words before them give way
@@ -43,8 +45,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
         justify = "right" if figures and column else "left"
         found.add_column(title, no_wrap=keep and not wide, overflow="fold", justify=justify, max_width=wide)
     for row in rows:
-        found.add_row(*row)
+        found.add_row(*(Text(shown(cell)) for cell in row))  # not a str, in which rich would read its markup
     return found
+
+
+def answer_writer(write: Callable[[str], None]) -> Callable[[str], None]:
+    """`write` for text that a model made: where a person looks at stdout, control characters are shown and do nothing;
+    into a file or a pipe it goes as it is."""
+    return (lambda text: write(shown(text))) if sys.stdout.isatty() else write
 
 
 def line_reader() -> Callable[[str], str]:
@@ -69,18 +77,18 @@ def bars() -> Progress:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     return Progress(*columns, console=Console(stderr=True))
 
 
-def listener(shown: Progress) -> Callable[[Step], None]:
+def listener(on: Progress) -> Callable[[Step], None]:
     """Who is told of steps and keeps a bar for each kind of them."""
     tasks: dict[str, TaskID] = {}
 
     def tell(step: Step) -> None:
         if step.name not in tasks:
-            tasks[step.name] = shown.add_task(step.name, total=step.total, note="")
-        shown.update(tasks[step.name], completed=step.done, total=step.total, note=step.note)
+            tasks[step.name] = on.add_task(step.name, total=step.total, note="")
+        on.update(tasks[step.name], completed=step.done, total=step.total, note=shown(step.note))
 
     return tell

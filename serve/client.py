@@ -18,6 +18,9 @@ from typing import Any
 
 import openai
 
+from ..recipes.plain import read_bytes
+from ..recipes.reading import PICTURE, opened
+
 TIMEOUT = 600.0  # seconds for one answer
 # by name: openai has its HTTP client from httpx or httpx2, as its version will; the server was there, and is gone
 BROKEN_OFF = ("RemoteProtocolError", "ReadError")
@@ -124,12 +127,12 @@ def image_url(picture: str | Path) -> str:
     """
     if isinstance(picture, str) and re.match(r"(https?://|data:)", picture):
         return picture
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     path = Path(picture).expanduser()
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        data = read_bytes(path, most=PICTURE)
+        with opened(data) as image:
             image.load()
             kind = SENT_AS_THEY_ARE.get(image.format or "")
             if kind is None:
@@ -140,7 +143,7 @@ def image_url(picture: str | Path) -> str:
         raise ValueError(f"no picture {path}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no picture that can be read; PNG, JPEG, WEBP, GIF, BMP and TIFF can") from None
-    except (OSError, Image.DecompressionBombError) as e:
+    except Exception as e:  # PIL's readers raise whatever a broken file makes them
         raise ValueError(f"the picture {path} cannot be read: {e}") from None
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..export.names import SAME, VLLM
 from ..export.subject import HEADS, Subject
 from ..recipes.folder import headers
+from ..recipes.plain import check_entries, object_of, read_json
 from .flags import Flag, given
 from .rules.rule import first_of, per_rank
 from .rules.vllm_classes import ENCODER_LORA, NO_HEAD_LORA, NO_LORA
@@ -78,9 +79,10 @@ def read_adapter(name: str, folder: Path) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise OSError(f"adapter {name}: {folder} has no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = object_of(read_json(folder / CONFIG), where=str(folder / CONFIG))
     except ValueError as e:
-        raise OSError(f"adapter {name}: {folder / CONFIG} is not JSON: {e}") from None
+        raise OSError(f"adapter {name}: {e}") from None
+    check_entries(folder)
     _check_kind(name, config)
     if not (folder / TENSORS).is_file():
         pickled = next((p for p in PICKLES if (folder / p).is_file()), None)

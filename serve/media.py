@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from ..recipes.plain import read_bytes
 from .client import Message, image_url
 from .inside import mmq_parts
 from .inside.mmq_parts import KINDS, TAG, Medium, compose
 
 __all__ = ["KINDS", "TAG", "Medium", "compose", "conversation", "media_of", "part"]
 
+LARGEST = 1 << 30  # bytes of a video's or a sound's file
 USUAL_TYPE = {"video": "video/mp4", "audio": "audio/wav"}  # of a file whose name does not tell
 
 
@@ -60,11 +62,19 @@ def conversation(
 
 def _data_url(kind: str, path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, most=LARGEST)
     except FileNotFoundError:
         raise ValueError(f"no {kind} {path}") from None
     except OSError as e:
-        raise ValueError(f"the {kind} {path} cannot be read: {e.strerror}") from None
+        raise ValueError(f"the {kind} {path} cannot be read: {e.strerror or e}") from None
+    if _is_text(data[:4096]):  # a dataset from elsewhere might name a key or a password here
+        raise ValueError(f"{path} is text and no {kind}")
     guessed = mimetypes.guess_type(path.name)[0] or ""
     kept = guessed if guessed.startswith(f"{kind}/") else USUAL_TYPE[kind]
     return f"data:{kept};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file that begins so is text: no video or sound is without zeros and control characters."""
+    text = head.decode("utf-8", "ignore")
+    return len(text.encode()) > len(head) - 4 and not re.search(r"[\x00-\x08\x0e-\x1f]", text)

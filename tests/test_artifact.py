@@ -132,7 +132,8 @@ def test_half_a_file_of_a_killed_run_is_left_out(tmp_path: Path) -> None:
     """A run killed while it wrote its manifest, taken up again."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / f"{MANIFEST}.part").write_text("{")
-    assert set(finish(tmp_path, {}, {"format": "awq"}).manifest["files"]) == {"config.json"}
+    told = {"name": "out", "method": "awq", "format": "awq", "recipe": {}, "base": {}}
+    assert set(finish(tmp_path, {}, told).manifest["files"]) == {"config.json"}
     open_artifact(tmp_path, verify=True)
 
 

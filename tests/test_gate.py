@@ -35,7 +35,7 @@ def made(tmp_path: Path) -> Artifact:
     out.mkdir()
     (out / "config.json").write_text("{}")
     recipe = {"name": "m", "model": "m", "version": 2, "limits": {"mean_kl": 0.05, "p99_kl": 0.5, "top1": 0.98}}
-    return finish(out, {}, {"name": "m-awq", "method": "awq", "format": "awq", "recipe": recipe})
+    return finish(out, {}, {"name": "m-awq", "method": "awq", "format": "awq", "recipe": recipe, "base": {}})
 
 
 def test_a_passed_check_of_this_artifact_opens_it(made: Artifact) -> None:
