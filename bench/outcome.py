@@ -88,7 +88,7 @@ def memory_of(
         path,
         card=budget.card,
         context=context,
-        flags=variant.launch.argv,
+        flags=variant.flags,  # not the launch's, whose share of the card may be scaled to a larger one
         billed=engine == "vllm",
         cache_tokens=held.cache_tokens if held else None,
         weights=weights_kept(engine, path),
@@ -172,7 +172,7 @@ def report(
         },
         "levels": sorted({level.concurrency for levels in sweep.values() for level in levels}),
         "interleave": {"mode": mode, "starts": {v: len(journal.found("start", label=v)) for v in labels}},
-        "stages": {label: line["settings"] for label, line in stages.items()},
+        "stages": next((line["settings"] for line in stages.values()), {}),  # of one load, so alike
         "failed": dict(failed),
         "notes": notes,
     }
@@ -185,7 +185,7 @@ def report(
         raw={label: raw_of(journal, label, load) for label in labels},
         settings=settings,
         machine=machine,
-        versions=versions(packages_beside(Path(variants[0].launch.argv[0]))),
+        versions=versions(packages_beside(Path(variants[0].launch.argv[0])) or None),
         sweep=sweep,
         ratios=ratios,
         stages={label: {k: Figure(**f) for k, f in line["figures"].items()} for label, line in stages.items()},

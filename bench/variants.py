@@ -39,11 +39,13 @@ KEPT_FREE = 0.15  # of the memory that is available, for the load generator and 
 
 @dataclass(frozen=True)
 class Variant:
-    """One subject and how it is served: `launch` as planned, its port drawn anew at each start."""
+    """One subject and how it is served: `launch` as planned, its port drawn anew at each start (`again`); `flags` are
+    those beside the plan's own."""
 
     subject: Subject
     launch: Launch
     again: Callable[[], Launch]
+    flags: tuple[str, ...]
 
     @property
     def label(self) -> str:
@@ -91,7 +93,7 @@ def variant_of(
         )
         return scaled(launch, budget.factor) if budget.factor else launch
 
-    return Variant(subject, launched(), launched)
+    return Variant(subject, launched(), launched, flags)
 
 
 def flags_for(
