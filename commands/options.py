@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ..serve.safety import Safety
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -28,6 +31,44 @@ size_options = (
 lora_option = click.option(
     "--lora", multiple=True, metavar="NAME=FOLDER", help="An adapter, which requests name as their model. Repeatable."
 )
+
+LET_IN = {  # of `serve.safety.Safety`, and its option
+    "media_domains": "media-domain",
+    "media_networks": "media-network",
+    "max_body": "max-body",
+    "max_media": "max-media",
+}
+let_in_options = (
+    click.option(
+        "--media-domain",
+        "media_domains",
+        multiple=True,
+        metavar="HOST",
+        help="Take media by URL from this host (.x.org: all below x.org; any; none). Repeatable.  "
+        "[default: any on loopback, else none]",
+    ),
+    click.option(
+        "--media-network",
+        "media_networks",
+        multiple=True,
+        metavar="NET",
+        help="A private network that media may come from, as 10.0.0.0/8. Repeatable.",
+    ),
+    click.option("--max-body", metavar="SIZE", help="Largest request.  [default: 64MiB]"),
+    click.option("--max-media", type=int, help="Pictures and videos in a request.  [default: 64]"),
+)
+
+
+def safety_of(*, max_body: str | None = None, max_media: int | None = None, **let_in: Any) -> Safety:
+    """What a server lets in, as the options say; what they leave out is the default."""
+    from ..bench.report import parse_bytes
+    from ..serve.safety import Safety
+
+    if max_body is not None:
+        let_in["max_body"] = parse_bytes(max_body)
+    if max_media is not None:
+        let_in["max_media"] = max_media
+    return Safety(**let_in)
 
 
 def several(options: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import bin_option, hub_options, lora_option, several, size_options
+from .options import bin_option, hub_options, let_in_options, lora_option, safety_of, several, size_options
 from .terminal import next_step, progress, show_table
 
 if TYPE_CHECKING:
@@ -30,25 +30,9 @@ safety_options = (  # `serve.safety.Safety`'s
         "--api-key-file", type=click.Path(path_type=Path), help="Holds the key.  [default: MMQ_API_KEY, none]"
     ),
     click.option(
-        "--media-domain",
-        "media_domains",
-        multiple=True,
-        metavar="HOST",
-        help="Take media by URL from this host (.x.org: all below x.org; any; none). Repeatable.  "
-        "[default: any on loopback, else none]",
-    ),
-    click.option(
-        "--media-network",
-        "media_networks",
-        multiple=True,
-        metavar="NET",
-        help="A private network that media may come from, as 10.0.0.0/8. Repeatable.",
-    ),
-    click.option(
         "--media-folder", type=click.Path(path_type=Path), help="Take file:// URLs of what is in this folder."
     ),
-    click.option("--max-body", metavar="SIZE", default="64MiB", show_default=True, help="Largest request."),
-    click.option("--max-media", type=int, default=64, show_default=True, help="Pictures and videos in a request."),
+    *let_in_options,
     click.option(
         "--grace", type=int, default=30, show_default=True, help="Seconds that requests under way have at the end."
     ),
@@ -82,7 +66,6 @@ def command(
     engine: str,
     print_only: bool,
     restart: int,
-    max_body: str,
     hub: str,
     revision: str | None,
     served_model_name: str | None,
@@ -92,7 +75,6 @@ def command(
 
     Flags after `--` go to the engine as they are and win over mmq's own.
     """
-    from ..bench.report import parse_bytes
     from ..serve.engines import lines, plan
     from ..serve.machine import this_machine
     from ..serve.safety import Safety
@@ -100,7 +82,7 @@ def command(
     from ..serve.target import servable
 
     let_in = {field.name: options.pop(field.name) for field in dataclasses.fields(Safety) if field.name in options}
-    options["safety"] = Safety(max_body=parse_bytes(max_body), **let_in)
+    options["safety"] = safety_of(**let_in)
     with progress(quiet=print_only) as tell:
         folder, name = servable(target, hub=hub, revision=revision, tell=tell)
     options |= {"served_model_name": served_model_name or name, "extra": engine_flags}

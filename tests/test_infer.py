@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_cli import Run, mmq  # noqa: F401  (a fixture)
 
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
@@ -280,6 +281,34 @@ def test_what_is_sent_for_a_config() -> None:
 def test_a_config_that_no_server_takes(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(**{"extra": None, "stream": None, "by_default": False} | settings)
+
+
+def test_what_the_engine_that_is_started_is_told(
+    artifact: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mmq: Run,  # noqa: F811
+) -> None:
+    """The model's size and what media it lets in, as `mmq serve` has them; a server that runs has its own."""
+    heard = tmp_path / "heard"
+    engine = tmp_path / "vllm"
+    engine.write_text(f'#!/bin/sh\necho "$MMQ_GUARD $*" > "{heard}"\necho "RuntimeError: no device"\nexit 1\n')
+    engine.chmod(0o755)
+    monkeypatch.setenv("MMQ_VLLM", str(engine))
+    options = ["--media-network", "10.0.0.0/8", "--media-domain", "a.example", "--max-body", "1MiB", "--max-media", "0"]
+    words = [*options, "--max-model-len", "1024", "--trust-remote-code"]
+    code, _, err = mmq("infer", str(artifact("awq")), "hello", *words)
+    assert (code, "no device" in err) == (3, True), err
+    guard, argv = heard.read_text().split(" ", 1)
+    told = {"max_body": 1 << 20, "max_media": 0, "domains": ["a.example"], "networks": ["10.0.0.0/8"]}
+    assert json.loads(guard).items() >= told.items()
+    assert "--max-model-len 1024" in argv
+    assert "--trust-remote-code" in argv
+    for wrong in (options[:2], options[6:], ["--max-model-len", "1024"]):
+        code, _, err = mmq("infer", "http://127.0.0.1:1", "hello", *wrong)
+        assert (code, f"{wrong[0]} is for an engine that is started here" in err) == (2, True), err
+    code, _, err = mmq("infer", "pebble", "--dataset", "rows.jsonl", "--ray", "local", *options[:2])
+    assert (code, "--media-network goes without --ray" in err) == (2, True), err
 
 
 def test_an_address_is_served_already() -> None:
