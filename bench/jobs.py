@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..recipes.recipe import METHODS, Recipe
+from ..recipes.recipe import METHODS, Recipe, recipe_for
 from .produce import settle
 
 FIELDS = ("name", "method", "version")  # of a hub address, in braces
@@ -30,7 +30,7 @@ class Job:
         return f"{self.recipe.name if self.recipe else Path(self.source).stem}-{self.method}"
 
 
-def matrix(sources: Sequence[str], methods: Sequence[str] = ()) -> list[Job]:
+def matrix(sources: Sequence[str], methods: Sequence[str] = (), *, trust: bool = False) -> list[Job]:
     """Every recipe by every method (none: the recipe's own), in their order. ValueError for an unknown method, and for
     two jobs of one name."""
     if unknown := [m for m in methods if m not in METHODS]:
@@ -38,16 +38,17 @@ def matrix(sources: Sequence[str], methods: Sequence[str] = ()) -> list[Job]:
     found: dict[str, Job] = {}
     for source in sources:
         for method in methods or (None,):
-            job = _job(source, method)
+            job = _job(source, method, trust)
             if before := found.get(job.name.lower()):
                 raise ValueError(f"{before.source} and {source} would both make {job.name}; give them other names")
             found[job.name.lower()] = job
     return list(found.values())
 
 
-def _job(source: str, method: str | None) -> Job:
+def _job(source: str, method: str | None, trust: bool) -> Job:
     try:
-        recipe = settle(source, method=method).recipe
+        allowed = trust and recipe_for(source).trust_remote_code  # of those that ask for it
+        recipe = settle(source, method=method, trust_remote_code=allowed or None).recipe
         if not re.fullmatch(r"\w[\w.-]*", recipe.name):
             raise ValueError(f"{source}: name {recipe.name!r} is no folder's; letters, digits, '-', '_' and '.' are")
     except (ValueError, OSError) as e:

@@ -40,7 +40,13 @@ def settle(model: str, *, backend: str | None = None, out: Path | None = None, *
         raise ValueError("method autoround is another package's: add --backend auto-round")
     if options.get("quality") and backend:
         raise ValueError("--quality is mmq's own; a backend works with its own defaults: leave it out")
-    recipe = with_options(recipe_for(model), **(options | ({"method": None} if backend else {})))
+    named = recipe_for(model)
+    if named.trust_remote_code and not options.get("trust_remote_code"):
+        raise ValueError(
+            f"recipe {model} wants the checkpoint's own Python to run, which a file cannot allow: read that code, then "
+            "say --trust-remote-code"
+        )
+    recipe = with_options(named, **(options | ({"method": None} if backend else {})))
     check_calibration(recipe.calibration)
     if backend is None:
         symmetric, format = settle_own(recipe.method, recipe.symmetric, recipe.format)

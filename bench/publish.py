@@ -72,6 +72,7 @@ def publish(
     base_model: str | None = None,
     license: str | None = None,
     may_redistribute: bool = False,
+    trust_remote_code: bool = False,
     tell: Tell = silent,
 ) -> Outcome:
     """Publish the artifact in `folder` to each of `targets` (hf:OWNER/NAME, modelscope:OWNER/NAME).
@@ -99,6 +100,11 @@ def publish(
     if (against := obstacles(source)) and not (may_redistribute and source.license):
         raise ValueError(f"{'; '.join(against)}; then say --may-redistribute")
     notes = []
+    if reload and _trusts(artifact) and not trust_remote_code:
+        raise ValueError(
+            f"{folder} says that its own Python has to run where it is loaded: read it, then say --trust-remote-code, or "
+            "--no-reload to publish without a look"
+        )
     if reload:
         try:
             find_program(engine, named=engine_bin)

@@ -44,6 +44,7 @@ def quantize_line(job: Job, settings: Settings, commit: str | None) -> list[str]
     line = ["quantize", job.source, "--method", job.method, "-o", str(settings.folder(job)), "--renew"]
     line += ["--hub", settings.hub, "--device", settings.device]
     line += ["--revision", commit] if commit else []
+    line += ["--trust-remote-code"] if job.recipe and job.recipe.trust_remote_code else []
     return line + (["--max-vram", settings.max_vram] if settings.max_vram else [])
 
 
@@ -64,6 +65,7 @@ def publish_line(job: Job, settings: Settings, report: str | None) -> list[str]:
     """`mmq publish`, to every address, with the bench's `report` where there is one."""
     where = addresses(settings.publish, job)
     more = ["--report", report] if report else []
+    more += ["--trust-remote-code"] if job.recipe and job.recipe.trust_remote_code else []
     return ["publish", str(settings.folder(job)), *where, *more, *settings.publish_flags]
 
 

@@ -35,6 +35,7 @@ from .terminal import progress, show_table
     is_flag=True,
     help="You have read the licence of a base that is gated or not free, and may publish what is made of it.",
 )
+@click.option("--trust-remote-code", is_flag=True, help="Let ARTIFACT's own Python run where it is loaded first.")
 @json_option
 def command(artifact: Path, targets: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Publish ARTIFACT to hf:OWNER/NAME, modelscope:OWNER/NAME or both; exit 1 past its recipe's limits.

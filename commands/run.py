@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @click.option("--summary", type=click.Path(path_type=Path), help="Write a page in Markdown, as $GITHUB_STEP_SUMMARY.")
 @click.option("--list", "listed", is_flag=True, help="Tell what would be made; with --json as a CI matrix.")
 @click.option("--max-vram", metavar="SIZE", help="GPU memory to stay inside, as 24GiB.  [default: what is free]")
+@click.option("--trust-remote-code", "trust", is_flag=True, help="Let checkpoints' own Python run, where a recipe asks.")
 @device_option
 @hub_options[0]
 @json_option
@@ -55,6 +56,7 @@ def command(
     cluster: str | None,
     summary: Path | None,
     listed: bool,
+    trust: bool,
     as_json: bool,
     **how: Any,
 ) -> None:
@@ -70,7 +72,7 @@ def command(
     if rest and not publish:
         raise ValueError(f"{' '.join(rest)} is for `mmq publish`; give --publish, or leave it out")
     check_addresses(publish)
-    jobs = matrix(recipes, [word.strip() for word in methods.split(",")] if methods else ())
+    jobs = matrix(recipes, [word.strip() for word in methods.split(",")] if methods else (), trust=trust)
     check_apart(publish, jobs)
     if listed:
         if as_json:

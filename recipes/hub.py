@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import folder, hub_hf, hub_modelscope
+from .plain import check_names
 from .progress import Step, Tell, silent
 from .remote import INDEX, Remote, RemoteFile, Unreachable, small, weights
 
@@ -114,14 +115,16 @@ def _from_hub(hub: Hub, model: str, revision: str | None, tell: Tell) -> tuple[P
         remote = hub.ask(model, revision)
     except Unreachable as e:
         return _from_cache(root, model, revision or hub.branch, e)
+    if not re.fullmatch(r"[0-9a-f]{40}", remote.commit):  # it becomes a folder's name
+        raise OSError(f"the hub tells {remote.commit!r} as the commit of {model}, which is none; is it a hub?")
     path = root / "snapshots" / remote.commit
     if not _recorded(root, remote.commit):
-        first = small(remote.files)
+        first = _plain(model, small(remote.files))
         indexed = any(f.path == INDEX for f in first)
         if not indexed:
             weights(model, remote.files)  # refuses what has no safetensors before any download
         _get(hub, model, remote.commit, first, path, tell)
-        shards = weights(model, remote.files, index=folder.index_of(path) if indexed else None)
+        shards = _plain(model, weights(model, remote.files, index=folder.index_of(path) if indexed else None))
         _get(hub, model, remote.commit, shards, path, tell)
         if not hub.verifies:
             _verify(model, path, [*first, *shards], tell)
@@ -131,6 +134,14 @@ def _from_hub(hub: Hub, model: str, revision: str | None, tell: Tell) -> tuple[P
     if revision != remote.commit and (not ref.is_file() or ref.read_text() != remote.commit):
         _write(ref, remote.commit)
     return path, remote.commit
+
+
+def _plain(model: str, files: list[RemoteFile]) -> list[RemoteFile]:
+    """`files`, whose names stay in the folder that they are put into. ValueError where one does not."""
+    for one in files:
+        for part in one.path.split("/"):
+            check_names([part], where=f"{model}: {one.path!r}: the hub")
+    return files
 
 
 def _get(hub: Hub, model: str, commit: str, files: Sequence[RemoteFile], path: Path, tell: Tell) -> None:

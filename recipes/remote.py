@@ -38,7 +38,7 @@ def small(files: Iterable[RemoteFile]) -> list[RemoteFile]:
     """What is needed beside the weights: configs, tokenizer, processors, templates, Python files, the licence."""
 
     def wanted(path: PurePosixPath) -> bool:
-        if path.parent.name == "additional_chat_templates":
+        if path.parts[:-1] == ("additional_chat_templates",):
             return path.suffix == ".jinja"
         top = len(path.parts) == 1
         return (

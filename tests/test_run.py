@@ -165,6 +165,9 @@ def test_remote_code_is_not_pinned_by_the_run_itself(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: mine\nmodel: owner/model\ntrust_remote_code: true\n", encoding="utf-8")
     (found,) = run(matrix([str(tmp_path / "mine.yaml")]), Settings(tmp_path / "out"))
     assert found.code == 2
+    assert "which a file cannot allow" in found.why[0]
+    (found,) = run(matrix([str(tmp_path / "mine.yaml")], trust=True), Settings(tmp_path / "out"))
+    assert found.code == 2
     assert "the full hash of the commit that you have read" in found.why[0]
 
 
