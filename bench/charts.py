@@ -20,12 +20,14 @@ CROWD = 16  # points of a line: of more, only the last has a mark
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) in the order of x, drawn as the subject `index`; a `dashed` line goes with another, unnamed."""
+    """Points (x, y) in the order of x, drawn as the subject `index`; a `dashed` line goes with another, unnamed.
+    `spans` are (x, low, high) of points whose interval is known."""
 
     name: str
     index: int
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    spans: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ def line_chart(
     height: float = 250,
     log_x: bool = False,
     x_ticks: Sequence[float] | None = None,
+    mark_at: float | None = None,
 ) -> str:
     """Lines over a common x. The y axis starts at 0, or is logarithmic where values differ twentyfold and are above 0.
 
-    ValueError without any point.
+    `mark_at` is a value with a line of its own across. ValueError without any point.
     """
     xs = [x for one in lines for x, _ in one.points]
-    ys = [y for one in lines for _, y in one.points]
+    ys = [y for one in lines for _, y in one.points] + [high for one in lines for _, _, high in one.spans]
     if not xs:
         raise ValueError("a plot of lines needs a point at least")
     named = [one for one in lines if not one.dashed]
@@ -79,6 +82,8 @@ def line_chart(
     drawn = [*_across(y, marks, left, width - right - 8), words(0, 14, fitted(y_title, width), class_="axis")]
     drawn += _below(x, x_ticks or ticks(low, high), height - 40)
     drawn.append(words(x.end, height - 6, x_title, class_="axis", anchor="end"))
+    if mark_at is not None:
+        drawn.append(element("line", x1=left, x2=width - right - 8, y1=y.at(mark_at), y2=y.at(mark_at), class_="limit"))
     ends = spread([y.at(one.points[-1][1]) for one in named], LEAD, y.end - 4, y.start + 4)
     for one in lines:
         places = [(x.at(a), y.at(b)) for a, b in one.points]
@@ -89,7 +94,11 @@ def line_chart(
             for i in shown
             if not one.dashed
         ]
-        drawn.append(element("g", path, *dots, class_=series(one.index) + (" dashed" if one.dashed else "")))
+        whiskers = [
+            element("line", x1=x.at(at), x2=x.at(at), y1=y.at(low), y2=y.at(high), class_="whisker")
+            for at, low, high in one.spans
+        ]
+        drawn.append(element("g", path, *whiskers, *dots, class_=series(one.index) + (" dashed" if one.dashed else "")))
     for one, end in zip(named, ends, strict=True):
         name = words(x.end + 12, end + 4, fitted(one.name, right, BOLD), class_="own")
         drawn.append(element("g", name, class_=series(one.index)))

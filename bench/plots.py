@@ -58,7 +58,43 @@ def _plot(
 def load_plots(report: Report) -> list[Plot]:
     """Rate and latencies against concurrency, a plot each; none where fewer than two levels were run."""
     levels = sorted({level.concurrency for found in report.sweep.values() for level in found})
-    return [] if len(levels) < 2 else [p for row in LATENCIES if (p := _load_plot(report, levels, *row)) is not None]
+    if len(levels) < 2:
+        return []
+    found = [_gain_plot(report, levels), *(_load_plot(report, levels, *row) for row in LATENCIES)]
+    return [plot for plot in found if plot is not None]
+
+
+def _gain_plot(report: Report, levels: Sequence[int]) -> Plot | None:
+    """Output tok/s by the first label's at each concurrency: where int4 helps, and where it stops."""
+    first, *others = report.numbers
+    ratios = {
+        label: {level.concurrency: r for level in report.sweep.get(label, ()) if (r := level.ratios.get("output_rate"))}
+        for label in others
+    }
+    lines = [
+        Line(
+            label,
+            index,
+            [(n, r.value) for n, r in ratios[label].items()],
+            spans=[(n, r.low, r.high) for n, r in ratios[label].items() if r.low is not None and r.high is not None],
+        )
+        for index, label in enumerate(others, start=1)
+        if ratios[label]
+    ]
+    if not lines:
+        return None
+    title = f"Output rate as a multiple of {first}'s"
+    said = f"{title} against requests at once: " + "; ".join(_in_words(line) for line in lines)
+
+    known = [r.level for by in ratios.values() for r in by.values() if r.low is not None]
+    heading = f"with {known[0]:.0%} intervals of paired runs" if known else "without intervals"
+
+    def draw(width: float) -> str:
+        given: dict[str, Any] = {"x_title": "requests at once", "y_title": heading, "mark_at": 1.0}
+        return line_chart(lines, label=said, width=width, log_x=True, x_ticks=levels, **given)
+
+    rows = [[str(n), *(ratio_of(r) if (r := ratios[label].get(n)) else "-" for label in others)] for n in levels]
+    return _plot(title, draw, ["requests at once", *others], rows, full=True)
 
 
 def _load_plot(

@@ -84,6 +84,7 @@ def full_report(labels: Sequence[str] = LABELS, *, rename: dict[str, str] | None
                     "e2e": figure(2000 / k * (1 + n / 20)),
                     "e2e_p99": figure(2600 / k * (1 + n / 18)),
                 },
+                {} if label == labels[0] else {"output_rate": Ratio(k, k * 0.95, k * 1.05, pairs=3)},
             )
             for n in (1, 8, 32, 64)
         ]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_a_full_page_has_every_section_and_figure(folder: Path) -> None:
     for said in ("1.52×", "1.47 to 1.57", "15.6 → 6.7 GiB", "0.512 ± 0.016", "412 tokens in", "2026-11-21 15:02 UTC"):
         assert said in read.text
     figures = read.all("svg")
-    assert len(figures) == 2 * 9
+    assert len(figures) == 2 * 10
     assert all(svg["role"] == "img" and len(svg["aria-label"] or "") > 20 for svg in figures)
     assert all(image["alt"] for image in read.all("img"))
     assert all(th["scope"] for th in read.all("th"))
@@ -226,10 +227,18 @@ def test_colours_of_ratios_are_earned() -> None:
 def test_the_plots_choose_what_there_is() -> None:
     report = full_report()
     assert [p.title for p in load_plots(report)] == [
-        *("Output rate", "Time to first token", "Time per output token", "Whole request")
+        *(
+            "Output rate as a multiple of fp16's",
+            "Output rate",
+            "Time to first token",
+            "Time per output token",
+            "Whole request",
+        )
     ]
     one = {label: levels[:1] for label, levels in report.sweep.items()}
     assert load_plots(Report(**{**vars(report), "sweep": one})) == []
+    alone = {label: [replace(level, ratios={}) for level in levels] for label, levels in report.sweep.items()}
+    assert len(load_plots(Report(**{**vars(report), "sweep": alone}))) == 4
     small = {**report.settings, "vram": 2400 << 30}  # a budget far beyond every bar is no line across
     far = memory_plot(Report(**{**vars(report), "settings": small}))
     near = memory_plot(report)
@@ -342,7 +351,7 @@ def opened(browser: Any, path: Path, **options: Any) -> tuple[Any, list[str]]:
 def test_a_browser_draws_every_plot_and_nothing_sticks_out(browser: Any, folder: Path, width: int) -> None:
     tab, faults = opened(browser, write_page(full_report(), folder), viewport={"width": width, "height": 800})
     boxes = [box for svg in tab.locator("svg:visible").all() if (box := svg.bounding_box()) is not None]
-    assert len(boxes) == 9  # each once: the wide drawing or the narrow one
+    assert len(boxes) == 10  # each once: the wide drawing or the narrow one
     for box in boxes:
         assert box["width"] > 280
         assert box["height"] > 80

@@ -175,6 +175,20 @@ def test_lines_far_apart_have_a_logarithmic_scale_and_zeros_a_plain_one() -> Non
     parsed(line_chart([Line("a", 0, [(4, 0.0)])], label="", x_title="", y_title=""))
 
 
+def test_intervals_stand_at_their_points_and_a_mark_lies_across() -> None:
+    line = Line("awq", 1, [(1, 1.5), (8, 0.9)], spans=[(1, 1.4, 1.6), (8, 0.8, 1.0)])
+    root = parsed(line_chart([line], label="", x_title="", y_title="", log_x=True, mark_at=1.0))
+    (across,) = [n for n in root.iter(f"{SVG}line") if n.attrib["class"] == "limit"]
+    one = float(across.attrib["y1"])
+    tall = [n for n in root.iter(f"{SVG}line") if n.attrib["class"] == "whisker"]
+    assert [(float(n.attrib["y1"]) < one, float(n.attrib["y2"]) < one + 0.01) for n in tall] == [
+        (True, True),
+        (False, True),
+    ]
+    marks = [float(n.attrib["points"].split()[0].split(",")[0]) + 4 for n in root.iter(f"{SVG}polygon")]
+    assert [float(n.attrib["x1"]) for n in tall] == pytest.approx(marks, abs=0.1)
+
+
 def test_bars_are_as_long_as_their_parts() -> None:
     bars = [
         Bar("fp16", [("weights", 16, "16"), ("cache", 4, "4")]),
