@@ -26,7 +26,7 @@ class Settings:
     max_vram: str | None = None
     samples: int = CHECKED
     engines: tuple[str, ...] = ()
-    bench: bool = False
+    bench: str | None = None  # quick or full
     publish: tuple[str, ...] = ()
     publish_flags: tuple[str, ...] = ()
 
@@ -58,7 +58,8 @@ def check_line(job: Job, settings: Settings, engine: str | None = None) -> list[
 
 def bench_line(job: Job, settings: Settings) -> list[str]:
     """`mmq bench` beside the 16-bit base."""
-    return ["bench", "--compare", "fp16", str(settings.folder(job)), "-o", str(settings.out / "bench")]
+    line = ["bench", "--compare", "fp16", str(settings.folder(job)), "-o", str(settings.out / "bench")]
+    return line + (["--quick"] if settings.bench == "quick" else [])
 
 
 def publish_line(job: Job, settings: Settings, report: str | None) -> list[str]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     type=click.Choice(["vllm", "pytorch"]),
     help="Check each artifact as this engine serves it, too. Repeatable.",
 )
-@click.option("--bench", is_flag=True, help="Measure each artifact beside its 16-bit base.")
+@click.option("--bench", type=click.Choice(["quick", "full"]), help="Measure each artifact beside its 16-bit base.")
 @click.option(
     "--publish",
     multiple=True,

