@@ -81,6 +81,11 @@ def page(report: Report, folder: Path) -> str:
         load_plots=[_drawn(p) for p in load],
         memory_plot=memory and _drawn(memory),
         unchecked=unchecked,
+        past=[
+            f"{label} is past its recipe's limits: {why}"
+            for label, q in quality.items()
+            for why in q.get("failures", ())
+        ],
         quality_head=["", *labels],
         quality_rows=proof_rows(labels, quality),
         quality_plots=[_drawn(p) for p in plots],

@@ -135,6 +135,12 @@ def test_what_is_missing_is_said_with_what_would_fill_it(labels: tuple[str, ...]
     assert ("no interval here" in read.text) == (len(labels) > 1)
 
 
+def test_an_artifact_past_its_limits_is_told(tmp_path: Path) -> None:
+    said = {"awq": {"measures": {"mean_kl": 0.3}, "failures": ["mean_kl is 0.3, the limit is <= 0.05"], "layers": []}}
+    text = page(bare_report(quality=said), tmp_path)
+    assert '<p class="bad">awq is past its recipe&#39;s limits: mean_kl is 0.3, the limit is &lt;= 0.05</p>' in text
+
+
 def test_an_unchecked_artifact_is_told_with_what_to_type(tmp_path: Path) -> None:
     said = {"awq": {"unchecked": "not checked; `mmq check out-awq`"}}
     text = page(bare_report(quality=said), tmp_path)
