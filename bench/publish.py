@@ -122,12 +122,8 @@ def publish(
         beside = [CARD, *passed.reports, *(name for name, _ in pictures)]
         plans: list[tuple[Plan, list[Item]]] = []
         for target in places:
-            lines = hub_lines(
-                folder, target.repo, hub=target.hub, format=artifact.format, trust=_trusts(artifact)
-            )  # fmt: skip
+            lines = hub_lines(folder, target.repo, hub=target.hub, format=artifact.format, trust=_trusts(artifact))
             told = Told(
-                target.repo,
-                target.hub,
                 read_shape(folder).vision,
                 quality=quality_rows(passed, limits),
                 checked=checked_line(checks),
@@ -238,7 +234,7 @@ def reloaded(
             with plain_errors(server.url):
                 reply = client.chat.completions.create(
                     model=server.name, messages=messages, max_tokens=32, temperature=0
-                )  # fmt: skip
+                )
             text = (reply.choices[0].message.content or "").strip()
     if not text:
         raise RuntimeError(f"{engine} loaded a clean copy of {artifact.path} and answered nothing; it is not published")

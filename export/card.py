@@ -61,8 +61,6 @@ class Told:
     """What a card is made of, beside the artifact and its base. `checked` is empty where there is no passed check of
     this artifact (`gate` tells whether that was asked for); `reloaded` the engine that answered from a clean copy."""
 
-    repo: str
-    hub: str
     vision: bool
     quality: Sequence[Row] = ()
     checked: str = ""

@@ -96,11 +96,16 @@ def differences(items: Iterable[Item], there: There) -> tuple[list[Item], list[s
     return lacking, sorted(n for n in there.files if n not in ours and n not in KEPT)
 
 
+def first_of(names: Sequence[str]) -> str:
+    """`a` or `a and 11 more`."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def check_ours(target: Target, there: There) -> None:
     """ValueError where the repository holds a model that mmq did not publish: its files would be taken away."""
     if MANIFEST not in there.files and (strange := sorted(there.files.keys() - set(BORN_WITH))):
         raise ValueError(
-            f"{target} holds files that mmq did not publish ({strange[0]} and {len(strange) - 1} more); "
+            f"{target} holds files that mmq did not publish ({first_of(strange)}); "
             "publish to another name, or to an empty repository"
         )
 

@@ -7,12 +7,15 @@ sent twice, and what it has whole is not committed twice. Knows no artifact's in
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..recipes.progress import Tell, silent
 from . import upload_hf, upload_modelscope
-from .remote import Interrupted, Item, Target, There, artifact_differs, check_ours, differences
+from .remote import Interrupted, Item, Target, There, artifact_differs, check_ours, differences, first_of
+
+LATE = (0, 2, 5)  # seconds before each look at what was sent
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,9 @@ class Door:
 
 
 DOORS = {
-    "hf": Door(
-        upload_hf.check_login, upload_hf.look, upload_hf.create, upload_hf.send, upload_hf.tag, upload_hf.url
-    ),
-    "modelscope": Door(
-        upload_modelscope.check_login,
-        upload_modelscope.look,
-        upload_modelscope.create,
-        upload_modelscope.send,
-        upload_modelscope.tag,
-        upload_modelscope.url,
-    ),
-}  # fmt: skip
+    name: Door(hub.check_login, hub.look, hub.create, hub.send, hub.tag, hub.url)
+    for name, hub in (("hf", upload_hf), ("modelscope", upload_modelscope))
+}
 
 
 @dataclass(frozen=True)
@@ -87,15 +81,15 @@ def look_at(target: Target, items: Sequence[Item], *, tag: str, public: bool, be
         return Plan(target, tag, None, tuple(items), (), False)
     check_ours(target, there)
     if there.public != public:
-        now, way = ("public", "say --public if everybody may have this") if there.public else (
-            "private", f"leave --public out, or make it public at {door.url(target.repo)} first"
-        )  # fmt: skip
+        now, way = "private", f"leave --public out, or make it public at {door.url(target.repo)} first"
+        if there.public:
+            now, way = "public", "say --public if everybody may have this"
         raise ValueError(f"{target} is {now}, and mmq does not change who sees a repository: {way}")
     add, drop = differences(items, there)
     tagged = door.look(target.repo, tag)
     if tagged is not None and (names := artifact_differs(items, tagged, beside=beside)):
         raise ValueError(
-            f"{target} has a tag {tag} of another artifact ({names[0]} and {len(names) - 1} more differ); "
+            f"{target} has a tag {tag} of another artifact ({first_of(names)}); "
             "a tag never moves: raise the recipe's version, or name another with --tag"
         )
     return Plan(target, tag, there, tuple(add), tuple(drop), tagged is not None)
@@ -103,7 +97,7 @@ def look_at(target: Target, items: Sequence[Item], *, tag: str, public: bool, be
 
 def upload(
     plan: Plan, items: Sequence[Item], *, public: bool, message: str, license: str | None, tell: Tell = silent
-) -> Published:  # fmt: skip
+) -> Published:
     """Carry `plan` out, and compare every file with what the hub then tells of it. OSError says what is visible there
     and what to do; it is safe to run again after any of them."""
     target, door = plan.target, DOORS[plan.target.hub]
@@ -113,7 +107,7 @@ def upload(
         door.create(target.repo, public=public, license=license)
         there = door.look(target.repo)
         if there is None:
-            raise OSError(f"{target} was made and is not there; run again in a minute")
+            raise OSError(f"{target} was made and is not there yet; run again in a minute")
         if there.public and not public:
             raise OSError(f"{target} was made public though it was to be private: set that at {door.url(target.repo)}")
         more, less = differences(items, there)
@@ -123,13 +117,7 @@ def upload(
             notes += door.send(target.repo, there.commit, add, drop, message=message, tell=tell)
         except Interrupted as e:
             _check_arrived(door, target, items, e)
-        there = door.look(target.repo)
-        wrong = [one.path for one in differences(items, there)[0]] if there else [one.path for one in items]
-        if wrong or there is None:
-            raise OSError(
-                f"{target} does not read back as it was sent ({wrong[0]} and {len(wrong) - 1} more): "
-                "has someone else changed it just now? run again"
-            )
+        there = _read_back(door, target, items)
     if not plan.tagged:
         _tag(door, plan, there, items)
     sent, dropped = tuple(one.path for one in add), tuple(drop)
@@ -151,9 +139,24 @@ def _tag(door: Door, plan: Plan, there: There, items: Sequence[Item]) -> None:
             raise OSError(f"{e}; {whole}") from None
     except OSError as e:
         raise OSError(f"{e}; {whole}") from None
-    tagged = door.look(repo, plan.tag)
-    if tagged is None or differences(items, tagged)[0]:
-        raise OSError(f"the tag {plan.tag} of {target} does not hold what was published; delete it there and run again")
+    _read_back(door, target, items, plan.tag)
+
+
+def _read_back(door: Door, target: Target, items: Sequence[Item], revision: str | None = None) -> There:
+    """The repository with every file as it was sent. A hub may tell of a commit some seconds late, so it is asked a few
+    times; OSError where it tells of other files then."""
+    wrong: list[str] = []
+    for wait in LATE:
+        time.sleep(wait)
+        there = door.look(target.repo, revision)
+        wrong = [one.path for one in (differences(items, there)[0] if there else items)]
+        if there and not wrong:
+            return there
+    what = f"the tag {revision} of {target}" if revision else str(target)
+    raise OSError(
+        f"{what} does not read back as it was sent ({first_of(wrong)}): has someone else changed it "
+        f"just now? {'delete the tag there and' if revision else ''} run again"
+    )
 
 
 def _check_arrived(door: Door, target: Target, items: Sequence[Item], why: Interrupted) -> None:

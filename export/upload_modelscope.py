@@ -53,9 +53,12 @@ def look(repo: str, revision: str | None = None) -> There | None:
                 known = {str(r.get("Revision")) for r in api.legacy.list_revisions(repo, "model")}
                 if revision not in known:
                     return None
-            entries = api.legacy.list_repo_files(repo, "model", revision=revision or BRANCH)
         except errors.NotExistError:
             return None
+        try:
+            entries = api.legacy.list_repo_files(repo, "model", revision=revision or BRANCH)
+        except errors.NotExistError:
+            entries = []  # a repository without a commit has no branch yet
         entries = [e for e in entries if e.get("Type") != "tree"]
         files = {e["Path"]: Kept(int(e.get("Size") or 0), e.get("Sha256") or None) for e in entries}
         return There(_commit(entries), info.get("Visibility") == PUBLIC, files)

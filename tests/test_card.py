@@ -54,8 +54,6 @@ MANIFEST: dict[str, Any] = {
 }
 SOURCE = Source("model", "org/model", "hf", "a" * 40, license="apache-2.0", languages=("en", "zh"))
 TOLD = Told(
-    "me/model-awq",
-    "hf",
     True,
     quality=[Row("mean_kl", "0.01", "0.012", "0.008", "≤ 0.05"), Row("top1", "0.99")],
     checked="the files: 800 tokens, 2026-11-21",
@@ -81,7 +79,7 @@ def test_the_metadata_is_what_the_hubs_read() -> None:
     assert data["pipeline_tag"] == "image-text-to-text"
     assert data["library_name"] == "transformers"
     assert {"mmq", "int4", "awq", "vllm"} <= set(data["tags"])
-    text_only = Told("me/m", "hf", False)
+    text_only = Told(False)
     assert ModelCard(card(artifact(), SOURCE, text_only)).data.to_dict()["pipeline_tag"] == "text-generation"
 
 
@@ -145,7 +143,7 @@ def test_byte_for_byte_is_promised_only_where_it_holds(changed: dict[str, Any], 
 
 
 def test_what_was_not_done_is_said() -> None:
-    text = card(artifact(calibration=None), SOURCE, Told("me/m", "hf", True, gate=False, failures=["mean_kl is 9"]))
+    text = card(artifact(calibration=None), SOURCE, Told(True, gate=False, failures=["mean_kl is 9"]))
     for words in (ENGLISH, CHINESE):
         for key in ("no_gate", "failed", "unchecked", "unmeasured", "not_reloaded", "no_engine", "uncalibrated"):
             assert words[key] in text, key
@@ -172,8 +170,6 @@ def everywhere(nasty: str) -> str:
         {"license": nasty, "license_name": nasty, "license_link": nasty, "language": [nasty]},
     )
     told = Told(
-        "me/m",
-        "hf",
         True,
         quality=[Row(nasty, nasty, nasty, nasty, nasty)],
         checked=nasty,

@@ -287,6 +287,23 @@ def test_a_bench_report_of_this_artifact_is_on_the_card(
     assert "did not measure this artifact" in err
 
 
+def test_a_line_for_each_engine_that_would_load_it(mine: Path) -> None:
+    from mmq.serve.hub_lines import hub_lines
+
+    said = {line.engine: line.command for line in hub_lines(mine, "me/m", hub="hf", format="awq")}
+    assert said["mmq"] == "mmq serve me/m"
+    assert said["vLLM"] == "vllm serve me/m"
+    assert said["LMDeploy"] == "lmdeploy serve api_server me/m --backend pytorch --model-format awq"
+    there = {line.engine: line.command for line in hub_lines(mine, "me/m", hub="modelscope", format="awq", trust=True)}
+    assert there["mmq"] == "mmq serve me/m --hub modelscope"
+    assert there["vLLM"] == "VLLM_USE_MODELSCOPE=True vllm serve me/m --trust-remote-code"
+    assert "transformers" not in there
+    config = json.loads((mine / "config.json").read_text())
+    config["quantization_config"]["bits"] = 3
+    (mine / "config.json").write_text(json.dumps(config))
+    assert "vLLM" not in {line.engine for line in hub_lines(mine, "me/m", hub="hf", format="awq")}
+
+
 def test_the_licence_goes_with_the_artifact(tmp_path: Path) -> None:
     from mmq.export.beside import copy_small_files
 

@@ -56,6 +56,7 @@ def point(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str = TO
     import urllib3.util.retry
     from huggingface_hub import constants
 
+    import mmq.export.upload
     import mmq.export.upload_modelscope
 
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN"):
@@ -78,7 +79,8 @@ def point(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str = TO
     }.items():
         monkeypatch.setattr(constants, key, value)
     quick = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    for module in (hf_http, urllib3.util.retry, modelscope_hub._legacy_api, mmq.export.upload_modelscope):
+    ours = (mmq.export.upload, mmq.export.upload_modelscope)
+    for module in (hf_http, urllib3.util.retry, modelscope_hub._legacy_api, *ours):
         monkeypatch.setattr(module, "time", quick)
 
 
