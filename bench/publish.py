@@ -102,8 +102,8 @@ def publish(
     notes = []
     if reload and _trusts(artifact) and not trust_remote_code:
         raise ValueError(
-            f"{folder} says that its own Python has to run where it is loaded: read it, then say --trust-remote-code, or "
-            "--no-reload to publish without a look"
+            f"{folder} says that its own Python has to run where it is loaded: read it, then say "
+            "--trust-remote-code, or --no-reload to publish without a look"
         )
     if reload:
         try:

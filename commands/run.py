@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--summary", type=click.Path(path_type=Path), help="Write a page in Markdown, as $GITHUB_STEP_SUMMARY.")
 @click.option("--list", "listed", is_flag=True, help="Tell what would be made; with --json as a CI matrix.")
 @click.option("--max-vram", metavar="SIZE", help="GPU memory to stay inside, as 24GiB.  [default: what is free]")
-@click.option("--trust-remote-code", "trust", is_flag=True, help="Let checkpoints' own Python run, where a recipe asks.")
+@click.option("--trust-remote-code", "trust", is_flag=True, help="Let a checkpoint's Python run, if its recipe asks.")
 @device_option
 @hub_options[0]
 @json_option

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..recipes.plain import object_of, read_json
 from ..recipes.sizes import check_sizes
+from ..recipes.template import check_templates
 from .classes import check_class, open_model
 from .detect import detect
 from .experts import unfused
@@ -89,6 +90,7 @@ def build(folder: Path, *, source: Source | None = None, device: str = "cpu", tr
     """
     config = read_config(folder)
     check_class(config, trust=trust)
+    check_templates(folder)
     source = source or open_source(folder)
     import transformers
 

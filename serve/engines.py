@@ -11,6 +11,7 @@ from typing import Any
 
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from ..export.subject import read_subject
+from ..recipes.template import check_templates
 from .flags import Launch, number, shell_line
 from .lmdeploy import lmdeploy
 from .parallel import ray_lines, spread_of
@@ -46,6 +47,7 @@ def plan(
         raise OSError(f"no folder {target}; `mmq quantize` makes an artifact, and a checkpoint's folder serves as well")
     if (target / MANIFEST).is_file() or (target / UNFINISHED).is_file():
         served_model_name = served_model_name or open_artifact(target).manifest.get("name")
+    check_templates(target)
     launch = ENGINES[engine](target, served_model_name=served_model_name, **options)
     if not ignore_rules:
         _refuse(engine, target, launch)
