@@ -62,7 +62,9 @@ def speed_of(report: Report, artifact: Artifact) -> Speed | None:
         if figures[-1] is not None:
             rows.append([measure, *(_show(f) for f in figures)])
     told = card_section(report).replace("### Speed and memory\n\n", "").replace("### Quality", f"**{QUALITY}**")
-    inert = told.replace("://", "&#58;//").replace("@", "&#64;")  # its cells are escaped, but a bare address is a link
+    inert = (
+        told.replace("://", "&#58;//").replace("@", "&#64;").replace("www.", "www&#46;")
+    )  # its cells are escaped, but a bare address is a link
     return Speed(head=["", *labels], rows=rows, how=_how(report), markdown=inert.strip())
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_keeper import SIGNED, TOKEN, HubKeeper
@@ -17,6 +18,7 @@ from test_upload import environment, half, point
 
 from mmq.__main__ import main
 from mmq.bench.examine import examine
+from mmq.bench.report import Figure, Report
 from mmq.export.artifact import Artifact, open_artifact
 from mmq.recipes.hub import fetch
 
@@ -250,26 +252,24 @@ def test_the_base_on_a_hub_tells_licence_and_languages(
     assert "gated" in err or "forbids" in err
 
 
+def report(digest: str, *, label: str = "awq") -> Report:
+    """A small bench report of an artifact with this digest, under this label."""
+    numbers = {
+        "fp16": {"output_rate": Figure(100.0, "tok/s", "measured"), "weights": Figure(2 << 30, "bytes", "computed")},
+        label: {"output_rate": Figure(321.5, "tok/s", "measured"), "weights": Figure(1 << 30, "bytes", "computed")},
+    }
+    subjects = {"fp16": {"digest": "headers:1"}, label: {"digest": digest}}
+    load = {"requests": 16, "concurrency": 4, "input_tokens": 64, "output_tokens": 64, "pictures": 1}
+    load |= {"picture": (112, 112), "runs": 3, "warmups": 2, "seed": 0}
+    settings = {"load": load, "vram": 24 << 30, "context": 2048}
+    machine, when = {"words": f"a card of 24 GiB {label}"}, "2026-11-21T10:00:00+00:00"
+    return Report("bench", when, "vllm", subjects, numbers, {}, settings, machine, {"mmq": label})
+
+
 def test_a_bench_report_of_this_artifact_is_on_the_card(
     keeper: HubKeeper, mmq: Callable, mine: Path, tmp_path: Path
 ) -> None:
-    from mmq.bench.report import Figure, Report, write_report
-
-    def report(digest: str) -> Report:
-        numbers = {
-            "fp16": {
-                "output_rate": Figure(100.0, "tok/s", "measured"),
-                "weights": Figure(2 << 30, "bytes", "computed"),
-            },
-            "awq": {"output_rate": Figure(321.5, "tok/s", "measured"), "weights": Figure(1 << 30, "bytes", "computed")},
-        }
-        subjects = {"fp16": {"digest": "headers:1"}, "awq": {"digest": digest}}
-        load = {"requests": 16, "concurrency": 4, "input_tokens": 64, "output_tokens": 64, "pictures": 1}
-        load |= {"picture": (112, 112), "runs": 3, "warmups": 2, "seed": 0}
-        settings = {"load": load, "vram": 24 << 30, "context": 2048}
-        machine = {"words": "a card of 24 GiB"}
-        when = "2026-11-21T10:00:00+00:00"
-        return Report("bench", when, "vllm", subjects, numbers, {}, settings, machine, {"mmq": "0.1.0"})
+    from mmq.bench.report import write_report
 
     results = tmp_path / "bench-results"
     write_report(report(open_artifact(mine).digest), results / "20261121T100000-fp16-awq", markdown="")
@@ -285,6 +285,52 @@ def test_a_bench_report_of_this_artifact_is_on_the_card(
     code, _, err = mmq("publish", mine, BOTH[0], "--no-reload", "--report", results / "20261121T110000-fp16-awq")
     assert code == 2
     assert "did not measure this artifact" in err
+
+
+@pytest.mark.parametrize("nasty", ["<img src=x>", "[a](http://e.x)", "http://e.x www.e.x", "a | b\n# c", "`x` @me *y*"])
+def test_what_a_report_calls_things_is_inert_on_the_card(mine: Path, nasty: str) -> None:
+    from test_card import artifact, markdown
+
+    from mmq.bench.card_speed import speed_of
+    from mmq.export.card import Told, card
+    from mmq.export.source import Source
+
+    def kinds(label: str) -> list[str]:
+        opened = open_artifact(mine)
+        told = Told(True, speed=speed_of(report(opened.digest, label=label), opened))
+        text = card(artifact(), Source("m", None, "local", None), told)
+        assert "://" not in text
+        assert "@" not in text
+        found = markdown(text.split("\n---\n", 1)[1])
+        assert {target for kind, target in found if kind == "link_open"} == {"#english", "#%E4%B8%AD%E6%96%87"}
+        return [kind for kind, _ in found if kind.endswith(("_open", "_block", "html_inline", "code_inline", "image"))]
+
+    assert kinds(nasty) == kinds("harmless")
+
+
+def test_a_clean_copy_has_what_is_published_and_nothing_else(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmq.bench.publish import clean_copy
+    from mmq.export.remote import item
+
+    items = [item("config.json", mine / "config.json"), item("sub/b.json", mine / "mmq.json")]
+    opened = open_artifact(mine)
+    with clean_copy(opened, items) as folder:
+        assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["b.json", "config.json"]
+        assert (folder / "config.json").samefile(mine / "config.json")
+    assert not folder.exists()
+
+    def link(one: object, two: object) -> None:
+        raise OSError("no hard links between disks")
+
+    monkeypatch.setattr(os, "link", link)
+    with clean_copy(opened, items) as folder:
+        assert (folder / "config.json").read_bytes() == (mine / "config.json").read_bytes()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match="the disk is too small"), clean_copy(opened, items):
+        pass
+    assert not list(tmp_path.glob(".mmq-clean-*"))
 
 
 def test_a_line_for_each_engine_that_would_load_it(mine: Path) -> None:
