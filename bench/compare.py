@@ -21,6 +21,7 @@ from ..serve.running import START_TIMEOUT, terminate_is_exit
 from ..serve.shape import context_length, read_config
 from . import capacity as limits
 from . import outcome
+from .besides import Besides, ask_besides, besides_of, complete
 from .budget import Budget, budget_of
 from .find import find
 from .generator import Ask, generator, one_run, pictures_in, written_rows
@@ -28,7 +29,6 @@ from .journal import Journal, forget_unpaired, open_journal
 from .nvml import Card, begin, open_card
 from .report import Report, describe, now
 from .speed import CPU_LOAD, Load, measures
-from .stages import stages as time_stages
 from .turns import levels_of, mode_of, runs_at, saturated, visits
 from .variants import Up, all_fit, described, dropped, servers, variant_of
 
@@ -48,7 +48,7 @@ class Bench:
     card: Card | None
     rows: Path | None
     remote_code: bool
-    stages: bool
+    besides: Besides
     capacity: bool
     failed: dict[str, str]
     tell: Tell
@@ -67,6 +67,9 @@ def compare(
     interleave: str = "auto",
     capacity: bool | None = None,
     stages: bool = True,
+    answers: int = 0,
+    tasks: Sequence[str] = (),
+    tasks_limit: int | None = None,
     fresh: bool = False,
     engine: str = "vllm",
     engine_bin: str | Path | None = None,
@@ -82,7 +85,8 @@ def compare(
     bytes or a `card` by name, at `context` tokens: measured where an engine can be held to that budget here, computed
     elsewhere (`capacity` True runs what fits here all the same). `sweep` lists levels of concurrency beside the load's
     own, () for none; None: up to saturation. `interleave`: auto, together, restart or off. `extra` flags go to every
-    server. A variant that fails does not stop the others: `settings["failed"]` of the report has its reason.
+    server. Beside the load each is asked for its `stages`, `answers` sample questions and lm-eval's `tasks`, the first
+    `tasks_limit` questions of each. A variant that fails does not stop the others: `settings["failed"]` has its reason.
     ValueError for names and settings, RuntimeError where nothing could be measured.
     """
     subjects = find(names, folder=folder, tell=tell)
@@ -105,8 +109,10 @@ def compare(
         "subjects": {label: told["digest"] for label, told in subjects_told.items()},
         "load": dataclasses.asdict(load),
         "settings": [engine, list(levels), mode, capacity, stages, context, budget.size, list(extra)],
+        "besides": [answers, list(tasks), tasks_limit],
         "machine": machine.words,
     }
+    beside = besides_of(subjects, stages=stages, answers=answers, tasks=tasks, limit=tasks_limit, tell=tell)
     created = now()
     journal = open_journal(out, asked, created=created, labels=labels, fresh=fresh)
     if mode != "off":
@@ -122,7 +128,7 @@ def compare(
         card=nvml,
         rows=written_rows(load, journal.place),
         remote_code=trust_remote_code,
-        stages=stages,
+        besides=beside,
         capacity=budget.enforced if capacity is None else capacity,
         failed={},
         tell=tell,
@@ -141,7 +147,8 @@ def compare(
     told = {v.label: subjects_told[v.label] for v in measured}
     done: dict[str, Any] = {"load": load, "context": context, "mode": mode, "failed": bench.failed, "dark": dark}
     made = {"created": created, "machine": describe(machine)}
-    return outcome.report(journal, measured, told, engine=engine, budget=budget, **done, **made), journal.place
+    found = outcome.report(journal, measured, told, engine=engine, budget=budget, **done, **made)
+    return complete(found, beside, journal, [v.subject for v in measured], machine), journal.place
 
 
 def _left(bench: Bench, label: str, numbers: Sequence[int]) -> bool:
@@ -219,12 +226,7 @@ def _run(bench: Bench, ask: Ask, up: Up, concurrency: int, number: int) -> None:
 def _look(bench: Bench, up: Up) -> None:
     """What is asked of one server alone: its stages, its memory, the largest batch and the longest context."""
     label, journal, url, model = up.variant.label, bench.journal, up.server.url, up.server.name
-    if bench.stages:
-        try:
-            found = time_stages(url, model=model, load=bench.load, tell=bench.tell)
-            journal.add("stages", label=label, **dataclasses.asdict(found))
-        except ValueError as e:
-            journal.add("note", label=label, why=f"{label}: its stages could not be timed: {e}")
+    ask_besides(bench.besides, journal, label, url, model=model, load=bench.load, tell=bench.tell)
     taken = footprint(up.server)
     if bench.capacity:
         argv = up.variant.launch.argv

@@ -6,7 +6,7 @@ A check counts only for the bytes it was made of: its digest must be the artifac
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..export.artifact import Artifact
@@ -45,12 +45,12 @@ def quality(subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
     return {s.label: proof(s.artifact) for s in subjects if s.artifact is not None}
 
 
-def unchecked(found: dict[str, dict[str, Any]]) -> list[str]:
+def unchecked(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence for each artifact of which no check says how good it is."""
     return [f"{label}: {of['unchecked']}" for label, of in found.items() if "unchecked" in of]
 
 
-def rows(labels: Sequence[str], found: dict[str, dict[str, Any]]) -> list[list[str]]:
+def rows(labels: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """[title, value of each label] for the table, where any of them was checked; "" for the reference itself."""
     made = []
     for key, title in TABLE:
@@ -63,3 +63,18 @@ def rows(labels: Sequence[str], found: dict[str, dict[str, Any]]) -> list[list[s
         if any(v is not None for v in values):
             made.append([title, *("" if v is None else f"{v:.4g}" for v in values)])
     return made
+
+
+def task_rows(labels: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """[task and metric, each label's score with its standard error] of the tasks that were asked."""
+    tasks = {label: found.get(label, {}).get("tasks", {}) for label in labels}
+    names = dict.fromkeys((t, m) for by in tasks.values() for t, scores in by.items() for m in scores if m != "stderr")
+    return [[f"{task}, {metric}", *(_score(tasks[v].get(task, {}), metric) for v in labels)] for task, metric in names]
+
+
+def _score(scores: Mapping[str, float], metric: str) -> str:
+    if metric not in scores:
+        return ""
+    first = next(name for name in scores if name != "stderr")  # whose error "stderr" is
+    error = f" ± {scores['stderr']:.2g}" if metric == first and "stderr" in scores else ""
+    return f"{scores[metric]:.4g}{error}"

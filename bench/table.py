@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .intervals import unsure
+from .proof import rows as proof_rows
+from .proof import task_rows
 from .report import Figure, Level, Report, markdown_table
 from .show import amount, show
 from .speed import Load
@@ -36,6 +38,8 @@ ROWS = (  # measure, title
     ("e2e_p90", "a whole answer, p90 (ms)"),
     ("e2e_p99", "a whole answer, p99 (ms)"),
     ("energy", "energy of the card (J per output token)"),
+    ("decode_limit", "decoding cannot exceed, by the card's bandwidth (tok/s)"),
+    ("decode_projected", "decoding at the share of it reached here (tok/s)"),
 )
 MODES = {
     "together": "all servers up at once, their runs in turns",
@@ -59,7 +63,8 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
         told = sorted({f.how for f in shown} - {"measured"})
         ratios = [_ratio(report, label, key, f, shown[0]) for label, f in zip(labels[1:], shown[1:], strict=True)]
         rows.append([", ".join([title.format(**words), *told]), *map(show, shown), *ratios])
-    return head, rows
+    quality = [*proof_rows(labels, report.quality), *task_rows(labels, report.quality)]
+    return head, rows + [[*row, *[""] * len(labels[1:])] for row in quality]  # no ratio says anything of a quality
 
 
 def _ratio(report: Report, label: str, key: str, figure: Figure, first: Figure) -> str:
@@ -82,6 +87,13 @@ def sweep_table(report: Report) -> tuple[list[str], list[list[str]]]:
 def _cells(level: Level) -> list[str]:
     names = ["output_rate", *(f"{t}{e}" for t in ("ttft", "tpot", "e2e") for e in ("", "_p90", "_p99"))]
     return [show(level.numbers[name]) if name in level.numbers else "-" for name in names]
+
+
+def stage_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of where one request's time goes, ms: a row a label."""
+    names = list(dict.fromkeys(name for found in report.stages.values() for name in found))
+    rows = [[v, *(show(f[n]) if n in f else "-" for n in names)] for v, f in report.stages.items()]
+    return ["", *(name.replace("_", " ") for name in names)], rows
 
 
 def load_line(report: Report) -> str:
@@ -127,13 +139,18 @@ def markdown(report: Report) -> str:
         rate = found["output_rate"]
         spread.append(f"{label} {rate.low:.1f} to {rate.high:.1f}")
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    lines = [f"# {' against '.join(report.numbers)}: speed and memory", "", markdown_table(head, rows)]
+    lines = [f"# {' against '.join(report.numbers)}: speed and memory", ""]
+    lines += [f"- {verdict}" for verdict in report.verdicts] + [""] * bool(report.verdicts)
+    lines += [markdown_table(head, rows)]
     if any(len(levels) > 1 for levels in report.sweep.values()):
         lines += ["## Latency against load", "", markdown_table(*sweep_table(report))]
         lines += [
             "TTFT: time to first token; TPOT: time per output token; E2E: a whole answer; median and so on, ms.",
             "",
         ]
+    if report.stages:
+        sizes = "One request alone on the server, ms; docs/bench.md says what each figure contains."
+        lines += ["## Where one request's time goes", "", markdown_table(*stage_table(report)), sizes, ""]
     lines.append(f"- Load: {load_line(report)}. Output tok/s over the runs: {'; '.join(spread)}.")
     if "interleave" in settings and len(report.numbers) > 1:
         mode = MODES[settings["interleave"]["mode"]]
@@ -141,6 +158,7 @@ def markdown(report: Report) -> str:
         lines.append(f"- In turns: {mode}. Ratios: {how}.")
     lines += [
         f"- {budget_line(report)}",
+        *(f"- {line}" for line in settings.get("carries_over", ())),
         f"- Machine: {report.machine['words']}, {report.machine['system']}.",
         f"- Engine: {report.engine}; {versions_line}.",
         f"- Taken: {report.created}.",

@@ -25,6 +25,10 @@ def _levels(context: click.Context, option: click.Parameter, value: str) -> tupl
         raise click.BadParameter(f"{value!r}: write 1,8,32, or auto, or none") from None
 
 
+def _names(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (value or "").split(",") if word.strip())
+
+
 @click.command("bench")
 @click.argument("names", nargs=-1)
 @click.option(
@@ -67,6 +71,17 @@ def _levels(context: click.Context, option: click.Parameter, value: str) -> tupl
 @click.option(
     "--stages/--no-stages", default=True, show_default=True, help="Time preprocessing, tower, prefill, decode."
 )
+@click.option(
+    "--answers",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Held-out questions with a picture, answered side by side.",
+)
+@click.option(
+    "--tasks", callback=_names, metavar="NAMES", help="Tasks of lm-eval: mmmu_val,chartqa, or a YAML of your own."
+)
+@click.option("--tasks-limit", type=int, metavar="N", help="The first N questions of each task.")
 @click.option("--fresh", is_flag=True, help="Take up no run that broke off.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the checkpoints' own Python files run.")
 @click.option("--engine-flags", default="", metavar="FLAGS", help='More flags for every server: "--dtype half".')
@@ -122,6 +137,8 @@ def command(
     else:
         show_table(*table(report))
         show_table(*sweep_table(report))
+        for verdict in report.verdicts:
+            click.echo(verdict)
         for line in warnings(report):
             click.secho(f"warning: {line}", fg="yellow", err=True)
         click.echo(f"load: {load_line(report)}")
