@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..export.artifact import Artifact
-from ..export.card import Row
+from ..export.card import Check, Row
 from ..recipes.recipe import Limits
 from .verdict import SHOWN, limits_of
 
@@ -111,11 +111,9 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def checked_line(reports: Sequence[Mapping[str, Any]]) -> str:
-    """How many tokens were compared and when, for the card."""
-    told = []
-    for report in reports:
-        engine, tokens = report.get("engine"), report.get("measures", {}).get("tokens")
-        where = f"as {engine} serves it" if engine else "the files"
-        told.append(f"{where}: {tokens:.0f} tokens, {str(report.get('date'))[:10]}" if tokens else where)
-    return "; ".join(told)
+def checks_of(found: Gate) -> list[Check]:
+    """What the quality table stands on, the files' own check first."""
+    return [
+        Check(r.get("engine"), int(r.get("measures", {}).get("tokens", 0)), str(r.get("date"))[:10])
+        for r in found.reports.values()
+    ]

@@ -33,7 +33,7 @@ from ..serve.programs import find_program
 from ..serve.running import free_port, running
 from ..serve.shape import read_shape
 from .card_speed import find_speed
-from .gate import Gate, checked_line, gate, quality_rows
+from .gate import Gate, checks_of, gate, quality_rows
 from .verdict import limits_of
 
 CARD = "README.md"
@@ -115,7 +115,6 @@ def publish(
         notes.append("not loaded in an engine first, as asked (--no-reload)")
     speed, pictures = find_speed(artifact, report)
     limits = limits_of(artifact)
-    checks = list(passed.reports.values())
     with tempfile.TemporaryDirectory(prefix="mmq-publish-") as place:
         common = [*_artifact_items(artifact, source, Path(place)), *_report_items(passed, Path(place))]
         common += [item(name, file) for name, file in pictures]
@@ -126,7 +125,7 @@ def publish(
             told = Told(
                 read_shape(folder).vision,
                 quality=quality_rows(passed, limits),
-                checked=checked_line(checks),
+                checks=checks_of(passed),
                 failures=() if gated else passed.failures,
                 gate=gated,
                 reloaded=ENGINES.get(engine, engine) if reload else "",

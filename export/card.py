@@ -36,6 +36,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Check:
+    """One check that the quality table stands on: of the files themselves, or as `engine` served them."""
+
+    engine: str | None
+    tokens: int
+    date: str
+
+
+@dataclass(frozen=True)
 class Line:
     """How one engine serves it from the hub; `condition` is what it wants first, in the words of its rules."""
 
@@ -58,12 +67,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Told:
-    """What a card is made of, beside the artifact and its base. `checked` is empty where there is no passed check of
-    this artifact (`gate` tells whether that was asked for); `reloaded` the engine that answered from a clean copy."""
+    """What a card is made of, beside the artifact and its base. `checks` is empty where there is no check of this
+    artifact (`gate` tells whether that was asked for); `reloaded` the engine that answered from a clean copy."""
 
     vision: bool
     quality: Sequence[Row] = ()
-    checked: str = ""
+    checks: Sequence[Check] = ()
     failures: Sequence[str] = ()
     gate: bool = True
     reloaded: str = ""
@@ -157,7 +166,12 @@ def _quality(told: Told, words: Mapping[str, str]) -> list[str]:
         return [*parts, words["unchecked"]]
     rows = [[words.get(r.measure, r.measure), r.all, r.image, r.text, r.limit] for r in told.quality]
     head = [words[key] for key in ("measure", "all", "images", "text", "limit")]
-    return [*parts, words["against"].format(how=inert(told.checked)), table(head, rows)]
+    how = [
+        (words["served_by"].format(engine=inert(c.engine)) if c.engine else words["the_files"])
+        + words["over"].format(tokens=f"{c.tokens:,}", date=inert(c.date))
+        for c in told.checks
+    ]
+    return [*parts, words["against"].format(how="; ".join(how)), table(head, rows)]
 
 
 def _speed(told: Told, words: Mapping[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mmq.export.artifact import Artifact
-from mmq.export.card import Line, Row, Speed, Told, card, commands, title
+from mmq.export.card import Check, Line, Row, Speed, Told, card, commands, title
 from mmq.export.card_words import CHINESE, ENGLISH
 from mmq.export.inert import fenced, inert, link, table
 from mmq.export.source import Source, metadata, obstacles, public_manifest, with_metadata, without_paths
@@ -56,7 +56,7 @@ SOURCE = Source("model", "org/model", "hf", "a" * 40, license="apache-2.0", lang
 TOLD = Told(
     True,
     quality=[Row("mean_kl", "0.01", "0.012", "0.008", "≤ 0.05"), Row("top1", "0.99")],
-    checked="the files: 800 tokens, 2026-11-21",
+    checks=[Check(None, 8000, "2026-11-21"), Check("vllm", 90, "2026-11-22")],
     reloaded="vLLM",
     lines=[Line("vLLM", "vllm serve me/model-awq"), Line("SGLang", "python -m sglang.launch_server", "install `it`")],
 )
@@ -106,7 +106,8 @@ def test_both_languages_say_everything_once() -> None:
     middle = headings.index("中文")
     assert len(headings) - middle == middle - 1
     for words in (ENGLISH, CHINESE):
-        assert words["against"].format(how="the files: 800 tokens, 2026-11-21") in text
+        assert words["the_files"] + words["over"].format(tokens="8,000", date="2026-11-21") in text
+        assert words["served_by"].format(engine="vllm") in text
         assert words["mean_kl"] in text
     assert text.count("| 0.01 | 0.012 | 0.008 | ≤ 0.05 |") == 2
     assert text.count("```sh\nvllm serve me/model-awq\n```") == 2
@@ -172,7 +173,7 @@ def everywhere(nasty: str) -> str:
     told = Told(
         True,
         quality=[Row(nasty, nasty, nasty, nasty, nasty)],
-        checked=nasty,
+        checks=[Check(nasty, 1, nasty)],
         failures=[nasty],
         gate=False,
         reloaded=nasty,

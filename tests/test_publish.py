@@ -394,6 +394,8 @@ def test_published_downloaded_and_served_by_the_real_engine(
     first = json.loads(out)["answer"]
     assert first
     assert b"vLLM loaded a clean copy of these files and answered" in keeper.files(NAME)["README.md"]
+    again = json.loads(mmq("publish", mine, f"{hub}:{NAME}", "--json")[1])
+    assert (again["answer"], again["published"][0]["sent"]) == (None, [])  # nothing new: no engine was started
     base = fetch(NAME, hub=hub, revision="v1")
     assert open_artifact(base.path, verify=True).digest == open_artifact(mine).digest
     launch = plan("vllm", base.path, machine=this_machine(), port=free_port())
