@@ -1,12 +1,11 @@
 """LMDeploy as a command line: from an artifact's folder and a machine to a `Launch`.
 
 Starts nothing and imports no LMDeploy, which lives in an environment of its own. The flags are those of 0.18, on CUDA.
-Its memory is planned by vLLM's arithmetic (planner.py), an estimate here.
+Its memory is lmdeploy_memory.py's arithmetic.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..export.subject import Subject
-from .bill import Ask, Model, read_model
+from .bill import Model, read_model
 from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .lmdeploy_memory import BATCH, cache_of
 from .machine import GIB, Gpu, Machine
-from .planner import MIN_CONTEXT, planned
+from .planner import MIN_CONTEXT
 from .programs import find_program, packages_beside, python_of
 from .rules import lmdeploy as rules
 from .rules.rule import judge
@@ -25,10 +25,7 @@ from .rules.verdicts import setting_of
 from .safety import NOBODY
 from .shape import context_length
 
-CACHE = 0.8  # of the memory that is free once the weights are there: LMDeploy's own default, and the most given here
-BATCH = 128  # sequences; LMDeploy's own number for cards that it does not know by name
 FORMATS = ("awq", "gptq", "compressed-tensors")
-HALF = ("8", "16", "17", "int8", "fp8", "fp8_e4m3", "fp8_e5m2", "4", "int4")  # --quant-policy; 4 bits are half at least
 LIBRARIES = ("cublas", "cuda_runtime", "nccl")  # that TurboMind is linked to, as nvidia's packages hold them
 
 
@@ -73,7 +70,8 @@ def lmdeploy(
     ]
     if model.subject.method in FORMATS:
         flags.append(Flag("--model-format", model.subject.method, "as config.json says"))
-    flags += _memory(target, model, machine.gpus[0], max_model_len, cards, extra)
+    card = min(machine.gpus[:cards], key=lambda gpu: gpu.free)
+    flags += _memory(model, card, max_model_len, backend, cards, extra)
     if cards > 1:
         flags.append(Flag("--tp", str(cards), "you asked for it: GPUs that share each layer"))
     flags += [
@@ -109,36 +107,38 @@ def _in(subject: Subject) -> str:
     return f" in {subject.method}" if subject.method else " in 16 bit"
 
 
-def _memory(target: Path, model: Model, card: Gpu, wanted: int | None, tp: int, extra: Sequence[str]) -> list[Flag]:
+def _memory(
+    model: Model, card: Gpu, wanted: int | None, backend: str, tp: int, extra: Sequence[str]
+) -> tuple[Flag, Flag, Flag]:
     """--session-len, --max-batch-size and --cache-max-entry-count. What a user asks for by number is not refused."""
     wanted = int(number(extra, "--session-len") or wanted or 0) or None
     if wanted is not None and wanted < 1:
         raise ValueError(f"max model length is {wanted}; it must be a number of tokens >= 1")
     policy = given(extra, "--quant-policy")
     top = context_length(model.config)
-    kept = "fp8" if policy in HALF else "auto"
-    ask = Ask(context=min(wanted, top) if wanted else None, images=1, tp=tp, kv_dtype=kept, sequences=BATCH)
-    found = planned(model, card, ask)
-    if found.problem and wanted is None:
+    found = cache_of(model, card, backend=backend, tp=tp, policy=policy)
+    if found.tokens < min(top, MIN_CONTEXT) and wanted is None:
+        remedies = ["int4 weights (`mmq quantize`)"] * (not model.weights.packed)
+        remedies += ["a cache of half the size (--quant-policy 8 after --)"] * (policy is None)
         raise ValueError(
-            f"{card.name}: {found.problem}; what would fit under vLLM: {'; or '.join(found.changes)}; "
-            "--quant-policy 8 after -- halves LMDeploy's cache"
+            f"{card.name}: {found.weights / GIB:.2f} GiB of weights leave room for {found.tokens} tokens of context "
+            f"in {card.free / GIB:.1f} GiB, with {found.work / GIB:.2f} GiB for pictures and the decoder at work; what "
+            f"may help: {', '.join([*remedies, f'--tp {2 * tp}', 'a larger card'])}"
         )
-    weights = sum(p.size for p in found.parts if p.name.startswith("weights") and p.counted)
-    left = max(1, card.free - weights)
-    share = min(CACHE, max(0.01, math.floor(100 * found.cache / left) / 100))
-    length = wanted or found.context
+    length = wanted or min(top, found.tokens)
     why = "the model's whole context fits" if length == top else f"of {top} tokens so many fit beside the weights"
     batch = max(1, min(BATCH, found.tokens // MIN_CONTEXT))
-    return [
+    base = (found.free - found.reserved) / GIB
+    aside = f" and {found.reserved / GIB:.1f} GiB for logits" if found.reserved else ""
+    return (
         Flag("--session-len", str(length), "you asked for it" if wanted else why),
         Flag("--max-batch-size", str(batch), f"sequences at once, of {MIN_CONTEXT} tokens and more; {BATCH} at most"),
         Flag(
             "--cache-max-entry-count",
-            f"{share:g}",
-            f"of about {left / GIB:.1f} GiB that weights leave free; the rest is for pictures and the decoder at work",
+            f"{found.share:g}",
+            f"of about {base:.1f} GiB that weights{aside} leave free: {found.tokens} tokens; the rest is for the work",
         ),
-    ]
+    )
 
 
 def _libraries(program: Path, environ: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from math import floor
 from pathlib import Path
 
 import openai
@@ -14,9 +15,11 @@ import pytest
 from environments import environment
 
 from mmq.bench.hollow import write
+from mmq.serve.bill import read_model
 from mmq.serve.engines import plan
 from mmq.serve.flags import Launch
 from mmq.serve.http import get
+from mmq.serve.lmdeploy_memory import cache_of
 from mmq.serve.machine import GIB, Gpu, Machine
 from mmq.serve.running import free_port, running
 from mmq.serve.safety import guarded
@@ -89,6 +92,54 @@ def test_memory(seven: dict[str, Path], environ: dict[str, str]) -> None:
     for cards, machine in ((2, DESK), (3, replace(DESK, gpus=(CARD,) * 4))):
         with pytest.raises(ValueError, match=f"--tp {cards}"):
             planned(seven["awq"], machine, tp=cards)
+
+
+def test_the_cache_by_hand(seven: dict[str, Path]) -> None:
+    """As LMDeploy takes it: a share of what CUDA has free behind the weights; its PyTorch engine keeps some aside."""
+    model, vocabulary = read_model(seven["awq"]), 152064
+    turbomind, pytorch = (cache_of(model, CARD, backend=name) for name in ("turbomind", "pytorch"))
+    # 28 layers x keys and values x 4 heads x 128 wide x 2 bytes; TurboMind has a scale and a zero beside each head
+    assert pytorch.kv_token == 28 * 2 * 4 * 128 * 2 == 57344
+    assert turbomind.kv_token == 57344 + 28 * 2 * 4 * 4
+    assert pytorch.reserved == (8192 + 2 * 128) * vocabulary * 2  # two bytes a logit
+    assert turbomind.reserved == 0
+    context = 5 * 2**27  # what a process has of the card before any weight
+    for cache in (turbomind, pytorch):
+        assert cache.weights == pytest.approx(6.64 * GIB, rel=0.01)  # as vLLM has them, on an H100
+        assert cache.free == CARD.free - context - cache.weights
+        base = cache.free - cache.reserved
+        assert cache.tokens == int(base * cache.share) // (64 * cache.kv_token) * 64
+        assert cache.free - cache.tokens * cache.kv_token >= cache.work
+    # the most that leaves the work its room, in hundredths; what is reserved serves the work too
+    assert turbomind.share == floor(100 * (1 - turbomind.work / turbomind.free)) / 100 < 0.8
+    assert pytorch.share == 0.8
+    # TurboMind: one picture of 16384 tokens (65536 patches), and what it gives, beside a layer over 8192 tokens
+    tower = 65536 * 2 * (1176 + 3 * 1280 + max(8 * 1280, 3 * 3420)) + 2**26
+    layer = 8192 * 2 * (3 * 3584 + 3 * 18944) + 16384 * 3584 * 2
+    assert turbomind.work == tower + layer + 23 * GIB // 100 + int(0.005 * CARD.memory)
+    packed = {policy: cache_of(model, CARD, backend="pytorch", policy=policy).kv_token for policy in ("8", "4", "fp8")}
+    assert packed == {"8": 28 * 2 * 4 * (128 + 4), "4": 28 * 2 * 4 * (64 + 4), "fp8": 28 * 2 * 4 * 128}
+    two = cache_of(model, CARD, backend="turbomind", tp=2)
+    assert two.kv_token == turbomind.kv_token // 2
+    assert two.tokens > 2 * turbomind.tokens
+
+
+def test_a_small_card_has_a_smaller_prefill(seven: dict[str, Path]) -> None:
+    """The PyTorch engine halves it until sixteen blocks of the cache fit; so does the plan."""
+    seeing = read_model(seven["awq"])
+    model = replace(seeing, vision=None, shape=replace(seeing.shape, vision=False))
+    card = replace(CARD, memory=10 * GIB, free=int(9.7 * GIB))
+    found = cache_of(model, card, backend="pytorch")
+    least = 16 * 64 * found.kv_token
+    assert (found.free - (8192 + 256) * 152064 * 2) * 0.8 < least
+    assert found.reserved == (4096 + 256) * 152064 * 2
+    assert found.tokens * found.kv_token >= least
+
+
+def test_a_head_that_is_the_embeddings_is_there_twice_in_turbomind(tmp_path: Path) -> None:
+    model = read_model(write("qwen2-vl-2b", tmp_path / "two"))
+    turbomind, pytorch = (cache_of(model, CARD, backend=name) for name in ("turbomind", "pytorch"))
+    assert turbomind.weights - pytorch.weights == 151936 * 1536 * 2
 
 
 def test_what_it_has_not_is_told(artifact: Callable[..., Path], environ: dict[str, str], tmp_path: Path) -> None:
