@@ -133,14 +133,14 @@ def compare(
         failed={},
         tell=tell,
     )
-    with terminate_is_exit(), generator(journal.place / "generator.log") as ask:
-        for up, numbers in visits(mode, labels, load.runs):
-            wanted = [v for v in variants if v.label in up and v.label not in bench.failed]
-            if not any(_left(bench, v.label, numbers) for v in wanted):
-                continue
-            places = {"place": journal.place, "timeout": timeout, "card": nvml, "tell": tell}
-            with servers(wanted, failed=lambda label, e: _fail(bench, label, e), **places) as ups:
-                _visit(bench, ask, ups, numbers)
+    left = [(up, ns) for up, ns in visits(mode, labels, load.runs) if any(_left(bench, label, ns) for label in up)]
+    if left:
+        with terminate_is_exit(), generator(journal.place / "generator.log") as ask:
+            for up, numbers in left:
+                wanted = [v for v in variants if v.label in up and v.label not in bench.failed]
+                places = {"place": journal.place, "timeout": timeout, "card": nvml, "tell": tell}
+                with servers(wanted, failed=lambda label, e: _fail(bench, label, e), **places) as ups:
+                    _visit(bench, ask, ups, numbers)
     measured = [v for v in variants if outcome.rate_of(journal, v.label, load.concurrency) is not None]
     if not measured:
         raise RuntimeError("; ".join(bench.failed.values()))

@@ -13,7 +13,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..recipes.progress import Step, Tell, silent
 from ..serve.client import key_here
 from ..serve.log import useful_lines
 from ..serve.programs import find_program, python_of
@@ -99,25 +98,6 @@ def one_run(
     if not result.is_file():
         raise RuntimeError(f"the load generator `vllm bench serve` ended without its result {result}")
     return read_run(json.loads(result.read_text(encoding="utf-8")))
-
-
-def measure(
-    url: str, *, model: str, tokenizer: Path, load: Load, out: Path, label: str = "server", tell: Tell = silent
-) -> tuple[Run, ...]:
-    """All runs of `load` on one server, one after the other; raw JSON and the generator's log stay in `out`. Errors as
-    `generator`'s and `one_run`'s."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows = written_rows(load, out)
-    runs = []
-    with generator(out / "generator.log") as ask:
-        for number in range(load.runs):
-            tell(Step(f"load {label}", number, load.runs, f"{load.requests} requests"))
-            file = out / f"{label}-{number + 1}.json"
-            runs.append(
-                one_run(ask, url, model=model, tokenizer=tokenizer, load=load, number=number, result=file, rows=rows)
-            )
-    tell(Step(f"load {label}", load.runs, load.runs))
-    return tuple(runs)
 
 
 def pictures_in(load: Load) -> int:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -16,9 +20,10 @@ from safetensors import safe_open
 
 from mmq.bench import memory
 from mmq.bench.budget import budget_of, planned_for, scaled
+from mmq.bench.capacity import Trial, max_batch, run
 from mmq.bench.compare import compare
-from mmq.bench.find import find
-from mmq.bench.generator import measure, written_rows
+from mmq.bench.find import Subject, find
+from mmq.bench.generator import generator, one_run, written_rows
 from mmq.bench.hollow import write
 from mmq.bench.intervals import ratio, t_quantile, unsure
 from mmq.bench.journal import forget_unpaired, open_journal
@@ -37,19 +42,21 @@ from mmq.bench.report import (
 from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
 from mmq.bench.table import markdown, table, warnings
 from mmq.bench.turns import levels_of, mode_of, runs_at, saturated, visits
-from mmq.bench.variants import flags_for
+from mmq.bench.variants import Variant, dropped, flags_for, servers
 from mmq.recipes.hub import fetch
+from mmq.recipes.progress import silent
 from mmq.serve.bill import Ask, read_model
+from mmq.serve.engines import plan
 from mmq.serve.flags import Launch
-from mmq.serve.footprint import Footprint
-from mmq.serve.machine import Gpu, Machine
+from mmq.serve.footprint import Footprint, group_members
+from mmq.serve.machine import Gpu, Machine, this_machine
 from mmq.serve.planner import planned
-from mmq.serve.running import Server
+from mmq.serve.running import Server, free_port, running
 from mmq.serve.shape import read_shape
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 GIB = 1 << 30
-SMALL = Load(requests=4, concurrency=2, input_tokens=16, output_tokens=8, picture=(56, 84), runs=1, warmups=1)
+SMALL = Load(requests=4, concurrency=2, input_tokens=16, output_tokens=8, picture=(56, 84), runs=2, warmups=1)
 
 
 @pytest.mark.parametrize(
@@ -447,57 +454,141 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
 
 @needs_vllm
 def test_a_server_is_measured(served: Server, artifact: Callable[..., Path], tmp_path: Path) -> None:
-    (run,) = measure(
-        served.url, model=served.name, tokenizer=artifact("awq"), load=SMALL, out=tmp_path / "raw", label="awq"
-    )
+    """Through one generator: a run that fails with the generator's own reason, then one that does not."""
+    options: dict[str, Any] = {"model": served.name, "load": SMALL, "number": 0}
+    file = tmp_path / "awq-1.json"
+    with generator(tmp_path / "generator.log") as ask:
+        with pytest.raises(RuntimeError, match=r"`vllm bench serve` failed: .*\bnowhere\b"):
+            one_run(ask, served.url, tokenizer=tmp_path / "nowhere", result=file, **options)
+        run = one_run(ask, served.url, tokenizer=artifact("awq"), result=file, **options)
     assert run.output_lens == (SMALL.output_tokens,) * SMALL.requests
     # each prompt has its words, the picture's 56 * 84 / 28**2 tokens and the template's
     assert all(SMALL.input_tokens + 6 < n < SMALL.input_tokens + 60 for n in run.input_lens)
     assert len(run.ttft) == len(run.tpot) == len(run.latency) == SMALL.requests
     for whole, first, further, count in zip(run.latency, run.ttft, run.tpot, run.output_lens, strict=True):
         assert whole == pytest.approx(first + further * (count - 1))
+    assert sum(run.itl) == pytest.approx(sum(run.latency) - sum(run.ttft), rel=0.01)
     assert max(run.latency) <= run.seconds
-    raw = json.loads((tmp_path / "raw" / "awq-1.json").read_text())
-    assert read_run(raw) == run
+    assert read_run(json.loads(file.read_text())) == run
+
+
+def stub(tmp_path: Path, name: str, code: str) -> Variant:
+    """A variant whose engine is a few lines of Python."""
+    port = free_port()
+    argv = (sys.executable, "-c", code, str(port))
+    launch = Launch(argv, {}, (), f"http://127.0.0.1:{port}", name, "127.0.0.1", port, "cpu")
+    return Variant(Subject(name, tmp_path, None, name), launch, lambda: launch, ())
+
+
+ALIVE = """
+import http.server, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+DEAD = "raise RuntimeError('no room for weights')"
+
+
+def gone(server: Server) -> bool:
+    return not group_members(server.pid)
+
+
+def test_a_variant_that_dies_leaves_the_others(tmp_path: Path) -> None:
+    failed: dict[str, str] = {}
+    variants = [stub(tmp_path, "a", ALIVE), stub(tmp_path, "b", DEAD), stub(tmp_path, "c", ALIVE)]
+    options: dict[str, Any] = {"place": tmp_path, "timeout": 30, "card": None, "tell": silent}
+    with servers(variants, failed=lambda label, e: failed.update({label: str(e)}), **options) as ups:
+        assert list(ups) == ["a", "c"]
+        assert "no room for weights" in failed["b"]
+        first, last = ups["a"].server, ups["c"].server
+        os.kill(first.pid, signal.SIGKILL)
+        died = dropped(ups, "a", RuntimeError("4 of 4 requests failed"))
+        assert "it was killed (SIGKILL)" in str(died)
+        assert list(ups) == ["c"]
+        assert not gone(last)
+    assert gone(last)
+
+
+def test_ctrl_c_ends_every_server(tmp_path: Path) -> None:
+    variants = [stub(tmp_path, name, ALIVE) for name in "ab"]
+    up: list[Server] = []
+    options: dict[str, Any] = {"place": tmp_path, "timeout": 30, "card": None, "tell": silent, "failed": print}
+    with pytest.raises(KeyboardInterrupt), servers(variants, **options) as ups:  # noqa: PT012
+        up += [one.server for one in ups.values()]
+        signal.raise_signal(signal.SIGINT)
+    assert len(up) == 2
+    assert all(map(gone, up))
 
 
 @needs_vllm
-def test_the_generators_own_error_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"`vllm bench serve` failed: .*\bnowhere\b"):
-        measure("http://127.0.0.1:1", model="x", tokenizer=tmp_path / "nowhere", load=SMALL, out=tmp_path)
-
-
-@needs_vllm
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
-    report, place = compare(["fp16", "awq"], folder=folder, out=tmp_path / "results", vram=GIB, load=SMALL, context=512)
+    """Two servers up at once, in turns, with so small a cache that its capacity can be run."""
+    asked: dict[str, Any] = {"folder": folder, "out": tmp_path / "results", "load": SMALL, "context": 512}
+    asked |= {"sweep": (1,), "capacity": True, "vram": GIB, "extra": ("--num-gpu-blocks-override", "14")}
+    report, place = compare(["fp16", "awq"], **asked)
     numbers = report.numbers
     assert list(numbers) == ["fp16", "awq"]
+    assert report.settings["interleave"]["mode"] == "together"
+    assert not report.settings["failed"]
     for label in numbers:
         assert numbers[label]["output_rate"].value > 0
         assert (place / f"{label}.log").is_file()
-        assert (place / f"{label}-1.json").is_file()
+        assert (place / f"{label}-2-1.json").is_file()
+        assert len(report.raw[label]["runs"]) == SMALL.runs
         assert len(report.raw[label]["runs"][0]["ttft"]) == SMALL.requests
+        assert [level.concurrency for level in report.sweep[label]] == [1, 2]
+        (batch,) = [line for line in report.raw[label]["journal"] if line["kind"] == "max_batch"]
+        trial = Trial(**batch["trials"][-1])
+        assert trial.fine, trial.words
+        assert trial.sequences >= 2
+        assert trial.tokens == 512
+        assert 0.5 < trial.cache <= 1
+        (longest,) = [line for line in report.raw[label]["journal"] if line["kind"] == "max_length"]
+        assert (longest["trials"][-1]["sequences"], longest["trials"][-1]["tokens"]) == (1, 512)
+        assert report.stages[label]["decode"].value > 0
+        assert numbers[label]["max_batch"].how == "computed"  # of 1 GiB of a card, which is not here
+    assert report.ratios["awq"]["output_rate"].pairs == SMALL.runs
+    assert report.ratios["awq"]["output_rate"].low is not None
     assert numbers["awq"]["weights"].value < numbers["fp16"]["weights"].value
     commands = [shown.split(" serve ")[1].split() for shown in (s["command"] for s in report.subjects.values())]
     assert commands[0][0] == "pebble"
     same = [[w for w in words[1:] if w not in numbers and not w.isdigit()] for words in commands]
     assert same[0] == same[1]
     assert "--no-enable-prefix-caching" in same[0]
-    assert [row[0] for row in table(report)[1]][:6] == [
+    assert [row[0] for row in table(report)[1]][:4] == [
         "input tok/s",
         "output tok/s",
         "time (s)",
         "model memory, computed",
-        "max length in 1 GiB (tokens), computed",
-        "max batch in 1 GiB (512 tokens each), computed",
     ]
+    before = (place / "journal.jsonl").read_text(encoding="utf-8")
+    again, same_place = compare(["fp16", "awq"], **asked)  # all is measured: nothing is started
+    assert same_place == place
+    assert (place / "journal.jsonl").read_text(encoding="utf-8") == before
+    assert again.numbers == report.numbers
     data, text = write_report(report, place, markdown=markdown(report))
     kept = json.loads(data.read_text(encoding="utf-8"))
     assert kept["numbers"]["awq"]["ttft"]["value"] == numbers["awq"]["ttft"].value
     assert kept["versions"]["mmq"]
     assert kept["machine"]["cores"] >= 1
     assert text.read_text(encoding="utf-8").startswith("# fp16 against awq")
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_more_sequences_than_the_cache_holds_are_told(artifact: Callable[..., Path]) -> None:
+    """The real server put off sequences: a run beyond its capacity is no answer."""
+    extra = ("--num-gpu-blocks-override", "14", "--no-enable-prefix-caching")
+    launch = plan("vllm", artifact("awq"), machine=this_machine(), port=free_port(), max_model_len=512, extra=extra)
+    with running(launch, timeout=300) as server:
+        fits = max_batch(server.url, model=server.name, context=512)[-1]
+        assert fits.fine, fits.words
+        beyond = run(server.url, model=server.name, sequences=fits.sequences + 4, prompt=312, out=200)
+        assert not beyond.fine
+        assert beyond.preemptions or beyond.together < beyond.sequences
 
 
 def test_a_context_too_long_is_told_before_any_start(folder: Path, tmp_path: Path) -> None:
