@@ -7,38 +7,29 @@ licence, then what the hubs say, and only where something is to be sent the engi
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..export.artifact import MANIFEST, Artifact, check_disk, open_artifact, to_json
+from ..export.artifact import MANIFEST, Artifact, open_artifact, to_json
 from ..export.card import Line, Told, card, title
-from ..export.remote import Item, item, parse_target
+from ..export.remote import Item, Target, item, parse_target
 from ..export.source import Source, obstacles, public_manifest, source_of, without_paths
 from ..export.upload import Plan, Published, look_at, upload
 from ..recipes.progress import Step, Tell, silent
-from ..recipes.samples import as_openai, blind
-from ..recipes.sets import held_out_samples
-from ..serve.client import connect, plain_errors
-from ..serve.engines import plan as launch_plan
 from ..serve.hub_lines import hub_lines
-from ..serve.machine import this_machine
 from ..serve.programs import find_program
-from ..serve.running import free_port, running
 from ..serve.shape import read_shape
 from .card_speed import find_speed
 from .gate import Gate, checks_of, gate, quality_rows
+from .reload import ENGINES, reloaded, trusts
 from .verdict import limits_of
 
 CARD = "README.md"
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
-ENGINES = {"vllm": "vLLM", "pytorch": "transformers", "lmdeploy": "LMDeploy"}
 
 
 @dataclass(frozen=True)
@@ -99,67 +90,82 @@ def publish(
     source = source_of(artifact, base_model=base_model, license=license)
     if (against := obstacles(source)) and not (may_redistribute and source.license):
         raise ValueError(f"{'; '.join(against)}; then say --may-redistribute")
-    notes = []
-    if reload and _trusts(artifact) and not trust_remote_code:
+    why_not = _not_reloaded(artifact, reload, engine, engine_bin, trust_remote_code)
+    notes = (f"not loaded in an engine first{why_not}",) if why_not else ()
+    speed, pictures = find_speed(artifact, report)
+    told = Told(
+        read_shape(folder).vision,
+        quality=quality_rows(passed, limits_of(artifact)),
+        checks=checks_of(passed),
+        failures=() if gated else passed.failures,
+        gate=gated,
+        reloaded="" if why_not else ENGINES.get(engine, engine),
+        speed=speed,
+    )
+    with tempfile.TemporaryDirectory(prefix="mmq-publish-") as scratch:
+        common = [*_artifact_items(artifact, source, Path(scratch)), *_report_items(passed, Path(scratch))]
+        common += [item(name, file) for name, file in pictures]
+        each = {t: [*common, _card_item(artifact, source, told, t, Path(scratch))] for t in places}
+        files = {one.path: one.size for one in each[places[0]]}
+        if dry_run:
+            shown = Path(shutil.copyfile(each[places[0]][-1].file, folder / CARD))
+            return Outcome(artifact.digest, tag, passed, files, notes=notes, card=shown)
+        beside = [CARD, *passed.reports, *(name for name, _ in pictures)]
+        plans, failed = _look(each, tag=tag, public=public, beside=beside)
+        answer = None
+        if not why_not and not all(plan.done for plan in plans):
+            answer = reloaded(artifact, common, engine=engine, engine_bin=engine_bin, tell=tell)
+        done = []
+        for plan in plans:
+            try:
+                items, message = each[plan.target], title(artifact)
+                done.append(upload(plan, items, public=public, message=message, license=source.license, tell=tell))
+            except (OSError, ValueError) as e:
+                failed[str(plan.target)] = " ".join(str(e).split())
+    return Outcome(artifact.digest, tag, passed, files, tuple(done), failed, answer, notes)
+
+
+def _not_reloaded(artifact: Artifact, asked: bool, engine: str, engine_bin: str | None, trust: bool) -> str:
+    """Why no engine is to load a clean copy, "" where one is. ValueError where the artifact's own Python would have to
+    run and nobody has said that it may."""
+    if not asked:
+        return ", as asked (--no-reload)"
+    if trusts(artifact) and not trust:
         raise ValueError(
-            f"{folder} says that its own Python has to run where it is loaded: read it, then say "
+            f"{artifact.path} says that its own Python has to run where it is loaded: read it, then say "
             "--trust-remote-code, or --no-reload to publish without a look"
         )
-    if reload:
+    try:
+        find_program(engine, named=engine_bin)
+    except OSError as e:
+        return f": {e}"
+    return ""
+
+
+def _look(
+    each: Mapping[Target, list[Item]], *, tag: str, public: bool, beside: Sequence[str]
+) -> tuple[list[Plan], dict[str, str]]:
+    """What each target lacks, and why some cannot be looked at: those do not keep the others from theirs. The error
+    itself where none is left; ValueError for what is wrong with any."""
+    plans, failed, errors = [], {}, []
+    for target, items in each.items():
         try:
-            find_program(engine, named=engine_bin)
+            plans.append(look_at(target, items, tag=tag, public=public, beside=beside))
         except OSError as e:
-            reload = False
-            notes.append(f"not loaded in an engine first: {e}")
-    else:
-        notes.append("not loaded in an engine first, as asked (--no-reload)")
-    speed, pictures = find_speed(artifact, report)
-    limits = limits_of(artifact)
-    with tempfile.TemporaryDirectory(prefix="mmq-publish-") as place:
-        common = [*_artifact_items(artifact, source, Path(place)), *_report_items(passed, Path(place))]
-        common += [item(name, file) for name, file in pictures]
-        beside = [CARD, *passed.reports, *(name for name, _ in pictures)]
-        plans: list[tuple[Plan, list[Item]]] = []
-        for target in places:
-            lines = hub_lines(folder, target.repo, hub=target.hub, format=artifact.format, trust=_trusts(artifact))
-            told = Told(
-                read_shape(folder).vision,
-                quality=quality_rows(passed, limits),
-                checks=checks_of(passed),
-                failures=() if gated else passed.failures,
-                gate=gated,
-                reloaded=ENGINES.get(engine, engine) if reload else "",
-                lines=[Line(line.engine, line.command, line.condition) for line in lines],
-                speed=speed,
-            )
-            written = _written(Path(place) / target.hub / target.repo / CARD, card(artifact, source, told))
-            items = [*common, item(CARD, written)]
-            if dry_run:
-                return _dry(artifact, tag, passed, items, written, notes)
-            plans.append((look_at(target, items, tag=tag, public=public, beside=beside), items))
-        answer = None
-        if reload and not all(p.done for p, _ in plans):
-            answer = reloaded(artifact, common, engine=engine, engine_bin=engine_bin, tell=tell)
-        done, failed = _send(plans, public=public, message=title(artifact), license=source.license, tell=tell)
-    files = {one.path: one.size for one in plans[0][1]}
-    return Outcome(artifact.digest, tag, passed, files, tuple(done), failed, answer, tuple(notes))
+            failed[str(target)] = " ".join(str(e).split())
+            errors.append(e)
+    if not plans:
+        raise errors[0]
+    return plans, failed
 
 
-def _send(
-    plans: Sequence[tuple[Plan, list[Item]]], *, public: bool, message: str, license: str | None, tell: Tell
-) -> tuple[list[Published], dict[str, str]]:
-    """Every target in turn: one that fails does not keep the others from theirs."""
-    done, failed = [], {}
-    for plan, items in plans:
-        try:
-            done.append(upload(plan, items, public=public, message=message, license=license, tell=tell))
-        except (OSError, ValueError) as e:
-            failed[str(plan.target)] = " ".join(str(e).split())
-    return done, failed
-
-
-def _trusts(artifact: Artifact) -> bool:
-    return bool(artifact.manifest["recipe"].get("trust_remote_code"))
+def _card_item(artifact: Artifact, source: Source, told: Told, target: Target, scratch: Path) -> Item:
+    """The card for one place: its lines name the repository there."""
+    trust = trusts(artifact)
+    found = hub_lines(artifact.path, target.repo, hub=target.hub, format=artifact.format, trust=trust)
+    lines = [Line(line.engine, line.command, line.condition) for line in found]
+    text = card(artifact, source, replace(told, lines=lines))
+    return item(CARD, _written(scratch / target.hub / target.repo / CARD, text))
 
 
 def _artifact_items(artifact: Artifact, source: Source, place: Path) -> list[Item]:
@@ -183,61 +189,6 @@ def _written(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def _dry(artifact: Artifact, tag: str, passed: Gate, items: Sequence[Item], written: Path, notes: list[str]) -> Outcome:
-    """Nothing is sent and no hub asked; the card is left where it can be read, beside the artifact."""
-    shown = Path(shutil.copyfile(written, artifact.path / CARD))
-    files = {one.path: one.size for one in items}
-    return Outcome(artifact.digest, tag, passed, files, notes=tuple(notes), card=shown)
-
-
-@contextmanager
-def clean_copy(artifact: Artifact, items: Sequence[Item]) -> Iterator[Path]:
-    """A folder with what is published and nothing else: hard links beside the artifact, or copies where the disk has
-    none. OSError where there is no room for copies."""
-    try:
-        place = tempfile.mkdtemp(prefix=".mmq-clean-", dir=artifact.path.resolve().parent)
-    except OSError:
-        place = tempfile.mkdtemp(prefix="mmq-clean-")
-    folder = Path(place) / artifact.path.resolve().name
-    try:
-        for one in items:
-            to = folder / one.path
-            to.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(one.file, to)
-            except OSError:
-                check_disk(folder, one.size)
-                shutil.copyfile(one.file, to)
-        yield folder
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def reloaded(
-    artifact: Artifact, items: Sequence[Item], *, engine: str, engine_bin: str | None = None, tell: Tell = silent
-) -> str:
-    """The engine's answer to one question, about a picture where the model sees, from a clean copy of `items`.
-    RuntimeError where it dies or has nothing to say."""
-    with clean_copy(artifact, items) as folder:
-        trust: dict[str, Any] = {"trust_remote_code": True} if _trusts(artifact) else {}
-        launch = launch_plan(engine, folder, machine=this_machine(), port=free_port(), engine_bin=engine_bin, **trust)
-        launch = replace(launch, env={**launch.env, **dict.fromkeys(TOKENS, "")})  # no business of the engine's
-        with running(launch, tell=tell) as server, connect(server.url, retries=0) as client:
-            embedded = artifact.manifest["base"]["hub"] == "embedded"
-            sample = held_out_samples(None, 1, embedded=embedded)[0].question
-            if not read_shape(folder).vision:
-                sample = blind(sample)
-            messages: Any = as_openai(sample)
-            with plain_errors(server.url):
-                reply = client.chat.completions.create(
-                    model=server.name, messages=messages, max_tokens=32, temperature=0
-                )
-            text = (reply.choices[0].message.content or "").strip()
-    if not text:
-        raise RuntimeError(f"{engine} loaded a clean copy of {artifact.path} and answered nothing; it is not published")
-    return text
 
 
 def facts(outcome: Outcome) -> dict[str, Any]:

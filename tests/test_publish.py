@@ -165,6 +165,19 @@ def test_one_hub_that_fails_does_not_keep_the_other_from_its_own(keeper: HubKeep
     assert "config.json" in keeper.files("me/yes")
 
 
+def test_a_hub_that_is_away_does_not_keep_the_other_from_its_own(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    keeper.fail = lambda number, method, path: "before" if path.startswith("/api/models/me/no") else None
+    code, out, err = mmq("publish", mine, "hf:me/no", "modelscope:me/yes", "--no-reload", "--json")
+    assert code == 2
+    told = json.loads(out)
+    assert [p["target"] for p in told["published"]] == ["modelscope:me/yes"]
+    assert "was lost while me/no was looked at" in told["failed"]["hf:me/no"]
+    keeper.fail = lambda number, method, path: "before"
+    code, out, err = mmq("publish", mine, "hf:me/no", "modelscope:me/yes", "--no-reload")
+    assert (code, out) == (2, "")
+    assert "was lost while me/no was looked at" in err
+
+
 def test_an_engine_that_dies_gives_code_3_and_nothing_is_sent(
     keeper: HubKeeper, mmq: Callable, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +324,7 @@ def test_what_a_report_calls_things_is_inert_on_the_card(mine: Path, nasty: str)
 def test_a_clean_copy_has_what_is_published_and_nothing_else(
     mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmq.bench.publish import clean_copy
+    from mmq.bench.reload import clean_copy
     from mmq.export.remote import item
 
     items = [item("config.json", mine / "config.json"), item("sub/b.json", mine / "mmq.json")]
