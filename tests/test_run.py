@@ -1,8 +1,9 @@
 """`mmq run`: what a matrix is, what becomes of its jobs, what is kept, and what an interruption leaves. Real processes
-of mmq's own on the embedded model."""
+of mmq's own on the embedded model; and the same on a Ray of this machine, where Ray is (see test_cluster.py)."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ from mmq.bench.steps import Settings
 
 STRICT = "name: strict\nmodel: pebble\nsamples: 8\nlimits: {mean_kl: 0}\n"
 LOOSE = "name: strict\nmodel: pebble\nsamples: 8\nversion: 2\nlimits: {top1: 0, accuracy_drop: 1, repeating: 1}\n"
+HAS_RAY = importlib.util.find_spec("ray") is not None
+PYTHON = os.environ.get("MMQ_TEST_RAY") or (sys.executable if HAS_RAY else "")
 QUICK = ("--samples", "3", "--device", "cpu")
 
 
@@ -256,3 +259,35 @@ def test_a_run_that_is_ended_or_killed_leaves_no_process(number: signal.Signals,
 
 def test_a_job_knows_its_name_without_a_recipe() -> None:
     assert Job("recipes/some.yaml", "awq", None, "why").name == "some-awq"
+
+
+@pytest.mark.skipif(not PYTHON, reason="Ray is not installed, and MMQ_TEST_RAY names no Python that has it")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_recipes_on_a_ray_of_this_machine(tmp_path: Path) -> None:
+    """As on one machine: a failure stops nobody else, a second run keeps what is there. And Ctrl-C leaves nothing."""
+    (tmp_path / "strict.yaml").write_text(STRICT, encoding="utf-8")
+    (tmp_path / "loose.yaml").write_text(LOOSE.replace("strict", "loose"), encoding="utf-8")
+    (tmp_path / "bad.yaml").write_text("name: bad\n", encoding="utf-8")
+    recipes = ("strict.yaml", "loose.yaml", "bad.yaml")
+    command = [PYTHON, "-m", "mmq", "run", *recipes, *QUICK, "--ray", "local", "--json"]
+    for kept in (False, True):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 2, done.stderr[-2000:]
+        found = {job["name"]: job for job in json.loads(done.stdout.splitlines()[-1])["jobs"]}
+        assert [found[name]["code"] for name in ("strict-awq", "loose-awq", "bad-awq")] == [1, 0, 2]
+        assert all(step["kept"] == kept for step in found["loose-awq"]["steps"])
+        assert found["strict-awq"]["why"][0].startswith("past the limit: mean_kl is")
+
+    again = [*command, "--methods", "gptq"]
+    process = subprocess.Popen(again, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 300
+    while not list((tmp_path / "mmq-run").glob("*-gptq/model-00001-*")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert at_work(tmp_path) == []
+    assert "interrupted" in [job["state"] for job in results(tmp_path).values()]
