@@ -13,12 +13,13 @@ from torch import nn
 from ..quantize.skeleton import Skeleton, read_config
 from ..quantize.spelling import idle_linears, spellings
 from ..recipes.folder import headers
+from ..recipes.remote import PICKLES
 from .artifact import write_json
 from .config import CONFIGS, Packing
 from .order import Order, quantized_names
 from .skips import every_name
 
-LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
+LEFT_BEHIND = (".safetensors", *PICKLES, ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
 TEXT = ("text_config", "llm_config", "language_config")  # where a config keeps its text model's
 LEGAL = ("LICENSE", "NOTICE")  # which goes with whatever is made of the model, LICENSE.md too
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")

@@ -103,8 +103,8 @@ def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     odd = [what for key, what in UNKNOWN.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         odd.append(f"bias {config['bias']!r}")
-    if config.get("modules_to_save"):
-        odd.append(f"whole modules ({', '.join(config['modules_to_save'])})")
+    if saved := config.get("modules_to_save"):
+        odd.append(f"whole modules ({', '.join(map(str, saved if isinstance(saved, list) else [saved]))})")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         odd.append(f"a beginning ({start}) that changed the base's weights")
@@ -127,6 +127,9 @@ def _modules(name: str, header: Mapping[str, Any]) -> tuple[set[int], dict[str, 
             )
         module = tensor.removesuffix(part).removeprefix(PREFIX)
         sides.setdefault(module, {})[part.removesuffix(".weight")[-1]] = list(entry["shape"])
+    flat = [m for m, s in sides.items() if any(len(shape) < 2 for shape in s.values())]
+    if flat:
+        raise OSError(f"adapter {name}: {TENSORS} holds {first_of(flat)}, which is no matrix; get the file again")
     broken = [m for m, s in sides.items() if set(s) != {"A", "B"} or s["A"][0] != s["B"][-1]]
     if broken or not sides:
         what = f"{first_of(broken)} without its other half" if broken else "no module at all"

@@ -1,0 +1,387 @@
+"""Models, artifacts, recipes, datasets, adapters and templates that wish somebody ill: each is refused in one clear line
+or does nothing, through the commands that a user types."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+from PIL import Image
+
+from mmq.__main__ import main
+
+Run = Callable[..., tuple[int, str, str]]
+LIGHT = (["plan", "--vram", "24GiB"], ["serve", "--print"], ["serve", "--print", "--engine", "pytorch"])
+ENGINES = ["check", "--engines", "all"]
+QUANTIZE = ["quantize", "--method", "rtn", "--samples", "1"]
+EVERY = (*LIGHT, ENGINES, QUANTIZE)
+
+
+@pytest.fixture
+def mmq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`mmq("plan", ...)` in a folder of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MMQ_DEBUG", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmq", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The embedded model in a folder that a test may change."""
+    return hostile.model(tmp_path / "model")
+
+
+def refused(mmq: Run, message: str, *words: object, within: float = 20) -> None:
+    """The command ends with one line that has `message`, and in time."""
+    begun = time.monotonic()
+    code, _, err = mmq(*words)
+    lines = [line for line in err.splitlines() if line.startswith("mmq: ")]
+    assert code == 2, (words, err)
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert message in lines[0]
+    assert "\x1b" not in lines[0].replace("\x1b[31m", "").replace("\x1b[0m", "")
+    assert time.monotonic() - begun < within
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer for everybody": ({"text_config__num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    "no width": ({"text_config__hidden_size": 0}, "hidden_size is 0; it must be a whole number from 1"),
+    "less than no heads": ({"text_config__num_attention_heads": -4}, "num_attention_heads is -4"),
+    "a number in words": ({"text_config__num_hidden_layers": "four"}, "num_hidden_layers is 'four'"),
+    "a number without end": ({"text_config__vocab_size": 10**200}, "vocab_size is a huge number"),
+    "no number": ({"text_config__max_position_embeddings": float("nan")}, "max_position_embeddings is nan"),
+    "true": ({"text_config__num_hidden_layers": True}, "num_hidden_layers is True"),
+    "patches of nothing": ({"vision_config__patch_size": 0}, "patch_size is 0"),
+    "patches without end": ({"vision_config__image_size": 10**6}, "image_size is 1000000"),
+    "far inside": ({"a__b__c__d__num_layers": 10**9}, "num_layers is 1000000000"),
+    "a text model in words": ({"text_config": "x"}, "text_config is 'x'; it must be an object"),
+    "a tower in a list": ({"vision_config": [1]}, "vision_config is [1]; it must be an object"),
+    "two types": ({"model_type": ["qwen2_vl"]}, "model_type is ['qwen2_vl']; it must be a name"),
+    "classes by number": ({"architectures": [1]}, "architectures is [1]; it must be a list of names"),
+    "code in a list": ({"auto_map": ["x"]}, "auto_map is ['x']; it must be an object"),
+    "packed in words": ({"quantization_config": "awq"}, "quantization_config is 'awq'; it must be an object"),
+    "a skip list of one number": (
+        {"quantization_config": {"quant_method": "awq", "modules_to_not_convert": 5}},
+        "modules_to_not_convert is 5; it must be a list of names",
+    ),
+    "groups of numbers": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}},
+        "config_groups holds [1]; it must be objects",
+    ),
+    "bits in words": ({"quantization_config": {"quant_method": "gptq", "bits": "x"}}, "bits is 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_of_no_model_is_refused(mmq: Run, model: Path, name: str) -> None:
+    changes, message = CONFIGS[name]
+    hostile.config(model, **changes)
+    for words in EVERY:
+        refused(mmq, message, *words, model)
+
+
+TEXTS = {
+    "not JSON": (b"{", "is not valid JSON"),
+    "not UTF-8": (b'{"a": "\xff"}', "not UTF-8 at byte"),
+    "a list": (b"[]", "must be a JSON object, and is list"),
+    "nested": (b'{"a": ' + hostile.deep() + b"}", "nested too deep"),
+    "a long number": (b'{"a": ' + b"9" * 5_000 + b"}", "is not valid JSON (Exceeds the limit"),
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_settings_file_that_is_none_is_refused(mmq: Run, model: Path, file: str, name: str) -> None:
+    data, message = TEXTS[name]
+    hostile.write(model, file, data)
+    for words in EVERY:
+        refused(mmq, message, *words, model)
+
+
+def test_a_settings_file_of_gigabytes_is_not_read(mmq: Run, model: Path) -> None:
+    hostile.write(model, "config.json", "{")
+    os.truncate(model / "config.json", 1 << 40)  # takes no room on the disk
+    for words in EVERY:
+        refused(mmq, "1099511627776 bytes, where at most", *words, model, within=5)
+
+
+@pytest.mark.parametrize("size", [10**18, "x", -1])
+def test_pictures_of_no_size_are_refused(mmq: Run, model: Path, size: object) -> None:
+    """The planner looks for a picture's shape among all numbers up to its size."""
+    hostile.write(model, "preprocessor_config.json", json.dumps({"size": {"longest_edge": size}}))
+    for words in EVERY:
+        refused(mmq, "longest_edge is", *words, model, within=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../model.safetensors", "only files of the same folder can be named"),
+        ("sub/../../model.safetensors", "only files of the same folder can be named"),
+        ("/etc/passwd", "only files of the same folder can be named"),
+        ("..\\model.safetensors", "only files of the same folder can be named"),
+        ("C:model.safetensors", "only files of the same folder can be named"),
+        ("model\0.safetensors", "only files of the same folder can be named"),
+        ("model\u202e.safetensors", "only files of the same folder can be named"),
+        ("\x1b[2Jmodel.safetensors", "only files of the same folder can be named"),
+        ("\ud800.safetensors", "only files of the same folder can be named"),
+        ("m" * 300, "only files of the same folder can be named"),
+        (".", "only files of the same folder can be named"),
+        ("", "only files of the same folder can be named"),
+        ("\uff0e\uff0e\uff0fmodel.safetensors", "lacks"),  # full-width dots and slash: a name like any other
+        ("none.safetensors", "lacks none.safetensors"),
+        (5, "names a file that is no text"),
+        (["model.safetensors"], "names a file that is no text"),
+        (None, "names a file that is no text"),
+    ],
+)
+def test_an_index_names_no_file_elsewhere(mmq: Run, model: Path, name: object, message: str) -> None:
+    shutil.copyfile(model / "model.safetensors", model.parent / "model.safetensors")
+    hostile.index(model, name)
+    for words in EVERY:
+        refused(mmq, message, *words, model)
+
+
+def test_an_index_names_no_file_twice_in_other_letters(mmq: Run, model: Path) -> None:
+    hostile.index(model, "model.safetensors", "Model.safetensors")
+    refused(mmq, "which many systems take for one file", *QUANTIZE, model)
+
+
+# What a hostile artifact's manifest may say. The artifact is otherwise whole.
+MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "a file above": (
+        lambda m: {"files": {**m["files"], "../loot.txt": {"sha256": "0" * 64, "size": 4}}},
+        "'../loot.txt'",
+    ),
+    "a file by its root": (lambda m: {"files": {"/etc/passwd": {"sha256": "0" * 64, "size": 4}}}, "'/etc/passwd'"),
+    "another system's": (lambda m: {"files": {"..\\x": {"sha256": "0" * 64, "size": 4}}}, "same folder"),
+    "a name with an end": (lambda m: {"files": {"a\0b": {"sha256": "0" * 64, "size": 4}}}, "same folder"),
+    "a name that turns": (lambda m: {"files": {"a\u202eb": {"sha256": "0" * 64, "size": 4}}}, "same folder"),
+    "files in a list": (lambda m: {"files": ["config.json"]}, "files is missing or of another kind"),
+    "a file of no size": (
+        lambda m: {"files": {"config.json": {"sha256": "0" * 64}}},
+        "config.json has no size and sha256",
+    ),
+    "a hash in words": (lambda m: {"files": {"config.json": {"sha256": "x", "size": 1}}}, "has no size and sha256"),
+    "another's hash": (
+        lambda m: {"files": {**m["files"], "config.json": {**m["files"]["config.json"], "sha256": "0" * 64}}},
+        "its hash differs",
+    ),
+    "no recipe": (lambda m: {"recipe": "pebble"}, "recipe is missing or of another kind"),
+    "a base in words": (lambda m: {"base": "pebble"}, "base is missing or of another kind"),
+    "a base by number": (lambda m: {"base": {**m["base"], "model": 5}}, "base.model is missing or of another kind"),
+    "a format by number": (lambda m: {"format": 5}, "format is missing or of another kind"),
+    "another schema": (lambda m: {"schema": [1]}, "schema [1]"),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_names_only_its_own(mmq: Run, artifact: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    change, message = MANIFESTS[name]
+    (tmp_path / "loot.txt").write_text("loot")
+    made = artifact("awq")
+    manifest = json.loads((made / "mmq.json").read_text(encoding="utf-8"))
+    out = hostile.artifact(made, tmp_path / "out", **change(manifest))
+    refused(mmq, message, "check", out, "--device", "cpu")
+    refused(mmq, message, "convert", out, "--format", "compressed-tensors", "-o", tmp_path / "other")
+    refused(mmq, message, "publish", out, "hf:me/it", "--dry-run", "--no-gate", "--no-reload")
+    if "hash" not in name:  # a start of an engine compares sizes alone
+        refused(mmq, message, "serve", "--print", out)
+        refused(mmq, message, "plan", "--vram", "24GiB", out)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "loot.txt"}
+
+
+@pytest.mark.parametrize(
+    "text", [b"[]", b'{"schema": 1}', hostile.deep(), b'{"files": {}, "files": {}, "schema": 1}', b"\xff"]
+)
+def test_a_manifest_that_is_none_is_refused(
+    mmq: Run, artifact: Callable[..., Path], tmp_path: Path, text: bytes
+) -> None:
+    out = hostile.artifact(artifact("awq"), tmp_path / "out")
+    hostile.write(out, "mmq.json", text)
+    for words in (["check"], ["serve", "--print"], ["plan", "--vram", "24GiB"]):
+        refused(mmq, "mmq.json: damaged", *words, out)
+
+
+def test_links_that_lead_out_are_refused(mmq: Run, model: Path, tmp_path: Path) -> None:
+    """The small files of a model are copied into what is made of it, and that is published."""
+    (tmp_path / "secret").write_text("a key")
+    (model / "notes.txt").symlink_to(tmp_path / "secret")
+    for words in EVERY:
+        refused(mmq, "outside the folder; if that is meant, put a copy of the file in its place", *words, model)
+
+
+def test_links_into_a_hubs_cache_and_within_the_folder_are_followed(mmq: Run, tmp_path: Path) -> None:
+    """huggingface_hub keeps a snapshot as links into blobs/ beside it."""
+    repo = tmp_path / "models--me--it"
+    (repo / "blobs").mkdir(parents=True)
+    folder = hostile.model(repo / "snapshots" / ("0" * 40))
+    for number, path in enumerate(sorted(folder.iterdir())):
+        blob = repo / "blobs" / f"{number:040x}"
+        shutil.move(path.resolve() if not path.is_symlink() else path, blob)
+        path.symlink_to(Path("../../blobs") / blob.name)
+    (folder / "alias.json").symlink_to("config.json")
+    for words in EVERY:
+        code, _, err = mmq(*words, folder)
+        assert code == 0, err
+
+
+def test_a_folder_by_a_link_is_a_folder(mmq: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(model, target_is_directory=True)
+    assert mmq("serve", "--print", tmp_path / "linked")[0] == 0
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer_config.json", "notes.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "circle", "nowhere"])
+def test_pipes_devices_and_circles_hang_nothing(mmq: Run, model: Path, file: str, kind: str) -> None:
+    path = model / file
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"device": "/dev/zero", "circle": path.name, "nowhere": "gone"}[kind])
+    for words in EVERY[: None if file in ("config.json", "model.safetensors") or kind in ("pipe", "device") else 2]:
+        code, _, err = mmq(*words, model)
+        needed = file in ("config.json", "model.safetensors") or kind in ("pipe", "device")
+        assert code == (2 if needed else 0), err
+        assert "Traceback" not in err
+
+
+HEADERS: dict[str, bytes] = {
+    "terabytes": hostile.tensors(b"{}", length=1 << 40),
+    "the largest number": hostile.tensors(b"{}", length=(1 << 64) - 1),
+    "no header": hostile.tensors(b"", length=0),
+    "empty": b"",
+    "seven bytes": b"1234567",
+    "a list": hostile.tensors([]),
+    "nested": hostile.tensors(b'{"a": ' + hostile.deep() + b"}"),
+    "nested by little": hostile.tensors(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "x": ' + hostile.deep(200) + b"}}", bytes(8)),
+    "places that overlap": hostile.tensors({"a": hostile.entry(), "b": hostile.entry()}, bytes(8)),
+    "places turned round": hostile.tensors({"a": hostile.entry(places=(8, 0))}, bytes(8)),
+    "a hole": hostile.tensors({"a": hostile.entry((1,), (4, 8))}, bytes(8)),
+    "places of terabytes": hostile.tensors({"a": hostile.entry(places=(0, 1 << 50))}, bytes(8)),
+    "places below nothing": hostile.tensors({"a": hostile.entry(places=(-8, 0))}),
+    "three places": hostile.tensors({"a": hostile.entry(places=(0, 8, 9))}, bytes(8)),
+    "places in words": hostile.tensors({"a": hostile.entry(places=("0", "8"))}, bytes(8)),
+    "places of nothing": hostile.tensors({"a": hostile.entry(places=())}, bytes(8)),
+    "a shape below nothing": hostile.tensors({"a": hostile.entry((-2,))}, bytes(8)),
+    "a shape of parts": hostile.tensors({"a": hostile.entry((2.0,))}, bytes(8)),
+    "a shape of other bytes": hostile.tensors({"a": hostile.entry((3,))}, bytes(8)),
+    "a shape past 64 bits": hostile.tensors({"a": hostile.entry((1 << 63, 1 << 63, 0), (0, 0))}),
+    "a shape past all bits": hostile.tensors({"a": hostile.entry((10**400, 0), (0, 0))}),
+    "a dtype of nobody": hostile.tensors({"a": hostile.entry(dtype="F31")}, bytes(8)),
+    "a dtype by number": hostile.tensors({"a": hostile.entry(dtype=4)}, bytes(8)),
+    "a key twice": hostile.tensors(b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "notes of numbers": hostile.tensors({"__metadata__": {"a": 1}, "a": hostile.entry()}, bytes(8)),
+    "half a pair": hostile.tensors(b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "no number": hostile.tensors(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":NaN}}', bytes(8)),
+    "a mark before": hostile.tensors(b'\xef\xbb\xbf{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "more than it says": hostile.tensors({"a": hostile.entry()}, bytes(9)),
+    "less than it says": hostile.tensors({"a": hostile.entry()}, bytes(7)),
+    "HTML": b"<!DOCTYPE html><html>Not Found</html>",
+    "zip": b"PK\x03\x04" + bytes(100),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_weights_that_are_none_are_refused(mmq: Run, model: Path, name: str) -> None:
+    hostile.write(model, "model.safetensors", HEADERS[name])
+    for words in EVERY:
+        refused(mmq, "get the file again", *words, model, within=5)
+
+
+def test_a_header_of_a_hundred_megabytes_is_not_read(mmq: Run, model: Path) -> None:
+    hostile.write(model, "model.safetensors", struct.pack("<Q", 90 << 20))
+    os.truncate(model / "model.safetensors", 1 << 40)
+    for words in EVERY:
+        refused(mmq, "has a header of 94371840 bytes, where at most 33554432 are read", *words, model, within=5)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pickle_is_never_loaded(mmq: Run, model: Path, name: str, tmp_path: Path) -> None:
+    (model / "model.safetensors").unlink()
+    hostile.write(model, name, hostile.pickled(tmp_path / "RAN"))
+    message = "is no whole safetensors file" if name.endswith("safetensors") else "unpickling runs code"
+    for words in EVERY:
+        refused(mmq, message, *words, model)
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_what_lies_beside_the_weights_does_nothing(mmq: Run, model: Path, tmp_path: Path) -> None:
+    """A pickle, code that config files name, classes that are none: of a model class that transformers has, all are
+    left where they are, and none of it is in what is made but the Python files, which are text there."""
+    ran = tmp_path / "RAN"
+    hostile.config(model, auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    words = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    words |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None], "AutoProcessor": "evil.Evil"}}
+    hostile.write(model, "tokenizer_config.json", json.dumps(words))
+    hostile.write(model, "evil.py", hostile.python_that_makes(ran))
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl"):
+        hostile.write(model, name, hostile.pickled(ran))
+    for command in (["plan", "--vram", "24GiB"], ["serve", "--print"], ENGINES):
+        assert mmq(*command, model)[0] in (0, 1)
+    code, _, err = mmq(*QUANTIZE, model, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert not ran.exists()
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_code_of_an_unknown_class_does_not_run_unasked(mmq: Run, model: Path, tmp_path: Path) -> None:
+    hostile.config(model, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"})
+    hostile.write(model, "evil.py", hostile.python_that_makes(tmp_path / "RAN"))
+    refused(mmq, "allow it with --trust-remote-code", *QUANTIZE, model)
+    assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("kind", ["os.system", "AutoModelForCausalLM", "pipeline", "__doc__", "Evil"])
+def test_settings_name_no_class_but_a_tokenizers(mmq: Run, model: Path, tmp_path: Path, kind: str) -> None:
+    said = json.loads((model / "processor_config.json").read_text(encoding="utf-8"))
+    said["image_processor"]["image_processor_type"] = kind
+    hostile.write(model, "processor_config.json", json.dumps({**said, "processor_class": kind}))
+    hostile.write(model, "tokenizer_config.json", json.dumps({"tokenizer_class": kind}))
+    code, _, err = mmq(*QUANTIZE, model, "-o", tmp_path / "out")
+    assert code in (0, 2), err
+    assert "Traceback" not in err
+
+
+def test_a_recipe_lets_no_code_run(mmq: Run, model: Path, tmp_path: Path) -> None:
+    hostile.config(model, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"})
+    hostile.write(model, "evil.py", hostile.python_that_makes(tmp_path / "RAN"))
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nmodel: {model}\ntrust_remote_code: true\n", encoding="utf-8")
+    refused(mmq, "which a file cannot allow", *QUANTIZE, "mine.yaml")
+    code, out, _ = mmq("run", "mine.yaml", "--list")
+    assert code == 0
+    assert "cannot allow" in " ".join(out.split())
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_manifest_lets_no_code_run(mmq: Run, artifact: Callable[..., Path], tmp_path: Path) -> None:
+    made = artifact("awq")
+    manifest = json.loads((made / "mmq.json").read_text(encoding="utf-8"))
+    out = hostile.artifact(made, tmp_path / "out", recipe={**manifest["recipe"], "trust_remote_code": True})
+    refused(mmq, "then say --trust-remote-code", "publish", out, "hf:me/it", "--dry-run", "--no-gate")
+    _, printed, _ = mmq("serve", "--print", out)
+    assert "--trust-remote-code" not in printed
