@@ -28,7 +28,8 @@ Ask = Callable[[list[str]], None]  # one run of `vllm bench serve` with these wo
 def generator(log: Path) -> Iterator[Ask]:
     """The generator's process for the length of a `with`; yields what makes it run. Its own words go to `log`.
 
-    OSError when vLLM, whose part it is, is not installed; RuntimeError when it fails, with its reason.
+    It is waited for at the first run: until then it imports vLLM beside the servers that start. OSError when vLLM,
+    whose part it is, is not installed; RuntimeError when it fails, with its reason.
     """
     argv = [str(python_of(find_program("vllm"))), str(SCRIPT)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "no_proxy": "127.0.0.1,localhost"}
@@ -39,9 +40,16 @@ def generator(log: Path) -> Iterator[Ask]:
         process = subprocess.Popen(
             argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True
         )
+        importing = [True]
+
+        def ask(typed: list[str]) -> None:
+            if importing:
+                _reply(process, log)
+                importing.clear()
+            _run(process, log, typed)
+
         try:
-            _reply(process, log)
-            yield lambda typed: _run(process, log, typed)
+            yield ask
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
