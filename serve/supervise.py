@@ -5,6 +5,7 @@ Knows no engine's flags; how one process is started and ended is `launch`'s busi
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import threading
 import time
@@ -18,6 +19,8 @@ from .log import why_it_died
 from .running import DIED, START_TIMEOUT, Server, started, terminate_is_exit, wait_healthy
 
 LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
+LOOK = 3.0  # seconds between two looks at the first of several machines, and
+GONE = 15.0  # for how long it must not have listened, once it did, to be taken for gone
 
 
 def foreground(
@@ -93,7 +96,7 @@ def _once(
                 try:
                     startup = wait_healthy(process, launch, log_path, timeout, tell)
                     on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
-                    code = process.wait()
+                    code = process.wait() if launch.serves else _waited(process, launch)
                 except (KeyboardInterrupt, SystemExit):
                     if launch.grace:
                         on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off")
@@ -105,6 +108,33 @@ def _once(
         finally:
             if reader is not None:
                 reader.join(5)
+
+
+def _waited(process: subprocess.Popen[bytes], launch: Launch) -> int:
+    """The status of an engine that computes for the first of several machines, once it ends. RuntimeError when that
+    machine is gone: the engine would wait for it for ever. It is known to be there once its port was seen open, which
+    it is for others where `mmq serve` has a --host there that they reach."""
+    seen: float | None = None
+    while True:
+        try:
+            return process.wait(LOOK)
+        except subprocess.TimeoutExpired:
+            if listening(launch.host, launch.port):
+                seen = time.monotonic()
+            elif seen is not None and time.monotonic() - seen > GONE:
+                there = f"{launch.host}:{launch.port}"
+                raise RuntimeError(
+                    f"the first machine is gone: nothing has answered at {there} for {GONE:g} s"
+                ) from None
+
+
+def listening(host: str, port: int) -> bool:
+    """Whether somebody listens there; asks nothing."""
+    try:
+        with socket.create_connection((host, port), timeout=2.0):
+            return True
+    except OSError:
+        return False
 
 
 def _pump(process: subprocess.Popen[bytes], log: Any, on_line: Callable[[str], None]) -> None:

@@ -9,13 +9,16 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from mmq.serve import supervise
 from mmq.serve.flags import Launch, Secret
 from mmq.serve.log import why_it_died
 from mmq.serve.running import Server, free_port, healthy, running
@@ -42,6 +45,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 # an mmq of this file's own: `foreground` of the launch above, in a process that can be killed
 MMQ = """
 import sys, pathlib
+from mmq.serve import supervise
 from mmq.serve.flags import Launch
 from mmq.serve.running import running
 from mmq.serve.supervise import foreground
@@ -109,6 +113,36 @@ def test_no_engine_outlives_us(how: str, number: signal.Signals, tmp_path: Path)
         int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if b"mmq-watch\0%d\0" % engine in _read(p)
     ]
     assert gone(*watches)  # and it goes itself
+
+
+def test_a_second_machine_ends_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it saw the first listen, and not before: machines start in any order."""
+    monkeypatch.setattr(supervise, "LOOK", 0.1)
+    monkeypatch.setattr(supervise, "GONE", 0.5)
+    lines: list[str] = []
+    asleep = "import time; print('computing', flush=True); time.sleep(600)"
+    launch = small(asleep, serves=False)
+    begun: list[int] = []
+    alive: list[bool] = []
+
+    def first() -> None:
+        time.sleep(1.0)  # longer than a first machine that was there may be silent
+        alive.append(Path(f"/proc/{begun[0]}").exists())
+        with socket.create_server(("127.0.0.1", launch.port)):
+            time.sleep(0.5)
+
+    machine = threading.Thread(target=first)
+
+    def ready(server: Server) -> None:
+        begun.append(server.pid)
+        machine.start()
+
+    with pytest.raises(RuntimeError, match=rf"the first machine is gone: .*:{launch.port} for 0.5 s"):
+        foreground(launch, log_path=tmp_path / "log", on_line=lines.append, on_ready=ready)
+    machine.join()
+    assert alive == [True]
+    assert gone(*begun)
+    assert lines == ["computing"]
 
 
 def _read(path: Path) -> bytes:
