@@ -94,6 +94,22 @@ def test_what_a_cancelled_job_has_made_is_kept() -> None:
     assert PUBLISH["jobs"]["make"]["concurrency"]["cancel-in-progress"] is False
 
 
+def test_the_page_that_tells_of_it_is_right() -> None:
+    """docs/ci.md's example gives what must be given and nothing unknown; its table has every input and its default."""
+    page = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    example = yaml.safe_load(text)["jobs"]["publish"]
+    inputs = PUBLISH[True]["workflow_call"]["inputs"]
+    assert {name for name, given in inputs.items() if given.get("required")} <= example["with"].keys() <= inputs.keys()
+    assert example["secrets"].keys() == SECRETS
+    rows = dict(re.findall(r"^\| `([a-z]+)` \| .* \| (.*) \|$", page, re.MULTILINE))
+    assert rows.keys() == inputs.keys()
+    for name, given in inputs.items():
+        default = given.get("default")
+        told = json.dumps(default) if isinstance(default, bool) else str(default)
+        assert rows[name].strip("`") == told or not default, name
+
+
 @pytest.mark.skipif("MMQ_ACTIONLINT" not in os.environ, reason="MMQ_ACTIONLINT names no actionlint")
 def test_actionlint_has_nothing_to_say() -> None:
     command = [os.environ["MMQ_ACTIONLINT"], ".github/workflows/*.yml"]
