@@ -15,8 +15,7 @@ from .table import ROWS
 BESIDES = {
     "startup": "start of the server (s)",
     "kv_token": "cache of one token",
-    "decode_limit": "decoding on the stated card, at most (tok/s)",
-    "decode_projected": "decoding on the stated card (tok/s)",
+    "itl_p90": "between tokens, p90 (ms)",
 }
 
 

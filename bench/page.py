@@ -25,10 +25,11 @@ from .field import field, reading
 from .headline import moment, tiles, title
 from .plots import Plot, layer_plot, load_plots, memory_plot, pareto_plot, ratio_plot, stage_plot
 from .proof import rows as proof_rows
+from .proof import task_rows
 from .proof import unchecked as unchecked_lines
 from .report import Report
 from .show import amount, number_of
-from .table import load_line, warnings
+from .table import MODES, budget_line, load_line, warnings
 
 PAGE = "report.html"
 SECTIONS = (
@@ -43,7 +44,7 @@ SECTIONS = (
 )
 MISSING = {  # section -> what is not there, and what would fill it
     "load": "No latency against load: one level was run; `mmq bench --compare ... --sweep auto` goes up to saturation.",
-    "memory": "No memory by part: this engine did not tell it; vLLM on a GPU does.",
+    "memory": "No memory by part; `mmq plan ARTIFACT` computes it.",
     "quality": "No quality: nothing was checked; `mmq check ARTIFACT`, then `mmq bench` again, brings it in here.",
     "stages": "No stages: they were not timed; `mmq bench --compare ... --stages` times them.",
     "answers": "No answers: no question was asked; `mmq bench --compare ... --answers 8` asks some held-out samples.",
@@ -57,7 +58,6 @@ def page(report: Report, folder: Path) -> str:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     labels, quality = list(report.numbers), {k: dict(v) for k, v in report.quality.items()}
     unchecked = unchecked_lines(quality)
-    task_head, task_rows = _tasks(report)
     memory, stages, ratios = memory_plot(report), stage_plot(report), ratio_plot(report)
     load, answers = load_plots(report), [answer(one, folder, labels) for one in report.answers]
     there = {"load": load, "memory": memory, "quality": report.quality, "stages": stages, "answers": answers}
@@ -80,6 +80,7 @@ def page(report: Report, folder: Path) -> str:
         ratio_plot=ratios and _drawn(ratios),
         load_plots=[_drawn(p) for p in load],
         memory_plot=memory and _drawn(memory),
+        budget=budget_line(report),
         unchecked=unchecked,
         past=[
             f"{label} is past its recipe's limits: {why}"
@@ -89,8 +90,7 @@ def page(report: Report, folder: Path) -> str:
         quality_head=["", *labels],
         quality_rows=proof_rows(labels, quality),
         quality_plots=[_drawn(p) for p in plots],
-        task_head=task_head,
-        task_rows=task_rows,
+        task_rows=task_rows(labels, quality),
         stage_plot=stages and _drawn(stages),
         stage_sizes=_stage_sizes(report),
         answers=answers,
@@ -135,25 +135,6 @@ def _drawn(plot: Plot) -> dict[str, Any]:
 # quality, stages, answers
 
 
-def _tasks(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Rows "task, metric" with each label's value, and its standard error where the task tells one."""
-    found = {label: q.get("tasks") or {} for label, q in report.quality.items()}
-    names = list(
-        dict.fromkeys((t, m) for tasks in found.values() for t, ms in tasks.items() for m in ms if m != "stderr")
-    )
-    rows = []
-    for task, metric in names:
-        cells = []
-        for label in report.numbers:
-            values = found.get(label, {}).get(task, {})
-            error = values.get("stderr")
-            value = values.get(metric)
-            text = "-" if value is None else f"{value:.4g}" if isinstance(value, int | float) else str(value)
-            cells.append(text + (f" ± {error:.2g}" if isinstance(error, int | float) and value is not None else ""))
-        rows.append([f"{task}, {metric}", *cells])
-    return ["", *report.numbers], rows
-
-
 def _stage_sizes(report: Report) -> str:
     sizes = report.settings.get("stages")
     if not isinstance(sizes, Mapping):
@@ -194,10 +175,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("Engine", report.engine),
         ("Versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
         ("Load", load_line(report)),
-        ("Memory asked for", f"{amount(settings['vram'])}, {settings['context']:,} tokens a sequence"),
+        ("Memory", budget_line(report).removeprefix("Memory: ")),
     ]
-    if "budget_given_to_engine" in settings:
-        found.append(("The engine was held to it", "yes" if settings["budget_given_to_engine"] else "no"))
+    if len(report.numbers) > 1 and "interleave" in settings:
+        found.append(("In turns", MODES[settings["interleave"]["mode"]]))
     return [*found, ("Taken", moment(report.created))]
 
 

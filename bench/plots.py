@@ -21,10 +21,8 @@ LATENCIES = (  # measure, title, unit, its further lines
     ("tpot", "Time per output token", "ms", ("p99",)),
     ("e2e", "Whole request", "ms", ("p99",)),
 )
-RATIOS = (
+RATIOS = (  # input tok/s and time are output tok/s again
     ("output_rate", "output tok/s"),
-    ("input_rate", "input tok/s"),
-    ("time", "time"),
     ("ttft", "time to first token"),
     ("tpot", "time per output token"),
     ("e2e", "whole request"),

@@ -43,7 +43,10 @@ def times(value: float) -> str:
 
 def interval(ratio: Ratio) -> str:
     """The interval of a ratio, "1.49 to 1.57", or "" where nothing is known of it."""
-    return "" if ratio.low is None or ratio.high is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
+    if ratio.low is None or ratio.high is None:
+        return ""
+    low, high = (f"{v:.2f}" if v < 100 else f"{v:.3g}" for v in (ratio.low, ratio.high))
+    return f"{low} to {high}"
 
 
 def ratio_of(ratio: Ratio) -> str:

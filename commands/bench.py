@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,8 @@ def command(
     options: dict[str, Any] = {"vram": parse_bytes(vram) if vram else None, "extra": shlex.split(engine_flags)}
     with progress(quiet=as_json) as tell:
         report, place = measure(names, out=out, load=load, tell=tell, **options, **given)
+    typed = {**report.settings, "command": shlex.join(["mmq", *sys.argv[1:]])}
+    report = dataclasses.replace(report, settings=typed)
     data, text = write_report(report, place, markdown=markdown(report))
     shown = write_page(report, place)
     failed = report.settings["failed"]

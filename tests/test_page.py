@@ -128,7 +128,7 @@ def test_what_is_missing_is_said_with_what_would_fill_it(labels: tuple[str, ...]
     text = page(bare_report(labels), tmp_path)
     read = Read(text)
     assert all(line.replace("`", "") in read.text for line in MISSING.values())
-    assert text.count("<code>mmq ") == sum(line.count("`mmq ") for line in MISSING.values()) == 5
+    assert text.count("<code>mmq ") == sum(line.count("`mmq ") for line in MISSING.values()) == 6
     assert [s["id"] for s in read.all("section")] == ["table", "carries", "conditions"]
     assert [a["href"] for a in read.all("a")] == ["#table", "#carries", "#conditions"]
     assert read.all("svg") == []
