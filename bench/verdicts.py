@@ -179,8 +179,8 @@ def verdicts(report: Report) -> list[str]:
     said: list[str | None] = []
     for label in others:
         found = steps(report.sweep.get(first, ()), report.sweep.get(label, ()))
-        said.append(speed_sentence(label, first, found) if found else None)
-        said.append(load_sentence(label, first, report.ratios.get(label, {})))
+        one = load_sentence(label, first, report.ratios.get(label, {}))
+        said.append(speed_sentence(label, first, found) if len(found) > 1 else one)
         said.append(memory_sentence(label, first, report.numbers))
         said.append(stage_sentence(label, report.stages.get(label, {})))
         said.append(quality_sentence(label, report.quality.get(label, {})))
