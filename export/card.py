@@ -6,7 +6,6 @@ finds nothing new. Every field from outside is inert (inert.py). Knows no hub, n
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import yaml
 
 from ..recipes.terminal import human
+from .again import commands, source_name
 from .artifact import Artifact
 from .card_words import ENGLISH, LANGUAGES
 from .inert import fenced, inert, link, table
 from .source import Source, without_paths
 from .summary import fallbacks
-
-OPTIONS = ("method", "quality", "format", "group_size", "calibration", "samples", "head")  # `mmq quantize`'s, by key
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ def _again(artifact: Artifact, source: Source, words: Mapping[str, str]) -> list
     manifest = artifact.manifest
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     recipe = without_paths(dict(manifest["recipe"]))
-    recipe["model"] = source.model or ("pebble" if source.hub == "embedded" else source.name)
+    recipe["model"] = source_name(source)
     exact = len(manifest.get("paces", ())) <= 1 and "backend" not in manifest
     parts = [
         f"### {words['again']}",
@@ -221,33 +219,6 @@ def _again(artifact: Artifact, source: Source, words: Mapping[str, str]) -> list
     if source.hub == "local":
         parts.insert(2, words["folder"])
     return parts
-
-
-def commands(artifact: Artifact, source: Source) -> list[str]:
-    """The lines that make the artifact again, from the pinned base."""
-    manifest = artifact.manifest
-    recipe, before = without_paths(dict(manifest["recipe"])), manifest.get("converted_from")
-    words = ["mmq", "quantize", source.model or ("pebble" if source.hub == "embedded" else source.name)]
-    words += ["--hub", source.hub] if source.hub == "modelscope" else []
-    words += ["--revision", source.revision] if source.revision else []
-    for key in OPTIONS:
-        value = recipe.get(key)
-        if value is not None and not (key == "quality" and recipe.get("method") not in ("awq", "gptq")):
-            words += [f"--{key.replace('_', '-')}", str(value)]
-    if recipe.get("symmetric") is not None:
-        words.append("--symmetric" if recipe["symmetric"] else "--asymmetric")
-    for prefix in recipe.get("keep", ()):
-        words += ["--keep", prefix]
-    if recipe.get("trust_remote_code"):
-        words.append("--trust-remote-code")
-    if "backend" in manifest:
-        words += ["--backend", manifest["backend"]["backend"]]
-    out = f"out-{recipe.get('method', 'int4')}"
-    lines = [shlex.join([*words, "-o", out])]
-    if before:
-        lines.append(shlex.join(["mmq", "convert", out, "--format", artifact.format]))
-        out = f"{out}-{artifact.format}"
-    return [*lines, shlex.join(["mmq", "check", out])]
 
 
 def _limits(artifact: Artifact, words: Mapping[str, str]) -> list[str]:

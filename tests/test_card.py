@@ -12,8 +12,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from mmq.export.again import commands
 from mmq.export.artifact import Artifact
-from mmq.export.card import Check, Line, Row, Speed, Told, card, commands, title
+from mmq.export.card import Check, Line, Row, Speed, Told, card, title
 from mmq.export.card_words import CHINESE, ENGLISH
 from mmq.export.inert import fenced, inert, link, table
 from mmq.export.source import Source, metadata, obstacles, public_manifest, with_metadata, without_paths

@@ -3,6 +3,7 @@ loopback hub; and what came back, by mmq's own download, served."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -387,6 +388,38 @@ def test_no_token_in_any_process_list(keeper: HubKeeper, mine: Path, tmp_path: P
     seen = (tmp_path / "seen.txt").read_text()
     assert "publish" in seen
     assert TOKEN not in seen + done.stdout + done.stderr
+
+
+def block(card: str, language: str) -> str:
+    """The first fenced block of a language under the English part's heading on making it again."""
+    return card.split("### Making it again")[1].split(f"```{language}\n")[1].split("\n```")[0]
+
+
+def test_the_recipe_on_the_card_is_the_recipe(keeper: HubKeeper, mmq: Callable, mine: Path) -> None:
+    from mmq.recipes.recipe import parse
+
+    assert mmq("publish", mine, BOTH[0], "--dry-run")[0] == 0
+    recipe = parse(block((mine / "README.md").read_text(encoding="utf-8"), "yaml"), where="the card")
+    manifest = open_artifact(mine).manifest["recipe"]
+    told = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert told == manifest | {"keep": list(manifest["keep"])}
+
+
+@pytest.mark.slow
+def test_the_lines_on_the_card_make_the_same_bytes(
+    keeper: HubKeeper, mmq: Callable, mine: Path, tmp_path: Path
+) -> None:
+    assert mmq("publish", mine, BOTH[0], "--dry-run")[0] == 0
+    quantize, check = block((mine / "README.md").read_text(encoding="utf-8"), "sh").splitlines()
+    assert check == "mmq check out-awq"
+    (tmp_path / "again").mkdir()
+    env = {**environment(keeper, tmp_path), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", *quantize.split()]
+    done = subprocess.run(
+        line, cwd=tmp_path / "again", env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert open_artifact(tmp_path / "again" / "out-awq", verify=True).digest == open_artifact(mine).digest
 
 
 @pytest.mark.slow
