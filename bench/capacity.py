@@ -77,8 +77,9 @@ def max_batch(
     trials: list[Trial] = []
     while wanted >= 1 and len(trials) < TRIES:
         tell(Step("largest batch", len(trials), TRIES, f"{wanted} x {context} tokens"))
-        # the first must still be there when the last has come in: each step takes a part of a prompt, and adds a token
-        out = min(context // 2, math.ceil(wanted * context / step) + SPARE)
+        # the first must still be there when the last has come in: each step adds a token to all that are in, and what
+        # is left of it takes a part of a prompt
+        out = min(context // 2, math.ceil(wanted * context / max(step - wanted, 1)) + SPARE)
         trials.append(run(url, model=model, sequences=wanted, prompt=context - out, out=out))
         if trials[-1].fine or trials[-1].problem:
             break
