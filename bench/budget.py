@@ -10,7 +10,7 @@ import ctypes
 import dataclasses
 from dataclasses import dataclass
 
-from ..serve.cards import card_named
+from ..serve.cards import chosen_card
 from ..serve.flags import Launch
 from ..serve.machine import GIB, Gpu, Machine
 from ..serve.overhead import CUDA_CONTEXT, batched_tokens, default_sequences
@@ -18,7 +18,7 @@ from ..serve.planner import GPU_SHARE
 
 SHARE = "--gpu-memory-utilization"
 SAME = 0.06  # a card whose memory is within so much of the budget is the stated card: makers' sizes are round numbers
-ANY = 8.9  # the compute capability of a stated card where there is none here
+USUAL = 24 * GIB  # where nobody states a card
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,15 @@ def budget_of(machine: Machine, engine: str, *, vram: int | None = None, card: s
 
     ValueError for both at once, and for a card that is not in the table.
     """
-    if vram is not None and card is not None:
-        raise ValueError("give --vram or --card, not both")
     here = machine.gpus[0] if machine.gpus else None
-    if card is not None:
-        stated = card_named(card).gpu
-    else:
-        size = vram or 24 * GIB
-        stated = Gpu("a card of this size", size, size, here.capability if here else ANY)
+    stated, _ = chosen_card(machine, vram=USUAL if vram is None and card is None else vram, card=card)
     size = stated.memory
     if here is None:
         return Budget(size, stated, None, "no GPU is here")
     if engine != "vllm":
         return Budget(size, stated, None, f"{engine} has no setting for a share of the whole card")
     if abs(here.memory / size - 1) <= SAME:
-        return Budget(size, dataclasses.replace(here, free=min(here.free, here.memory)), 1.0)
+        return Budget(size, here, 1.0)
     if here.memory < size:
         return Budget(size, stated, None, f"{here.name} has {here.memory / GIB:.1f} GiB")
     if here.free < GPU_SHARE * size + CUDA_CONTEXT:
