@@ -70,8 +70,11 @@ def ask_besides(
         except ValueError as e:
             journal.add("note", label=label, why=f"{label}: its stages could not be timed: {e}")
     if asked.samples and not journal.found("answers", label=label):
-        texts = answers_of(url, model=model, samples=asked.samples, label=label, tell=tell)
-        journal.add("answers", label=label, texts=texts)
+        try:
+            texts = answers_of(url, model=model, samples=asked.samples, label=label, tell=tell)
+            journal.add("answers", label=label, texts=texts)
+        except ValueError as e:  # a context too short for the picture, a server that takes none
+            journal.add("note", label=label, why=f"{label}: it was asked no sample questions: {e}")
     if asked.tasks and not journal.found("tasks", label=label):
         options = {"python": asked.harness, "concurrency": load.concurrency, "limit": asked.limit}
         try:

@@ -149,7 +149,7 @@ def _spent(url: str, before: tuple[float, float, float]) -> tuple[float, float]:
     until = time.monotonic() + COUNTED_WITHIN
     while (now := counters(url)) is None or now[0] <= before[0]:
         if time.monotonic() > until:
-            raise RuntimeError(f"the server at {url} answered a request and did not count it within {COUNTED_WITHIN} s")
+            raise ValueError(f"the server at {url} answered a request and did not count it within {COUNTED_WITHIN} s")
         time.sleep(0.005)
     if now[0] > before[0] + 1:
         raise ValueError(f"the server at {url} answers others too; stages can be told on an idle one only")
