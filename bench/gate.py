@@ -6,7 +6,6 @@ report of another artifact, of other limits or of numbers that are none does not
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 from ..export.artifact import Artifact
 from ..export.card import Check, Row
+from ..recipes.plain import read_json
 from ..recipes.recipe import Limits
 from .verdict import SHOWN, limits_of
 
@@ -55,7 +55,7 @@ def gate(artifact: Artifact) -> Gate:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except ValueError:
         data = None
     if not isinstance(data, dict):

@@ -18,7 +18,7 @@ from .terminal import progress, show_table
 @click.argument("targets", metavar="HUB:OWNER/NAME...", nargs=-1, required=True)
 @click.option("--public", is_flag=True, help="Let everybody see a repository that is made.  [default: private]")
 @click.option("--tag", metavar="NAME", help="The tag of this publish.  [default: v and the recipe's version]")
-@click.option("--dry-run", is_flag=True, help="Ask no hub; tell what would be sent, and leave the card in ARTIFACT.")
+@click.option("--dry-run", is_flag=True, help="Send nothing; tell what would be, and leave the card in ARTIFACT.")
 @click.option("--no-gate", "gated", flag_value=False, default=True, help="Publish past the gate; the card says so.")
 @click.option("--no-reload", "reload", flag_value=False, default=True, help="Do not load a clean copy in an engine.")
 @click.option("--engine", type=click.Choice(["vllm", "lmdeploy", "pytorch"]), default="vllm", show_default=True)
@@ -60,6 +60,8 @@ def command(artifact: Path, targets: tuple[str, ...], as_json: bool, **asked: An
             show_table(["", ""], rows(outcome))
         for one in outcome.published:
             click.echo(one.url)
+            for note in one.notes:
+                click.echo(f"note: {one.target}: {note}", err=True)
     if not outcome.published and outcome.gate.failures and asked["gated"]:
         for line in outcome.gate.failures:
             click.echo(f"mmq: past the limit: {line}", err=True)

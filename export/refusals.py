@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..recipes.plain import shown
 from .remote import Interrupted
 
 
@@ -12,7 +13,7 @@ def clean(text: str, secret: str | None = None) -> str:
     that looks like one."""
     text = text.replace(secret, "(token)") if secret else text
     text = re.sub(r"https?://\S+|\S*\?\S+=\S*", "(address)", " ".join(text.split()))
-    return re.sub(r"\b(hf_|ms-)[\w-]{8,}", "(token)", text)[:300]
+    return re.sub(r"\b(hf_|ms-)[\w-]{8,}", "(token)", shown(text))[:300]
 
 
 def trouble(host: str, repo: str, what: str, status: int | None, told: str, login: str) -> OSError:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..recipes import hub_hf, hub_modelscope
+from ..recipes.plain import read_bytes
 from .artifact import Artifact
 
 # Licences that let anybody pass on what is made of the model, under the same licence. Others may; their terms want to
@@ -73,7 +74,7 @@ def source_of(artifact: Artifact, *, base_model: str | None = None, license: str
 
 def _local(folder: Path) -> str:
     file = folder / "README.md"
-    return file.read_text(encoding="utf-8", errors="replace")[:LONGEST] if file.is_file() else ""
+    return read_bytes(file).decode("utf-8", "replace") if file.is_file() else ""
 
 
 def metadata(readme: str) -> Mapping[str, Any]:

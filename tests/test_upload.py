@@ -391,6 +391,17 @@ def test_killed_in_the_middle_it_is_started_again(hub: str, keeper: HubKeeper, t
     assert there  # what had arrived was not sent again
 
 
+def test_a_hubs_own_words_are_one_harmless_line() -> None:
+    from mmq.export.refusals import clean
+
+    said = f"no {TOKEN}\n\x1b[2J see https://x.y/z?{SIGNED} or /blob?{SIGNED}, my-very-own-secret hf_abcdefghijk"
+    told = clean(said, "my-very-own-secret")
+    assert told == clean(told)
+    for gone in (TOKEN, "Signature", "\x1b", "\n", "https:", "own-secret", "hf_abc"):
+        assert gone not in told
+    assert len(clean("x" * 9000)) == 300
+
+
 def test_names_of_places() -> None:
     assert parse_target("hf:org/a.name-1") == Target("hf", "org/a.name-1")
     for wrong in ("org/name", "hf:name", "gitlab:a/b", "hf:a/b/c", "hf:../b", "hf:a/ b", "modelscope:", "hf:a/\n"):
