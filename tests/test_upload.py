@@ -302,6 +302,31 @@ def test_a_full_hub_says_so(hub: str, keeper: HubKeeper, tmp_path: Path) -> None
     put(Target(hub, "me/model"), written(tmp_path / "model", small()))
 
 
+def test_where_xet_fails_nothing_is_half_there(
+    keeper: HubKeeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hf-xet the library sends large files by it alone; this hub has none, and says 404 to the first question."""
+    pytest.importorskip("hf_xet")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    items = written(tmp_path / "model", small())
+    with pytest.raises(OSError, match="run again") as failed:
+        put(Target("hf", "me/model"), items)
+    assert any("xet-write-token" in call for call in keeper.calls)
+    assert TOKEN not in str(failed.value)
+    assert half(keeper, "me/model", small()) == ""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    put(Target("hf", "me/model"), items)
+
+
+@pytest.mark.parametrize("hub", HUBS)
+def test_a_slow_hub_is_waited_for(hub: str, keeper: HubKeeper, tmp_path: Path) -> None:
+    keeper.fail = lambda number, method, path: "slow"
+    put(Target(hub, "me/model"), written(tmp_path / "model", small()))
+    assert half(keeper, "me/model", small()) == ""
+
+
 def test_a_large_file_goes_in_parts(keeper: HubKeeper, tmp_path: Path) -> None:
     keeper.part = 12_345
     put(Target("hf", "me/model"), written(tmp_path / "model", small()))
