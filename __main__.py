@@ -34,7 +34,8 @@ def fail(message: str, code: int) -> NoReturn:
     """One red line, and out; a file's name or content in it moves no cursor."""
     from .recipes.plain import shown
 
-    click.secho(f"mmq: {shown(message)}", fg="red", err=True)
+    line = shown(message)
+    click.secho(f"mmq: {line if len(line) <= 4000 else f'{line[:2000]} ... {line[-1000:]}'}", fg="red", err=True)
     sys.exit(code)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import MANIFEST, Artifact, write_json
+from ..export.inert import inert
 from ..recipes.recipe import Limits, limits_from
 from .report import markdown_table, now, versions
 
@@ -60,22 +61,22 @@ def in_short(result: Checked, where: Path) -> str:
 
 def limits_of(artifact: Artifact) -> Limits:
     """What the artifact's recipe lets it lose."""
-    return limits_from(artifact.manifest["recipe"]["limits"], where=f"{artifact.path / MANIFEST}: limits")
+    return limits_from(artifact.manifest["recipe"].get("limits"), where=f"{artifact.path / MANIFEST}: limits")
 
 
 def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
     """The report as Markdown."""
-    lines = [f"# Check of {artifact.manifest['name']}", ""]
+    lines = [f"# Check of {inert(artifact.manifest['name'])}", ""]
     lines += [
         markdown_table(["measure", "value", "limit"], rows(result, limits)),
         "Passed." if not result.failures else "Failed:",
-        *(f"- {f}" for f in result.failures),
+        *(f"- {inert(f)}" for f in result.failures),
         "",
     ]
     tasks = sorted(k.partition(".")[2] for k in result.measures if k.startswith("accuracy_fp16."))
     if tasks:
         pairs = [[f"{result.measures[f'accuracy_{w}.{task}']:.3f}" for w in ("fp16", "int4")] for task in tasks]
-        named = [[task, *pair] for task, pair in zip(tasks, pairs, strict=True)]
+        named = [[inert(task), *pair] for task, pair in zip(tasks, pairs, strict=True)]
         lines.append(markdown_table(["task", "FP16", "int4"], named))
     if result.layers:
         lines += ["Relative error of the hidden states after each decoder layer:", ""]

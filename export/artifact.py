@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Any
 
 from ..recipes.hub import Base, fetch
-from ..recipes.plain import check_entries, check_names, read_json
+from ..recipes.plain import CONTROL, check_entries, check_names, read_json
 from ..recipes.progress import Tell, silent
 
 MANIFEST = "mmq.json"
@@ -99,6 +99,8 @@ def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
         wrong += [
             f"base.{key}" for key in ("model", "hub", "revision") if not isinstance(base.get(key), str | NoneType)
         ]
+    if isinstance(manifest.get("name"), str) and CONTROL.search(manifest["name"]):
+        wrong.append("name")
     if wrong:
         raise OSError(f"{file}: damaged ({wrong[0]} is missing or of another kind); quantize again")
     try:

@@ -33,6 +33,11 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > 100:
+            raise _error(f"a number of {len(node.value)} characters", node)
+        return super().construct_yaml_int(node)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
@@ -41,6 +46,9 @@ class _Loader(yaml.SafeLoader):
                 raise _error("a key is no text" if name is None else f"the key {name} stands twice", key)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _error(what: str, where: Any) -> yaml.YAMLError:

@@ -62,13 +62,19 @@ def rows(file: Path, parse: Callable[[Any], Row]) -> Iterator[tuple[int, Row]]:
 def _json(line: bytes) -> Any:
     if len(line) > LINE:
         raise ValueError(f"longer than {LINE} bytes; put pictures into files and name those")
-    data = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+    data = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number, parse_int=_number)
     if b"\\ud" in line.lower():  # half a pair is no character, and no server could be sent it
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
     return data
+
+
+def _number(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"broken JSON: a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_number(name: str) -> None:

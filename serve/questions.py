@@ -111,13 +111,20 @@ def _row(data: Any, folder: Path, system: str | None) -> tuple[Sequence[Message]
     if messages[-1].get("role") == "assistant":
         reference, messages = messages[-1].get("content"), messages[:-1]
         if not isinstance(reference, str):
-            reference = "".join(part.get("text", "") for part in reference or () if isinstance(part, dict))
+            parts = reference or []
+            if not isinstance(parts, list) or not all(isinstance(_text(part), str) for part in parts):
+                raise ValueError("the last answer must be text, or a list of parts of text")
+            reference = "".join(map(_text, parts))
     if not messages:
         raise ValueError("there is an answer without a question")
     if system and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": system}, *messages]
     about = {key: data[key] for key in ("task", "id") if isinstance(data.get(key), str | int)}
     return InferRequest(messages, **media).as_openai(folder=folder), reference, about
+
+
+def _text(part: Any) -> Any:
+    return part.get("text", "") if isinstance(part, dict) else None
 
 
 def _listed(data: dict[str, Any], key: str) -> list[str]:
