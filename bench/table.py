@@ -5,7 +5,7 @@ Reads a report; measures nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .intervals import unsure
@@ -16,6 +16,7 @@ from .show import amount, show
 from .speed import Load
 
 SPREAD = 1.25  # fastest run over slowest: beyond it the rates are not to be trusted
+WIDE = 10.0  # highest over lowest of an interval: beyond it the ends say nothing
 ROWS = (  # measure, title
     ("input_rate", "input tok/s"),
     ("output_rate", "output tok/s"),
@@ -70,22 +71,24 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
 def _ratio(report: Report, label: str, key: str, figure: Figure, first: Figure) -> str:
     paired = report.ratios.get(label, {}).get(key)
     if paired is not None and paired.low is not None and paired.high is not None:
-        return f"{paired.value:.2f}x ({paired.low:.2f} to {paired.high:.2f})"
+        within = f"{paired.low:.2f} to {paired.high:.2f}" if paired.high < WIDE * paired.low else "noise"
+        return f"{paired.value:.2f}x ({within})"
     value = paired.value if paired is not None else figure.value / first.value if first.value else None
     return "-" if value is None else f"{value:.2f}x"
 
 
-def sweep_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of latency against load: a row a label and concurrency."""
-    head = ["", "at once", "output tok/s", "TTFT", "p90", "p99", "TPOT", "p90", "p99", "E2E", "p90", "p99"]
+def sweep_table(report: Report, *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of latency against load: a row a label and concurrency; `brief`: without p90, for a terminal."""
+    endings = ("", "_p99") if brief else ("", "_p90", "_p99")
+    times = [f"{name}{ending}" for name in ("ttft", "tpot", "e2e") for ending in endings]
+    head = ["at once", "output tok/s", *(name.partition("_")[2] or name.upper() for name in times)]
     rows = []
     for label, levels in report.sweep.items():
-        rows += [[label, str(level.concurrency), *_cells(level)] for level in levels]
+        rows += [[f"{label}, {level.concurrency}", *_cells(level, ["output_rate", *times])] for level in levels]
     return head, rows
 
 
-def _cells(level: Level) -> list[str]:
-    names = ["output_rate", *(f"{t}{e}" for t in ("ttft", "tpot", "e2e") for e in ("", "_p90", "_p99"))]
+def _cells(level: Level, names: Sequence[str]) -> list[str]:
     return [show(level.numbers[name]) if name in level.numbers else "-" for name in names]
 
 

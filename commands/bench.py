@@ -140,7 +140,7 @@ def command(
         click.echo(data.read_text(encoding="utf-8"))
     else:
         show_table(*table(report))
-        show_table(*sweep_table(report))
+        show_table(*sweep_table(report, brief=True))
         for verdict in report.verdicts:
             click.echo(verdict)
         for line in warnings(report):

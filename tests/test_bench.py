@@ -40,7 +40,7 @@ from mmq.bench.report import (
     write_report,
 )
 from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
-from mmq.bench.table import markdown, table, warnings
+from mmq.bench.table import markdown, sweep_table, table, warnings
 from mmq.bench.turns import levels_of, mode_of, runs_at, saturated, visits
 from mmq.bench.variants import Variant, dropped, flags_for, servers
 from mmq.recipes.hub import fetch
@@ -452,6 +452,29 @@ def test_a_report_comes_back_from_its_file(tmp_path: Path) -> None:
         read_report(tmp_path / "nowhere")
 
 
+def test_a_sweep_is_a_row_a_level_and_noise_is_called_so() -> None:
+    rate = {"output_rate": Figure(100.0, "tok/s", "measured", 99.0, 101.0), "ttft_p99": Figure(7.0, "ms", "measured")}
+    report = report_of(rate, rate)
+    report = dataclasses.replace(
+        report,
+        sweep={label: [Level(1, rate), Level(8, {"output_rate": rate["output_rate"]})] for label in ("fp16", "awq")},
+        ratios={"awq": {"output_rate": Ratio(1.2, 0.01, 90.0, pairs=2)}},
+    )
+    head, rows = sweep_table(report, brief=True)
+    assert head == ["at once", "output tok/s", "TTFT", "p99", "TPOT", "p99", "E2E", "p99"]
+    assert rows[0] == ["fp16, 1", "100.0", "-", "7.00", "-", "-", "-", "-"]
+    assert [row[0] for row in rows] == ["fp16, 1", "fp16, 8", "awq, 1", "awq, 8"]
+    assert len(sweep_table(report)[0]) == 11
+    assert table(report)[1][0][-1] == "1.20x (noise)"
+    assert any(line.startswith("too noisy to say whether awq or fp16 is faster") for line in warnings(report))
+    sure = dataclasses.replace(report, ratios={"awq": {"output_rate": Ratio(1.2, 1.1, 1.3, pairs=5)}})
+    assert table(sure)[1][0][-1] == "1.20x (1.10 to 1.30)"
+    assert not warnings(sure)
+    assert "## Latency against load" in markdown(sure)
+    failed = dataclasses.replace(sure, settings={**sure.settings, "failed": {"gptq": "no room"}})
+    assert warnings(failed) == ["gptq failed: no room"]
+
+
 @needs_vllm
 def test_a_server_is_measured(served: Server, artifact: Callable[..., Path], tmp_path: Path) -> None:
     """Through one generator: a run that fails with the generator's own reason, then one that does not."""
@@ -522,11 +545,11 @@ def test_ctrl_c_ends_every_server(tmp_path: Path) -> None:
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
     """Two servers up at once, in turns, with so small a cache that its capacity can be run."""
     asked: dict[str, Any] = {"folder": folder, "out": tmp_path / "results", "load": SMALL, "context": 512}
-    asked |= {"sweep": (1,), "capacity": True, "vram": GIB, "extra": ("--num-gpu-blocks-override", "14")}
+    asked |= {"answers": 2, "sweep": (1,), "capacity": True, "vram": GIB, "extra": ("--num-gpu-blocks-override", "14")}
     report, place = compare(["fp16", "awq"], **asked)
     numbers = report.numbers
     assert list(numbers) == ["fp16", "awq"]
@@ -563,11 +586,17 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
         "time (s)",
         "model memory, computed",
     ]
+    assert report.settings["stages"]["output_tokens"] == SMALL.output_tokens
+    assert [list(one["answers"]) for one in report.answers] == [["fp16", "awq"]] * 2
+    assert all((place / one["picture"]).is_file() for one in report.answers)
+    assert any(said.startswith("awq takes 0.") and "memory of fp16" in said for said in report.verdicts)
+    assert any("cannot say: not checked; mmq check " in said for said in report.verdicts)
     before = (place / "journal.jsonl").read_text(encoding="utf-8")
     again, same_place = compare(["fp16", "awq"], **asked)  # all is measured: nothing is started
     assert same_place == place
     assert (place / "journal.jsonl").read_text(encoding="utf-8") == before
     assert again.numbers == report.numbers
+    assert again.answers == report.answers
     data, text = write_report(report, place, markdown=markdown(report))
     kept = json.loads(data.read_text(encoding="utf-8"))
     assert kept["numbers"]["awq"]["ttft"]["value"] == numbers["awq"]["ttft"].value
