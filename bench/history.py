@@ -39,6 +39,7 @@ from .speed import Load, Run, measures
 ALARMS = 0.01  # chance of any false alarm in one judgement
 LEAST = 0.02  # a change below it is no regression, however sure
 FEW, FEW_LEAST = 3, 0.05  # earlier reports from which their own scatter counts; what must change at least below that
+DEAF = 2.0  # noise in which even twice the time would not be heard
 NOISY = ("output_rate", "ttft", "tpot")  # input tok/s and time are the same figure under one load
 EXACT = ("weights", "max_length", "max_batch")
 
@@ -188,8 +189,12 @@ def table(found: History) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(change: Change) -> str:
-    """worse, not known, or nothing where it is within noise or better."""
-    return "worse" if change.worse else "too few runs to say" if change.limit is None else ""
+    """What is to be said of a change; nothing where it is within noise that is small, or better."""
+    if change.limit is None:
+        return "too few runs to say"
+    if change.worse:
+        return "worse"
+    return "too noisy to say" if max(change.limit, 1 / change.limit) > DEAF else ""
 
 
 def line(change: Change) -> str:
