@@ -20,7 +20,8 @@ from mmq.bench.done import Done, StepDone, facts, state_of, worst
 from mmq.bench.jobs import Job, addresses, as_matrix, check_addresses, check_apart, matrix
 from mmq.bench.run import call, locked, run
 from mmq.bench.run_page import markdown
-from mmq.bench.steps import Settings
+from mmq.bench.steps import Settings, kept_artifact, kept_check
+from mmq.export.artifact import open_artifact
 
 STRICT = "name: strict\nmodel: pebble\nsamples: 8\nlimits: {mean_kl: 0}\n"
 LOOSE = "name: strict\nmodel: pebble\nsamples: 8\nversion: 2\nlimits: {top1: 0, accuracy_drop: 1, repeating: 1}\n"
@@ -201,7 +202,7 @@ def at_work(folder: Path) -> list[int]:
     return found
 
 
-def test_interrupted_taken_up_failed_kept_and_mended(tmp_path: Path) -> None:
+def test_interrupted_taken_up_failed_and_kept(tmp_path: Path) -> None:
     """A life of two recipes, one of which cannot be read, and the other is past its limits at first."""
     process, layer = begun(tmp_path)
     process.send_signal(signal.SIGINT)
@@ -234,13 +235,21 @@ def test_interrupted_taken_up_failed_kept_and_mended(tmp_path: Path) -> None:
     assert all(step["kept"] for step in kept["steps"])
     assert (kept["code"], kept["why"]) == (1, strict["why"][: len(kept["why"])])  # a failed check stays one
 
-    (tmp_path / "strict.yaml").write_text(LOOSE, encoding="utf-8")  # other limits: checked anew, not made anew
-    loose = mmq("strict.yaml", *QUICK, folder=tmp_path)
-    assert loose.returncode == 0, loose.stderr
-    steps = {step["name"]: step["kept"] for step in results(tmp_path)["strict-awq"]["steps"]}
-    assert steps == {"quantize": True, "check": False}
-    manifest = json.loads((tmp_path / "mmq-run" / "strict-awq" / "mmq.json").read_text(encoding="utf-8"))
-    assert manifest["recipe"]["version"] == 2
+    # other limits: what is there is kept, and checked anew
+    (tmp_path / "strict.yaml").write_text(LOOSE, encoding="utf-8")
+    (job,) = matrix([str(tmp_path / "strict.yaml")])
+    assert job.recipe is not None
+    settings = Settings(tmp_path / "mmq-run", samples=3)
+    artifact = open_artifact(settings.folder(job))
+    assert kept_check(artifact, settings)
+    assert not kept_check(artifact, Settings(settings.out, samples=4))
+    same = kept_artifact(artifact.path, {"digest": strict["key"]}, job.recipe)
+    assert same is not None
+    assert same.manifest["recipe"]["version"] == 2
+    assert same == open_artifact(artifact.path)
+    assert same.digest == artifact.digest
+    assert not kept_check(same, settings)
+    assert kept_artifact(artifact.path, {"digest": "another"}, job.recipe) is None
 
 
 @pytest.mark.slow
