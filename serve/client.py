@@ -1,30 +1,23 @@
-"""Talk to a server: chat by the openai client, pictures as data URLs. Starts nothing.
+"""Talk to a server: chat by the openai client. Starts nothing; what is sent with pictures is media.py's.
 
 Works with any OpenAI-compatible server; `url` is its root, with or without /v1.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
 
-from ..recipes.plain import read_bytes
-from ..recipes.reading import PICTURE, opened
-
 TIMEOUT = 600.0  # seconds for one answer
 # by name: openai has its HTTP client from httpx or httpx2, as its version will; the server was there, and is gone
 BROKEN_OFF = ("RemoteProtocolError", "ReadError")
-SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 
 Message = Mapping[str, Any]
 
@@ -119,41 +112,6 @@ def served_name(client: openai.OpenAI, wanted: str | None = None, *, url: str = 
     if wanted is not None and wanted not in found:
         raise ValueError(f"the server at {url} has no model {wanted!r}; it serves {', '.join(found)}")
     return wanted or found[0]
-
-
-def image_url(picture: str | Path) -> str:
-    """A picture for a message: http(s) and data URLs as they are, a file as a data URL, in its own bytes where the
-    servers read its format and as PNG otherwise. ValueError names a file that is missing or no picture.
-    """
-    if isinstance(picture, str) and re.match(r"(https?://|data:)", picture):
-        return picture
-    from PIL import UnidentifiedImageError
-
-    path = Path(picture).expanduser()
-    try:
-        data = read_bytes(path, most=PICTURE)
-        with opened(data) as image:
-            image.load()
-            kind = SENT_AS_THEY_ARE.get(image.format or "")
-            if kind is None:
-                buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "PNG")
-                data, kind = buffer.getvalue(), "image/png"
-    except FileNotFoundError:
-        raise ValueError(f"no picture {path}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is no picture that can be read; PNG, JPEG, WEBP, GIF, BMP and TIFF can") from None
-    except Exception as e:  # PIL's readers raise whatever a broken file makes them
-        raise ValueError(f"the picture {path} cannot be read: {e}") from None
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def user_message(prompt: str, images: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """A user's message: the pictures, then the text."""
-    if not images:
-        return {"role": "user", "content": prompt}
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image_url(i)}} for i in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 
 
 def ask(

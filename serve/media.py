@@ -7,6 +7,7 @@ conversation may be written are `inside/mmq_parts.py`'s, for servers take them t
 from __future__ import annotations
 
 import base64
+import io
 import mimetypes
 import re
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..recipes.plain import read_bytes
-from .client import Message, image_url
+from ..recipes.reading import PICTURE, opened
+from .client import Message
 from .inside import mmq_parts
 from .inside.mmq_parts import KINDS, TAG, Medium, compose
 
-__all__ = ["KINDS", "TAG", "Medium", "compose", "conversation", "media_of", "part"]
+__all__ = ["KINDS", "TAG", "Medium", "compose", "conversation", "image_url", "media_of", "part", "user_message"]
 
 LARGEST = 1 << 30  # bytes of a video's or a sound's file
+SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 USUAL_TYPE = {"video": "video/mp4", "audio": "audio/wav"}  # of a file whose name does not tell
 
 
@@ -58,6 +61,41 @@ def conversation(
     """The messages as servers take them, as `mmq_parts.conversation`, files that parts name (relative to `folder`)
     read."""
     return mmq_parts.conversation(messages, media, part=partial(part, folder=folder))
+
+
+def image_url(picture: str | Path) -> str:
+    """A picture for a message: http(s) and data URLs as they are, a file as a data URL, in its own bytes where the
+    servers read its format and as PNG otherwise. ValueError names a file that is missing or no picture.
+    """
+    if isinstance(picture, str) and re.match(r"(https?://|data:)", picture):
+        return picture
+    from PIL import UnidentifiedImageError
+
+    path = Path(picture).expanduser()
+    try:
+        data = read_bytes(path, most=PICTURE)
+        with opened(data) as image:
+            image.load()
+            kind = SENT_AS_THEY_ARE.get(image.format or "")
+            if kind is None:
+                buffer = io.BytesIO()
+                image.convert("RGB").save(buffer, "PNG")
+                data, kind = buffer.getvalue(), "image/png"
+    except FileNotFoundError:
+        raise ValueError(f"no picture {path}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture that can be read; PNG, JPEG, WEBP, GIF, BMP and TIFF can") from None
+    except Exception as e:  # PIL's readers raise whatever a broken file makes them
+        raise ValueError(f"the picture {path} cannot be read: {e}") from None
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def user_message(prompt: str, images: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """A user's message: the pictures, then the text."""
+    if not images:
+        return {"role": "user", "content": prompt}
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image_url(i)}} for i in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 
 
 def _data_url(kind: str, path: Path) -> str:

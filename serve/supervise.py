@@ -5,7 +5,6 @@ Knows no engine's flags; how one process is started and ended is `launch`'s busi
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import threading
 import time
@@ -16,7 +15,9 @@ from typing import Any
 from ..recipes.progress import Tell, silent
 from .flags import Launch
 from .log import why_it_died
-from .running import DIED, START_TIMEOUT, Server, started, terminate_is_exit, wait_healthy
+from .ports import listening
+from .process import started
+from .running import DIED, START_TIMEOUT, Server, terminate_is_exit, wait_healthy
 
 LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
 LOOK = 3.0  # seconds between two looks at the first of several machines, and
@@ -126,15 +127,6 @@ def _waited(process: subprocess.Popen[bytes], launch: Launch) -> int:
                 raise RuntimeError(
                     f"the first machine is gone: nothing has answered at {there} for {GONE:g} s"
                 ) from None
-
-
-def listening(host: str, port: int) -> bool:
-    """Whether somebody listens there; asks nothing."""
-    try:
-        with socket.create_connection((host, port), timeout=2.0):
-            return True
-    except OSError:
-        return False
 
 
 def _pump(process: subprocess.Popen[bytes], log: Any, on_line: Callable[[str], None]) -> None:

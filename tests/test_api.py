@@ -168,8 +168,8 @@ def test_an_address_is_launched_already() -> None:
 
 def test_parts_in_every_form_that_people_write(pictures: list[Path], tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
-    clip.write_bytes(b"frames")
-    data = "data:video/mp4;base64," + base64.b64encode(b"frames").decode()
+    clip.write_bytes(b"\0frames")
+    data = "data:video/mp4;base64," + base64.b64encode(b"\0frames").decode()
     parts = [
         "see",
         {"type": "image", "image": "http://a/1.png"},

@@ -91,7 +91,7 @@ def kinds(chat: Chat) -> list[str]:
 
 def test_tags_ask_for_their_media(square: Path, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
-    clip.write_bytes(b"frames")
+    clip.write_bytes(b"\0frames")
     lines = ("first <image> then <video>, both?", f"'{square}' ", str(clip))
     chat, prompts, _ = typed(begin(), *lines)
     assert prompts == ["<<< ", "Input an image path or URL <<< ", "Input a video path or URL <<< ", "<<< "]

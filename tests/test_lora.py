@@ -25,10 +25,11 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.serve.api import Client, InferRequest, RequestConfig
 from mmq.serve.bill import Ask, parts_of, read_model
 from mmq.serve.cards import card_named
-from mmq.serve.client import ask, connect, user_message
+from mmq.serve.client import ask, connect
 from mmq.serve.engines import plan
 from mmq.serve.lora import lora_bytes, lora_flags, rank_of, read_adapter, read_adapters
 from mmq.serve.machine import this_machine
+from mmq.serve.media import user_message
 from mmq.serve.running import free_port, running
 
 LIMIT = 0.05  # nats, the mean difference of the answer tokens' logprobs; random changes make a small model touchy

@@ -29,11 +29,12 @@ from mmq.export.subject import read_subject
 from mmq.export.view import view
 from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
-from mmq.serve.client import ask, connect, user_message
+from mmq.serve.client import ask, connect
 from mmq.serve.engines import lines, plan
 from mmq.serve.flags import Launch
 from mmq.serve.lora import lora_bytes
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
+from mmq.serve.media import user_message
 from mmq.serve.metrics import cache_tokens, metrics
 from mmq.serve.parallel import Spread, check_spread, encoder_flags, node_flags, spread_of
 from mmq.serve.rules import vllm_classes
@@ -352,8 +353,9 @@ def planned_here(target: Path, **options: Any) -> Launch:
 
 
 @contextmanager
-def other_machine(target: Path, folder: Path, *typed: str) -> Iterator[None]:
-    """`mmq serve` as the second machine would run it; ended as a user would, and with no error."""
+def other_machine(target: Path, folder: Path, *typed: str, by_itself: bool) -> Iterator[None]:
+    """`mmq serve` as the second machine would run it. It ends by itself once the first has ended, or is ended as a user
+    would, and with no error."""
     command = [sys.executable, "-m", "mmq", "serve", str(target), "--max-model-len", "1024", *typed]
     environ = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0"}  # the first has the other core
     with (folder / "second.log").open("wb") as log:
@@ -361,11 +363,15 @@ def other_machine(target: Path, folder: Path, *typed: str) -> Iterator[None]:
         try:
             yield
             assert process.poll() is None, (folder / "second.log").read_text()
+            if by_itself:
+                process.wait(90)
         finally:
             process.send_signal(signal.SIGINT)
             code = process.wait(60)
-    assert code == 0, (folder / "second.log").read_text()
-    assert "computing for http://127.0.0.1" in (folder / "second.log").read_text()
+    told = (folder / "second.log").read_text()
+    assert code == (3 if by_itself else 0), told
+    assert "computing for http://127.0.0.1" in told
+    assert ("the first machine is gone" in told) == by_itself
 
 
 @needs_vllm
@@ -406,7 +412,7 @@ def test_two_machines_on_one(
     typed = [f"--{size}", "2", "--nodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1"]
     typed += ["--port", str(first.port), "--", "--dtype", "float16", flag, port]
     with (
-        other_machine(artifact("awq"), tmp_path, *typed),
+        other_machine(artifact("awq"), tmp_path, *typed, by_itself=size == "tp"),
         running(first, timeout=400, log_path=tmp_path / "log") as server,
     ):
         assert distance(server, expected) <= LIMIT

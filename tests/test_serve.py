@@ -21,12 +21,13 @@ import pytest
 from mmq.recipes.pebble.tasks import exact, samples
 from mmq.recipes.samples import Sample, as_openai
 from mmq.serve.bill import Ask, read_model
-from mmq.serve.client import ask, connect, image_url, stream, user_message
+from mmq.serve.client import ask, connect, stream
 from mmq.serve.engines import ENGINES, plan
 from mmq.serve.flags import Launch, shell_line
 from mmq.serve.footprint import footprint, group_members
 from mmq.serve.log import loaded_bytes, useful_lines, why_it_died
 from mmq.serve.machine import GIB, Gpu, Machine, parse_gpus, this_machine
+from mmq.serve.media import image_url, user_message
 from mmq.serve.metrics import cache_tokens, metrics, parse_metrics
 from mmq.serve.planner import planned
 from mmq.serve.programs import find_program, packages_beside
