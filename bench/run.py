@@ -83,6 +83,8 @@ def run_job(job: Job, settings: Settings, *, tell: Tell = silent) -> Done:
         key, commit = key_before(job.recipe, hub=settings.hub)
     except (ValueError, OSError) as e:
         return _ended(found, INPUT, (" ".join(str(e).split()),))
+    except Exception as e:  # a fault of ours in one job is none of the others'
+        return _ended(found, FAULT, (f"a fault in mmq: {type(e).__name__}: {' '.join(str(e).split())}",))
     found = replace(found, key=key["digest"])
     artifact = kept_artifact(settings.folder(job), key, job.recipe)
     found, go_on = _step(found, "quantize", quantize_line(job, settings, commit), settings, job, tell, kept=artifact)

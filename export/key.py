@@ -59,7 +59,7 @@ def base_mark(base: Base, address: str) -> str:
     if base.hub == "embedded":
         return f"embedded:{hash_text(' '.join(hash_file(p) for p in files))}"
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return f"{base.hub}:{base.path}:{hash_text(json.dumps(stats))}"
+    return f"{base.hub}:{hash_text(json.dumps(stats))}"  # no path: manifests are published
 
 
 def key_of(recipe: Recipe, mark: str, calibration: str | None) -> dict[str, Any]:

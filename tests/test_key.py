@@ -83,6 +83,7 @@ def test_a_local_base_is_its_files(pebble: Path, tmp_path: Path) -> None:
     for file in pebble.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     before = base_mark(fetch(str(tmp_path)), "")
+    assert str(tmp_path) not in before  # manifests are published
     assert base_mark(fetch(str(tmp_path)), "") == before
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
     assert base_mark(fetch(str(tmp_path)), "") != before
