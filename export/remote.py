@@ -10,9 +10,9 @@ from pathlib import Path
 
 from .artifact import MANIFEST, hash_file
 
-KEPT = (".gitattributes", ".gitignore")  # the hub's own, which no publish takes away
+KEPT = (".gitattributes", ".gitignore", "configuration.json")  # the hubs' own, which no publish takes away
 # what a hub puts into a new repository, or a user by its forms
-BORN_WITH = (*KEPT, "README.md", "configuration.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
+BORN_WITH = (*KEPT, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,19 @@ def test_anybodys_model_is_not_replaced(hub: str, keeper: HubKeeper, tmp_path: P
 
 
 @pytest.mark.parametrize("hub", HUBS)
+def test_a_repository_as_its_hub_makes_it_is_as_good_as_an_empty_one(
+    hub: str, keeper: HubKeeper, tmp_path: Path
+) -> None:
+    born = {".gitattributes": b"lfs", "README.md": b"hello", "configuration.json": b"{}", "LICENSE": b"theirs"}
+    keeper.create("me/model", files=born)
+    done = put(Target(hub, "me/model"), written(tmp_path / "model", small()))
+    assert done.dropped == ("LICENSE",)
+    whole = small() | {".gitattributes": b"lfs", "configuration.json": b"{}"}
+    assert keeper.files("me/model", "v1") == whole
+    assert put(Target(hub, "me/model"), written(tmp_path / "model", small())).sent == ()
+
+
+@pytest.mark.parametrize("hub", HUBS)
 def test_who_sees_it_is_as_asked_or_nothing_happens(hub: str, keeper: HubKeeper, tmp_path: Path) -> None:
     items = written(tmp_path / "model", small())
     put(Target(hub, "me/open"), items, public=True)
