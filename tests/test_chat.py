@@ -98,7 +98,7 @@ def test_tags_ask_for_their_media(square: Path, tmp_path: Path) -> None:
     assert kinds(chat) == ["first ", "image_url", " then ", "video_url", ", both?"]
     url = chat.turns[0]["content"][1]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == Image.open(square).size
-    video = "data:video/mp4;base64," + base64.b64encode(b"frames").decode()
+    video = "data:video/mp4;base64," + base64.b64encode(b"\0frames").decode()
     assert chat.turns[0]["content"][3]["video_url"]["url"] == video
     chat, _, _ = typed(chat, "(<image>./</image>)\n(<image>./</image>) same?", "http://a/1.png", "http://a/2.png")
     assert kinds(chat) == ["image_url", "image_url", " same?"]

@@ -42,7 +42,7 @@ class Guard:
         self.settings = settings or settings_of(os.environ)
         key = key or os.environ.get("MMQ_API_KEY")
         self.key = _digest(key) if key else None
-        self.door = os.environ.get("MMQ_DOOR")  # the folder by which `serve/running.py` and this know of each other
+        self.door = os.environ.get("MMQ_DOOR")  # the folder by which `serve/process.py` and this know of each other
         self.under_way = 0
         self.arriving = 0  # bytes of bodies that are not whole yet
         self.readers = ThreadPoolExecutor(2, "mmq-guard")
