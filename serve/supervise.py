@@ -1,6 +1,6 @@
 """An engine in the foreground: its lines shown and kept, started again when it dies, ended when we are told to end.
 
-Knows no engine's flags; how one process is started and ended is `launch`'s business.
+Knows no engine's flags; how one process is started and ended is process.py's business.
 """
 
 from __future__ import annotations
