@@ -80,7 +80,7 @@ def page(report: Report, folder: Path) -> str:
         ratio_plot=ratios and _drawn(ratios),
         load_plots=[_drawn(p) for p in load],
         memory_plot=memory and _drawn(memory),
-        budget=budget_line(report),
+        budget=_memory_line(report),
         unchecked=unchecked,
         past=[
             f"{label} is past its recipe's limits: {why}"
@@ -175,11 +175,16 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("Engine", report.engine),
         ("Versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
         ("Load", load_line(report)),
-        ("Memory", budget_line(report).removeprefix("Memory: ")),
+        ("Memory", _memory_line(report)),
     ]
     if len(report.numbers) > 1 and "interleave" in settings:
         found.append(("In turns", MODES[settings["interleave"]["mode"]]))
     return [*found, ("Taken", moment(report.created))]
+
+
+def _memory_line(report: Report) -> str:
+    """What the figures of memory are for, under a heading that says so already."""
+    return budget_line(report).removeprefix("Memory: ")
 
 
 def _subjects(report: Report) -> list[dict[str, str]]:

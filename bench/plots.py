@@ -92,7 +92,7 @@ def _gain_plot(report: Report, levels: Sequence[int]) -> Plot | None:
         return line_chart(lines, label=said, width=width, log_x=True, x_ticks=levels, **given)
 
     rows = [[str(n), *(ratio_of(r) if (r := ratios[label].get(n)) else "-" for label in others)] for n in levels]
-    return _plot(title, draw, ["requests at once", *others], rows, full=True)
+    return _plot(title, draw, ["requests at once", *others], rows)
 
 
 def _load_plot(

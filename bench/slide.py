@@ -67,8 +67,8 @@ def slide(report: Report, *, dark: bool = False) -> str:
     where = " · ".join([report.machine.get("words", ""), engine, moment(report.created)])
     drawn.append(words(MARGIN, 142, fitted(where, WIDTH - 2 * MARGIN, 20), class_="sub"))
     drawn += _left(report, 210.0)
-    for place, plot in zip((176.0, 528.0), _two_plots(report), strict=False):
-        drawn += _placed(plot, place, 330.0)
+    for place, plot in zip((168.0, 504.0), _two_plots(report), strict=False):
+        drawn += _placed(plot, place, 326.0)
     told = f"{' · '.join(f'{n} {v}' for n, v in report.versions.items())}"
     drawn.append(words(MARGIN, HEIGHT - 36, fitted(told, WIDTH - 2 * MARGIN, 16), class_="foot"))
     return picture(drawn, width=WIDTH, height=HEIGHT, label=title(report))
@@ -112,7 +112,7 @@ def _rows(report: Report, shown: Sequence[str]) -> list[tuple[str, list[tuple[st
         cells = [found.get(label, ("-", "")) for label in shown]
         if len(report.numbers) == 1:
             cells = [(line["value"], "") for line in tile["lines"]]
-        rows.append((tile["title"], cells))
+        rows.append((tile["title"].partition(" (")[0], cells))
     for heading, *values in proof_rows(shown, {k: dict(v) for k, v in report.quality.items()})[:2]:
         rows.append((heading.partition(" (")[0], [(_short(v), "") for v in values]))
     return rows
