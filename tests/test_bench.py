@@ -607,6 +607,30 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
 
 @needs_vllm
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_engine_that_dies_leaves_the_others_figures(folder: Path, pebble: Path, tmp_path: Path) -> None:
+    """The real engine refuses a checkpoint that lacks a layer's weights; the artifact beside it is measured, one up at a
+    time, and the folder's name says who was asked."""
+    broken = tmp_path / "broken"
+    shutil.copytree(pebble, broken)
+    config = json.loads((broken / "config.json").read_text())
+    text = config.get("text_config", config)
+    text["num_hidden_layers"] += 1
+    text.pop("layer_types", None)
+    (broken / "config.json").write_text(json.dumps(config))
+    asked: dict[str, Any] = {"folder": folder, "out": tmp_path / "results", "load": SMALL, "sweep": (), "stages": False}
+    report, place = compare([str(broken), "awq"], interleave="restart", **asked)
+    assert list(report.numbers) == ["awq"]
+    assert list(report.settings["failed"]) == ["broken"]
+    assert "the engine died at its start" in report.settings["failed"]["broken"]
+    assert "broken failed: the engine died" in markdown(report)
+    assert len(report.raw["awq"]["runs"]) == SMALL.runs
+    assert report.settings["interleave"]["starts"] == {"awq": 2}
+    assert place.name.endswith("-broken-awq")
+
+
+@needs_vllm
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_more_sequences_than_the_cache_holds_are_told(artifact: Callable[..., Path]) -> None:
     """The real server put off sequences: a run beyond its capacity is no answer."""

@@ -44,7 +44,7 @@ fi
 show kill "$server"
 stop_server
 
-run mmq bench --compare fp16 awq
+run mmq bench --compare fp16 awq --quick
 
 cat <<END
 
