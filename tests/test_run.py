@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer
 
 from mmq.bench import run as running
 from mmq.bench.done import Done, StepDone, facts, state_of, worst
@@ -173,6 +174,20 @@ def test_remote_code_is_not_pinned_by_the_run_itself(tmp_path: Path) -> None:
     (found,) = run(matrix([str(tmp_path / "mine.yaml")], trust=True), Settings(tmp_path / "out"))
     assert found.code == 2
     assert "the full hash of the commit that you have read" in found.why[0]
+
+
+def test_what_the_hub_does_not_have_is_that_jobs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\nmodel: owner/model\n", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    told = []
+    with HubServer({}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        jobs = matrix([str(tmp_path / "mine.yaml")], ["awq", "gptq"])
+        found = run(jobs, Settings(tmp_path / "out"), on_done=lambda results: told.append([r.state for r in results]))
+    assert [result.code for result in found] == [2, 2]
+    assert all("no model owner/model" in result.why[0] for result in found)
+    assert told == [["failed", "not begun"], ["failed", "failed"]]
 
 
 def begun(folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
