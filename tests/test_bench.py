@@ -609,8 +609,8 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_that_dies_leaves_the_others_figures(folder: Path, pebble: Path, tmp_path: Path) -> None:
-    """The real engine refuses a checkpoint that lacks a layer's weights; the artifact beside it is measured, one up at a
-    time, and the folder's name says who was asked."""
+    """The real engine refuses a checkpoint that lacks a layer's weights; the artifact beside it is measured, started
+    twice, and the folder's name says who was asked."""
     broken = tmp_path / "broken"
     shutil.copytree(pebble, broken)
     config = json.loads((broken / "config.json").read_text())
