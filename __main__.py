@@ -60,7 +60,9 @@ def main() -> None:
         e.show()
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        fail("interrupted; what is finished is kept, and quantize, infer and bench go on from there if started again", 130)
+        fail(
+            "interrupted; what is finished is kept; quantize, infer, bench and publish go on from there, run again", 130
+        )
     except RecursionError:  # a file within a file within a file; what of ours would do so is a fault as well
         if os.environ.get("MMQ_DEBUG"):
             raise
