@@ -60,9 +60,8 @@ def main() -> None:
         e.show()
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        fail(
-            "interrupted; what is finished is kept; quantize, infer, bench and publish go on from there, run again", 130
-        )
+        kept = "what is finished is kept: quantize, infer, bench, publish and run go on from there if started again"
+        fail(f"interrupted; {kept}", 130)
     except RecursionError:  # a file within a file within a file; what of ours would do so is a fault as well
         if os.environ.get("MMQ_DEBUG"):
             raise
