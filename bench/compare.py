@@ -24,7 +24,7 @@ from . import outcome
 from .besides import Besides, ask_besides, besides_of, complete
 from .budget import Budget, budget_of
 from .find import find
-from .generator import Ask, generator, one_run, pictures_in, written_rows
+from .generator import Ask, generator, one_run, pictures_in, span_of, written_rows
 from .journal import Journal, forget_unpaired, open_journal
 from .nvml import Card, begin, open_card
 from .report import Report, describe, now
@@ -203,21 +203,14 @@ def _run(bench: Bench, ask: Ask, up: Up, concurrency: int, number: int) -> None:
     label, load = up.variant.label, bench.load.at(concurrency)
     file = bench.journal.place / f"{label}-{concurrency}-{number + 1}.json"
     tokenizer = up.variant.subject.path.resolve()
-    options: dict[str, Any] = {"rows": bench.rows, "remote_code": bench.remote_code}
-    end = begin(bench.card)
+    options: dict[str, Any] = {"load": load, "number": number, "result": file, "rows": bench.rows}
+    options |= {"remote_code": bench.remote_code}
+    end, window = begin(bench.card), None
     try:
-        run = one_run(
-            ask,
-            up.server.url,
-            model=up.server.name,
-            tokenizer=tokenizer,
-            load=load,
-            number=number,
-            result=file,
-            **options,
-        )
+        run = one_run(ask, up.server.url, model=up.server.name, tokenizer=tokenizer, **options)
+        window = span_of(file)
     finally:
-        spell = end()
+        spell = end(window)
     facts: dict[str, Any] = {"label": label, "concurrency": concurrency, "number": number, "file": file.name}
     facts |= {"output_rate": measures(run)["output_rate"], "spell": dataclasses.asdict(spell) if spell else None}
     bench.journal.add("run", **facts)

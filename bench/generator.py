@@ -108,6 +108,14 @@ def one_run(
     return read_run(json.loads(result.read_text(encoding="utf-8")))
 
 
+def span_of(result: Path) -> tuple[float, float]:
+    """When the run of this result began and ended, without its warm-ups, by time.perf_counter, which on Linux is one
+    clock for all processes."""
+    raw = json.loads(result.read_text(encoding="utf-8"))
+    begun = min(raw["start_times"])
+    return begun, begun + raw["duration"]
+
+
 def pictures_in(load: Load) -> int:
     """The most pictures that a request of the load has. ValueError for a dataset that cannot be read."""
     if not load.dataset:

@@ -5,9 +5,11 @@ Of the first card that this process may use. Knows no engine: whoever begins a s
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,7 @@ class Card:
 @dataclass(frozen=True)
 class Spell:
     """What changed on the card between two moments: bytes more in use at its end (`grew`) and at the highest (`peak`)
-    than at its begin; joules taken meanwhile, None where the card does not tell."""
+    than at its begin; joules taken meanwhile, or in the part of it that was asked for, None where nobody tells."""
 
     grew: int
     peak: int
@@ -61,28 +63,51 @@ def joules(card: Card) -> float | None:
         return None
 
 
-def begin(card: Card | None) -> Callable[[], Spell | None]:
-    """Watch the card from now on; what it returns ends the spell and tells it. None without a card."""
+def begin(card: Card | None) -> Callable[..., Spell | None]:
+    """Watch the card from now on; what it returns ends the spell and tells it. None without a card.
+
+    The joules are those between two moments of time.perf_counter, where `end` is given such a `window`.
+    """
     if card is None:
-        return lambda: None
-    start, energy = used(card), joules(card)
+        return lambda window=None: None
+    start = used(card)
     highest, over = [start], threading.Event()
+    meter = [(time.perf_counter(), joules(card))]
 
     def look() -> None:
         while not over.wait(EVERY):
             highest.append(max(highest.pop(), used(card)))
+            meter.append((time.perf_counter(), joules(card)))
 
     watch = threading.Thread(target=look, daemon=True)
     watch.start()
 
-    def end() -> Spell:
+    def end(window: tuple[float, float] | None = None) -> Spell:
         over.set()
         watch.join()
-        last, taken = used(card), joules(card)
-        spent = None if energy is None or taken is None else taken - energy
-        return Spell(last - start, max(highest[0], last) - start, spent)
+        last = used(card)
+        meter.append((time.perf_counter(), joules(card)))
+        return Spell(last - start, max(highest[0], last) - start, taken(meter, window))
 
     return end
+
+
+def taken(meter: Sequence[tuple[float, float | None]], window: tuple[float, float] | None = None) -> float | None:
+    """Joules between the two moments of `window`, else from first to last, by readings (moment, joules) in their order;
+    between two readings evenly. None where a reading is missing."""
+    told = [(at, value) for at, value in meter if value is not None]
+    if len(told) < len(meter):
+        return None
+
+    def at(moment: float) -> float:
+        for (before, low), (after, high) in itertools.pairwise(told):
+            if moment <= after:
+                share = (moment - before) / (after - before) if after > before else 1.0
+                return low + max(0.0, share) * (high - low)
+        return told[-1][1]
+
+    first, last = window or (told[0][0], told[-1][0])
+    return at(last) - at(first)
 
 
 def peak_of(spells: Iterable[Spell]) -> int:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from mmq.bench.budget import budget_of, planned_for, scaled
 from mmq.bench.capacity import Trial, max_batch, run
 from mmq.bench.compare import compare
 from mmq.bench.find import Subject, find
-from mmq.bench.generator import generator, one_run, written_rows
+from mmq.bench.generator import generator, one_run, span_of, written_rows
 from mmq.bench.hollow import write
 from mmq.bench.intervals import ratio, t_quantile, unsure
 from mmq.bench.journal import forget_unpaired, open_journal
-from mmq.bench.nvml import Spell, peak_of
+from mmq.bench.nvml import Spell, peak_of, taken
 from mmq.bench.report import (
     Figure,
     Level,
@@ -276,6 +277,14 @@ def test_the_peak_of_one_of_two_servers() -> None:
     assert peak_of([]) == 0
 
 
+def test_joules_of_a_part_of_a_spell() -> None:
+    meter = [(10.0, 100.0), (11.0, 200.0), (12.0, 500.0)]
+    assert taken(meter) == 400.0
+    assert taken(meter, (10.5, 11.5)) == pytest.approx(200.0)
+    assert taken(meter, (9.0, 99.0)) == 400.0
+    assert taken([(10.0, None), (11.0, 200.0)]) is None
+
+
 # a journal
 
 
@@ -483,7 +492,10 @@ def test_a_server_is_measured(served: Server, artifact: Callable[..., Path], tmp
     with generator(tmp_path / "generator.log") as ask:
         with pytest.raises(RuntimeError, match=r"`vllm bench serve` failed: .*\bnowhere\b"):
             one_run(ask, served.url, tokenizer=tmp_path / "nowhere", result=file, **options)
+        begun = time.perf_counter()
         run = one_run(ask, served.url, tokenizer=artifact("awq"), result=file, **options)
+        first, last = span_of(file)
+        assert begun < first < last < time.perf_counter()
     assert run.output_lens == (SMALL.output_tokens,) * SMALL.requests
     # each prompt has its words, the picture's 56 * 84 / 28**2 tokens and the template's
     assert all(SMALL.input_tokens + 6 < n < SMALL.input_tokens + 60 for n in run.input_lens)
