@@ -132,7 +132,8 @@ def _sample(data: Any, folder: Path) -> Sample:
 
 def from_query(data: dict[str, Any], tags: str) -> list[dict[str, Any]]:
     """The query, response and history form as messages. Without any tag in them `tags` stand before the first query."""
-    turns = [*(data.get("history") or []), [data["query"], data.get("response")]]
+    history = data.get("history") or []
+    turns = [*(history if isinstance(history, list) else [history]), [data["query"], data.get("response")]]
     if not all(isinstance(t, list) and len(t) == 2 and isinstance(t[0], str) for t in turns):
         raise ValueError("query must be text, and history a list of [query, response]")
     if tags and not any(tag in t[0] for tag in set(re.findall("<[a-z]+>", tags)) for t in turns):

@@ -40,8 +40,11 @@ def check_sizes(config: Mapping[str, Any], *, where: str) -> None:
             raise ValueError(f"{where}: {part} is {_short(config[part])}; it must be an object")
     if "architectures" in config and not _names(config["architectures"]):
         raise ValueError(f"{where}: architectures is {_short(config['architectures'])}; it must be a list of names")
-    for part in (config, config.get("text_config") or {}):
-        check_quantization(part.get("quantization_config") or {}, where=f"{where}: quantization_config")
+    for part in (config, *(config.get(key) or {} for key in ("text_config", "llm_config", "language_config"))):
+        said = part.get("quantization_config") or {}
+        if not isinstance(said, Mapping):
+            raise ValueError(f"{where}: quantization_config is {_short(said)}; it must be an object")
+        check_quantization(said, where=f"{where}: quantization_config")
     for key, value in _numbers(config, DEEPEST):
         for one in value if isinstance(value, list) else [value]:  # a size of pictures may be [height, width]
             if one is None:
