@@ -8,6 +8,7 @@ half a commit, so a half publish that a test finds is the client's.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -91,14 +92,15 @@ class KeepingHandler(Handler):
         if body is None:
             return
         if isinstance(ends, int):
-            if token := self.headers.get("Authorization"):
-                said = f"no, not with {token}, see {self.hub.url}{self.path}"
-            else:
-                said = f"no, see {self.hub.url}{self.path}"
+            said = f"no, not with {self.headers.get('Authorization')}, see {self.hub.url}{self.path}"
             self._json(
                 ends, {"error": said, "Code": ends, "Message": said, "Success": False}, {"X-Error-Message": said}
             )
             return
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client was killed
+            self._end(ends, body)
+
+    def _end(self, ends: int | str | None, body: bytes) -> None:
         if ends == "after":
             keep, self.wfile = self.wfile, _Nowhere()  # type: ignore[assignment]
             self._work(body)
