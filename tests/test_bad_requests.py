@@ -130,6 +130,10 @@ def parts(*content: Any) -> dict[str, Any]:
     return saying(messages=[{"role": "user", "content": list(content)}])
 
 
+def by_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
 WRONG: dict[str, tuple[Any, int]] = {
     "broken base64": (asking("data:image/png;base64,@@@@"), 400),
     "a video's broken base64": (asking("data:video/mp4;base64,@@@@", kind="video_url"), 400),
@@ -159,6 +163,11 @@ WRONG: dict[str, tuple[Any, int]] = {
     "100,000 answers": (saying(n=100_000), 400),
     "a million logprobs": (saying(logprobs=True, top_logprobs=10**6), 400),
     "a token that is none": (saying(logit_bias={"999999999": 1}), 400),
+    "a schema that is nothing but itself": (saying(structured_outputs={"json": {"$ref": "#"}}), 400),
+    "a part of a schema that is": (
+        saying(response_format=by_schema({"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}})),
+        400,
+    ),
     "a broken pattern": (saying(structured_outputs={"regex": "["}), 400),
     "a chat template of one's own": (saying(chat_template="{{ 1 / 0 }}"), 400),
     "pixels without bounds": (saying(mm_processor_kwargs={"max_pixels": 10**12}), 400),
@@ -177,6 +186,15 @@ def test_a_wrong_request_is_refused(server: Running, what: str) -> None:
 
 def test_it_lives_on(server: Running) -> None:
     fine(server)
+
+
+def test_a_schema_with_itself_in_it_is_met(server: Running) -> None:
+    """A list: sound, for each turn of it has a bracket."""
+    schema = {"type": "object", "properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["a"]}
+    asked = saying("hello", response_format=by_schema(schema | {"additionalProperties": False}), max_tokens=40)
+    status, text = server.send(asked)
+    assert status == 200, text
+    assert re.match(r'\{\s*"a"', json.loads(text)["choices"][0]["message"]["content"])
 
 
 def test_a_gigabyte_is_neither_read_into_memory_nor_waited_for(server: Running) -> None:
