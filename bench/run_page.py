@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..recipes.terminal import human
 from .done import Done, StepDone
-from .report import read_report
+from .report import markdown_table, read_report
+from .table import table, warnings
 from .verdict import SHOWN
 
 HEAD = ("artifact", "state", "mean KL", "top-1", "weights", "time")
@@ -91,19 +92,13 @@ def _step(step: StepDone) -> str:
 
 
 def _speeds(file: Path) -> list[str]:
-    """The bench's table; nothing where its report cannot be read any more."""
+    """The bench's table and what must be known before it is believed; nothing where its report cannot be read."""
     try:
         report = read_report(file)
     except (OSError, ValueError):
         return []
-    labels = list(report.numbers)
-    lines = [_row([report.engine, *labels]), _row(["---", *("---:" for _ in labels)])]
-    for measure, figure in report.numbers[labels[0]].items():
-        found = [report.numbers[label].get(measure) for label in labels]
-        lines.append(
-            _row([f"{measure} ({figure.unit}), {figure.how}", *(f"{f.value:.4g}" if f else "" for f in found)])
-        )
-    return lines
+    found = [markdown_table(*table(report))] if report.numbers else []
+    return [*found, *(f"- {_words(line)}" for line in warnings(report))]
 
 
 def _row(cells: Sequence[str]) -> str:
