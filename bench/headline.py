@@ -18,7 +18,18 @@ TILES = (
     ("tpot", "Time per output token (ms)"),
     ("max_batch", "Max batch"),
 )
+NEEDED = ("load", "vram", "context")  # of the settings
 SURE = {"weights", "kv_token", "max_length", "max_batch"}
+
+
+def shown(report: Report) -> Report:
+    """The report, if it can be shown. ValueError for one of another kind, without figures or without conditions."""
+    missing = [name for name in NEEDED if name not in report.settings]
+    if report.kind != "bench" or not report.numbers or missing:
+        what = f"without {', '.join(missing)} in its settings" if missing else "without figures"
+        kind = f"of the kind {report.kind!r}" if report.kind != "bench" else what
+        raise ValueError(f"a report {kind} cannot be shown; `mmq bench --compare` writes one that can")
+    return report
 
 
 def title(report: Report) -> str:

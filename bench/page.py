@@ -22,7 +22,7 @@ from .. import __version__
 from .beside import answer
 from .colours import series, shipped, variables
 from .field import field, reading
-from .headline import moment, tiles, title
+from .headline import moment, shown, tiles, title
 from .plots import Plot, layer_plot, load_plots, memory_plot, pareto_plot, ratio_plot, stage_plot
 from .proof import rows as proof_rows
 from .proof import task_rows
@@ -52,7 +52,11 @@ MISSING = {  # section -> what is not there, and what would fill it
 
 
 def page(report: Report, folder: Path) -> str:
-    """The page. `folder` is where the report's pictures are; one that is missing there is told of in its place."""
+    """The page. `folder` is where the report's pictures are; one that is missing there is told of in its place.
+
+    ValueError for a report that cannot be shown.
+    """
+    shown(report)
     plots = [p for p in (layer_plot(report), pareto_plot(report)) if p is not None]
     style = variables() + shipped("chart.css") + shipped("report.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from .headline import moment, ratio_cell
+from .headline import moment, ratio_cell, shown
 from .proof import rows as proof_rows
 from .report import Report, markdown_table
 from .show import amount, show
@@ -29,7 +29,7 @@ def card_section(report: Report) -> str:
     What was not measured has no row, and without a check there is no table of quality. Labels and sentences are
     escaped: they show as they are, and are neither HTML nor links.
     """
-    labels = list(report.numbers)
+    labels = list(shown(report).numbers)
     first, *others = labels
     head = ["", *map(literal, labels), *(f"{literal(o)} / {literal(first)}" for o in others)]
     words = {"vram": amount(report.settings["vram"]), "context": f"{report.settings['context']:,}"}

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .colours import ROLES, resolved, series, shipped
-from .headline import moment, tiles, title
+from .headline import moment, shown, tiles, title
 from .plots import Plot, load_plots, memory_plot, pareto_plot, ratio_plot, stage_plot
 from .proof import rows as proof_rows
 from .report import Report
 from .svg import element, fitted, number, picture, text_width, words, wrapped
+from .table import warnings
 
 WIDTH, HEIGHT, MARGIN = 1600.0, 900.0, 72.0
 LEFT = 800.0  # where the plots begin
@@ -29,7 +30,7 @@ STYLE = (
 .caption { font-size: 20px; font-weight: 600; }
 .cell { font-size: 24px; } .big { font-size: 28px; font-weight: 600; fill: currentColor; }
 .good { color: var(--good); } .bad { color: var(--bad); } .same { color: var(--ink); }
-.foot { font-size: 16px; fill: var(--faint); }
+.foot { font-size: 16px; fill: var(--faint); } .foot.own { fill: currentColor; font-weight: 400; }
 """
 )
 
@@ -59,7 +60,8 @@ def png(svg: str, *, dark: bool = False) -> bytes:
 
 
 def slide(report: Report, *, dark: bool = False) -> str:
-    """The slide as an SVG that needs nothing else: its colours are in it."""
+    """The slide as an SVG that needs nothing else: its colours are in it. ValueError where there is nothing to show."""
+    shown(report)
     style = resolved(shipped("chart.css") + STYLE, dark=dark)
     drawn = [element("style", style)]
     drawn.append(words(MARGIN, 104, fitted(title(report), WIDTH - 2 * MARGIN, 44), class_="title"))
@@ -69,6 +71,10 @@ def slide(report: Report, *, dark: bool = False) -> str:
     drawn += _left(report, 210.0)
     for place, plot in zip((168.0, 504.0), _two_plots(report), strict=False):
         drawn += _placed(plot, place, 326.0)
+    if beware := warnings(report):
+        more = f" (and {len(beware) - 1} more)" if len(beware) > 1 else ""
+        line = fitted(f"Beware: {beware[0]}", WIDTH - 2 * MARGIN - 160, 16) + more
+        drawn.append(element("g", words(MARGIN, HEIGHT - 62, line, class_="foot own"), class_="bad"))
     told = f"{' · '.join(f'{n} {v}' for n, v in report.versions.items())}"
     drawn.append(words(MARGIN, HEIGHT - 36, fitted(told, WIDTH - 2 * MARGIN, 16), class_="foot"))
     return picture(drawn, width=WIDTH, height=HEIGHT, label=title(report))
@@ -85,35 +91,35 @@ def _left(report: Report, top: float) -> list[str]:
         top += 14
     top += 24
     first, *others = report.numbers
-    shown = (others or [first])[:4]
-    step = min(200.0, (room - 250) / len(shown))
-    for at, label in enumerate(shown):
-        x = MARGIN + room - step * (len(shown) - 1 - at)
+    columns = (others or [first])[:4]
+    step = min(200.0, (room - 250) / len(columns))
+    for at, label in enumerate(columns):
+        x = MARGIN + room - step * (len(columns) - 1 - at)
         name = words(x, top, fitted(label, step - 12, 24), class_="own big", anchor="end")
         drawn.append(element("g", name, class_=series(list(report.numbers).index(label))))
     if others:
         drawn.append(words(MARGIN, top, fitted(f"compared with {first}", 240, 20), class_="head"))
-    for heading, cells in _rows(report, shown):
+    for heading, cells in _rows(report, columns):
         drawn.append(element("line", x1=MARGIN, x2=MARGIN + room, y1=top + 16, y2=top + 16, class_="grid"))
         top += 52
         drawn.append(words(MARGIN, top, fitted(heading, 300, 24), class_="cell"))
         for at, (value, class_) in enumerate(cells):
-            x = MARGIN + room - step * (len(shown) - 1 - at)
+            x = MARGIN + room - step * (len(columns) - 1 - at)
             text = words(x, top, value, class_="big", anchor="end")
             drawn.append(element("g", text, class_=class_ or "same"))
     return drawn
 
 
-def _rows(report: Report, shown: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _rows(report: Report, columns: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(heading, (value, class) by label): the headline's ratios, then what the check found."""
     rows = []
     for tile in tiles(report):
         found = {line["label"]: (line["value"], line["class"]) for line in tile["lines"]}
-        cells = [found.get(label, ("-", "")) for label in shown]
+        cells = [found.get(label, ("-", "")) for label in columns]
         if len(report.numbers) == 1:
             cells = [(line["value"], "") for line in tile["lines"]]
         rows.append((tile["title"].partition(" (")[0], cells))
-    for heading, *values in proof_rows(shown, {k: dict(v) for k, v in report.quality.items()})[:2]:
+    for heading, *values in proof_rows(columns, {k: dict(v) for k, v in report.quality.items()})[:2]:
         rows.append((heading.partition(" (")[0], [(_short(v), "") for v in values]))
     return rows
 

@@ -258,6 +258,18 @@ def test_the_plots_choose_what_there_is() -> None:
     assert pareto_plot(Report(**{**vars(report), "quality": unchecked})) is None
 
 
+@pytest.mark.parametrize("draw", [lambda r: page(r, Path()), slide, card_section])
+def test_what_cannot_be_shown_is_told(draw: Any) -> None:
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"kind": "quantizer"}, "of the kind 'quantizer'"),
+        ({"numbers": {}}, "without figures"),
+        ({"settings": {"vram": 1}}, "without load, context in its settings"),
+    )
+    for changed, why in cases:
+        with pytest.raises(ValueError, match=why):
+            draw(bare_report(**changed))
+
+
 def test_the_moment_is_told_in_utc() -> None:
     assert moment("2026-11-21T16:02:11+01:00") == "2026-11-21 15:02 UTC"
     assert moment("yesterday") == "yesterday"
@@ -293,6 +305,13 @@ def test_the_slide_is_a_picture_of_what_there_is(dark: bool, tmp_path: Path) -> 
     assert colours.getpixel((5, 5)) == ground
     for box in ((0, 60, 1500, 120), (60, 420, 740, 800), (800, 200, 1500, 500), (800, 560, 1500, 880)):
         assert len(colours.crop(box).getcolors(1 << 20) or ()) > 20, box  # title, table, two plots
+
+
+def test_a_slide_tells_what_the_page_warns_of() -> None:
+    report = full_report()
+    assert "Beware" not in slide(report)
+    noted = Report(**{**vars(report), "settings": {**report.settings, "notes": ["the fan was off", "twice"]}})
+    assert "Beware: the fan was off (and 1 more)" in slide(noted)
 
 
 @needs_resvg
