@@ -32,6 +32,10 @@ def flags_of(
         why = "you asked for it; fewer than vLLM's own make sampling and CUDA graphs smaller"
         why += f"; {ask.concurrency} over {ask.dp} replicas" if ask.dp > 1 else ""
         flags.append(Flag("--max-num-seqs", str(ask.abreast), why))
+    if ask.eager:
+        flags.append(
+            Flag("--enforce-eager", None, "you asked for it: the memory of CUDA graphs is the cache's")
+        )
     if ask.kv_dtype != "auto":
         flags.append(Flag("--kv-cache-dtype", ask.kv_dtype, "half the bytes a token; costs accuracy, so check it"))
     flags += size_flags(ask.tp, ask.pp, ask.dp)

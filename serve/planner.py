@@ -191,6 +191,8 @@ def _candidates(model: Model, card: Gpu, ask: Ask, images: int) -> list[tuple[st
                 found.append((f"smaller pictures (--pixels {pixels})", {"pixels": pixels}, False))
     if ask.concurrency is None and ask.sequences is None:
         found.append((f"fewer sequences at once (--concurrency {FEW})", {"concurrency": FEW}, False))
+    if not ask.eager:
+        found.append(("no CUDA graphs (--enforce-eager)", {"eager": True}, False))
     if ask.kv_dtype == "auto" and card.capability >= FP8_CAPABILITY:
         found.append(("an FP8 cache (--kv-cache-dtype fp8)", {"kv_dtype": "fp8"}, False))
     if model.weights.loose and not model.weights.packed:

@@ -287,6 +287,17 @@ def test_a_long_video_takes_from_the_cache(qwen: Model) -> None:
     assert sizes(planned(qwen, large, Ask(images=1)))["vision tower at work"] == tower[0]
 
 
+def test_without_graphs_there_is_more_cache(qwen: Model) -> None:
+    plain, eager = (Ask(images=0, sequences=256, eager=eager) for eager in (False, True))
+    long = planned(qwen, CARD, eager).max_context
+    assert planned(qwen, CARD, plain).max_context < long
+    assert "--enforce-eager" in flags(planned(qwen, CARD, eager))
+    found = planned(qwen, CARD, replace(plain, context=long))
+    assert found.problem
+    assert any(line.startswith("no CUDA graphs (--enforce-eager): ") for line in found.changes)
+    assert not planned(qwen, CARD, replace(eager, context=long)).problem
+
+
 def test_fp8_and_two_cards(qwen: Model) -> None:
     one = planned(qwen, CARD, Ask(context=2048, images=0))
     half = planned(qwen, CARD, Ask(context=2048, images=0, kv_dtype="fp8"))
@@ -460,7 +471,7 @@ def test_the_command(mmq: Run, pebble: Path) -> None:  # noqa: F811
     assert code == 0, err
     assert "the rest is an estimate" in err
     assert "--max-num-seqs" in out
-    code, out, err = mmq("plan", str(pebble), "--vram", "1GiB", "--json")
+    code, out, err = mmq("plan", str(pebble), "--vram", "0.5GiB", "--json")
     assert code == 1
     assert json.loads(out)["fits"] is False
     assert "mmq: would fit with a smaller model" in err
