@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -19,8 +20,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from mmq.bench import memory
-from mmq.bench.budget import budget_of, planned_for, scaled
+from mmq.bench import memory, outcome
+from mmq.bench.budget import Budget, budget_of, planned_for, scaled
 from mmq.bench.capacity import Trial, max_batch, run
 from mmq.bench.compare import compare
 from mmq.bench.find import Subject, find
@@ -28,7 +29,7 @@ from mmq.bench.generator import generator, one_run, span_of, written_rows
 from mmq.bench.hollow import write
 from mmq.bench.intervals import ratio, t_quantile, unsure
 from mmq.bench.journal import forget_unpaired, open_journal
-from mmq.bench.nvml import Spell, peak_of, taken
+from mmq.bench.nvml import Card, Spell, begin, open_card, peak_of, taken
 from mmq.bench.report import (
     Figure,
     Level,
@@ -283,6 +284,97 @@ def test_joules_of_a_part_of_a_spell() -> None:
     assert taken(meter, (10.5, 11.5)) == pytest.approx(200.0)
     assert taken(meter, (9.0, 99.0)) == 400.0
     assert taken([(10.0, None), (11.0, 200.0)]) is None
+
+
+def test_a_card_is_watched() -> None:
+    """Every look at this card finds a byte more and a joule more; at its highest it was ten bytes higher."""
+    looks: list[int] = []
+
+    def memory_now(handle: object) -> SimpleNamespace:
+        looks.append(1)
+        return SimpleNamespace(used=100 + len(looks) + (10 if len(looks) == 3 else 0))
+
+    nvml = SimpleNamespace(
+        nvmlDeviceGetMemoryInfo=memory_now,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 1000 * len(looks),
+        NVMLError=RuntimeError,
+    )
+    end = begin(Card(nvml, None))
+    while len(looks) < 4:
+        time.sleep(0.01)
+    spell = end()
+    assert spell is not None
+    assert spell.grew == len(looks) - 1
+    assert spell.peak >= 12
+    assert spell.joules == len(looks) - 1
+    assert begin(None)() is None
+    assert open_card()[1]  # here is none, and it says why
+
+
+# what it comes to
+
+
+def raw_run(rate: float) -> dict[str, Any]:
+    """The generator's file of two requests of four tokens each, at `rate` tok/s."""
+    seconds = 8 / rate
+    return {
+        "errors": ["", ""],
+        "failed": 0,
+        "num_prompts": 2,
+        "duration": seconds,
+        "input_lens": [10, 10],
+        "output_lens": [4, 4],
+        "ttfts": [seconds / 4, seconds / 4],
+        "itls": [[seconds / 4] * 3] * 2,
+        "start_times": [1.0, 1.0],
+    }
+
+
+def test_a_report_is_made_of_a_journal(pebble: Path, artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """As a GPU with a budget would have written it: measured capacity, the peak, energy; one variant was put off."""
+    load = Load(requests=2, concurrency=2, runs=2)
+    budget = Budget(24 * GIB, Gpu("GeForce RTX 4090", 24 * GIB, 24 * GIB, 8.9), 0.3)
+    variants, paths = [], {"fp16": pebble, "awq": artifact("awq")}
+    journal = open_journal(tmp_path, {}, created="now", labels=list(paths))
+    for label, path in paths.items():
+        launch = Launch(("vllm", "serve", str(path), "--port", "1"), {}, (), "", label, "", 1, "cuda")
+        variants.append(Variant(Subject(label, path, None, label), launch, lambda launch=launch: launch, ()))
+        journal.add("start", label=label, seconds=9.0, spell=dataclasses.asdict(Spell(20 * GIB, 21 * GIB, None)))
+        for concurrency, number in ((1, 0), (2, 0), (2, 1)):
+            rate = (10.0 + number) * (2 if label == "awq" else 1)
+            (journal.place / f"{label}-{concurrency}-{number}.json").write_text(json.dumps(raw_run(rate)))
+            spell = dataclasses.asdict(Spell(0, GIB, 40.0))
+            facts = run_line(label, number, concurrency) | {"file": f"{label}-{concurrency}-{number}.json"}
+            journal.add("run", **facts, spell=spell)
+        trial = {"sequences": 26, "tokens": 2048, "together": 26, "cache": 0.99, "preemptions": 0, "seconds": 1.0}
+        off = trial | {"sequences": 25, "preemptions": 3}
+        journal.add("max_batch", label=label, trials=[off, trial] if label == "fp16" else [off], spell=None)
+        longest = trial | {"sequences": 1, "tokens": 4096, "together": 1}
+        journal.add("max_length", label=label, trials=[longest], spell=dataclasses.asdict(Spell(0, 5 * GIB, None)))
+        held = Footprint(resident=None, card=None, weights=GIB, cache_tokens=60_000)
+        journal.add("footprint", label=label, footprint=dataclasses.asdict(held))
+    told = {label: {"path": label, "digest": "d", "command": "c"} for label in paths}
+    how: dict[str, Any] = {"engine": "vllm", "budget": budget, "load": load, "context": 2048, "mode": "together"}
+    how |= {"failed": {}, "dark": "", "created": "now", "machine": {"words": "a machine", "system": "Linux"}}
+    report = outcome.report(journal, variants, told, **how)
+    fp16, awq = report.numbers["fp16"], report.numbers["awq"]
+    assert fp16["max_batch"] == Figure(26, "sequences", "measured")
+    assert awq["max_batch"] == Figure(60_000 // 2048, "sequences", "computed")
+    assert "awq: 25 x 2048 tokens met 3 preemptions; its max batch is the cache's size only" in warnings(report)
+    assert fp16["max_length"] == Figure(4096, "tokens", "measured")
+    assert fp16["peak_memory"] == Figure(25 * GIB, "bytes", "measured")
+    assert "fp16 took 1.04 times the budget at its peak, as NVML saw it" in warnings(report)
+    assert fp16["energy"].value == 5.0
+    assert [level.concurrency for level in report.sweep["awq"]] == [1, 2]
+    assert report.ratios["awq"]["output_rate"].value == pytest.approx(2.0)
+    assert report.ratios["awq"]["output_rate"].pairs == 2
+    assert "fp16" not in report.ratios
+    parts = report.memory["awq"]
+    assert sum(figure.value for figure in parts.values()) == 25 * GIB
+    assert parts["cache"].how == parts["weights"].how == "measured"
+    words = markdown(report)
+    assert "the engine was given 24 GiB (GeForce RTX 4090) of this card; at its peak NVML saw fp16 25 GiB" in words
+    assert "speed and energy do not" in words
 
 
 # a journal
