@@ -54,15 +54,23 @@ def rows(labels: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> list[
     """[title, value of each label] for the table, where any of them was checked; "" for the reference itself."""
     made = []
     for key, title in TABLE:
-        values = [found.get(label, {}).get("measures", {}).get(key) for label in labels]
-        if key == "accuracy_int4":  # every check has FP16's own accuracy on the same samples
-            reference = [m["measures"].get("accuracy_fp16") for m in found.values() if "measures" in m]
-            values = [
-                reference[0] if reference and label not in found else v for label, v in zip(labels, values, strict=True)
-            ]
+        values = [_value(found.get(label, {}), key, _reference(found)) for label in labels]
         if any(v is not None for v in values):
             made.append([title, *("" if v is None else f"{v:.4g}" for v in values)])
     return made
+
+
+def _value(quality: Mapping[str, Any], key: str, reference: float | None) -> float | None:
+    if key == "accuracy_int4" and not quality.keys() & {"measures", "unchecked"}:  # it is the 16-bit model itself
+        return reference
+    return quality.get("measures", {}).get(key)
+
+
+def _reference(found: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The 16-bit model's own right answers, which every check of pictures with known answers has; None where checks
+    were made on other samples."""
+    told = {of["measures"].get("accuracy_fp16") for of in found.values() if "measures" in of}
+    return told.pop() if len(told) == 1 else None
 
 
 def task_rows(labels: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -14,7 +14,7 @@ from PIL import Image
 from mmq.bench.answers import answers_of, held_out, pictured, side_by_side
 from mmq.bench.check import Checked
 from mmq.bench.find import Subject
-from mmq.bench.proof import proof, quality, rows, unchecked
+from mmq.bench.proof import proof, quality, rows, task_rows, unchecked
 from mmq.bench.verdict import write
 from mmq.export.artifact import open_artifact
 from mmq.recipes.pebble.tasks import exact
@@ -44,6 +44,10 @@ def test_the_check_beside_an_artifact_is_read(copied: Path) -> None:
         ["top-1 agreement with FP16", "", "0.9877"],
         ["right answers (held-out samples)", "0.99", "0.97"],
     ]
+    scores = {"drawn": {"exact_match": 0.9, "stderr": 0.0123, "words": 0.5}}
+    both["fp16"] = {"tasks": scores}
+    assert rows(["fp16", "awq"], both)[-1] == ["right answers (held-out samples)", "0.99", "0.97"]
+    assert task_rows(["fp16", "awq"], both) == [["drawn, exact_match", "0.9 ± 0.012", ""], ["drawn, words", "0.5", ""]]
     assert unchecked(both) == []
 
 
