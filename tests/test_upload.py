@@ -216,11 +216,13 @@ def from_then_on(number: int, how: int | str) -> Fail:
 
 
 def requests_of_a_whole_run(keeper: HubKeeper, hub: str, items: list[Item]) -> int:
+    put(Target(hub, "me/zeroth"), items)  # a library asks some things once in a process
+    keeper.blobs.clear()
     before = keeper.number
     put(Target(hub, "me/first"), items)
-    for blob in list(keeper.blobs):
-        del keeper.blobs[blob]  # so that the next run sends them again
-    return keeper.number - before
+    asked = keeper.number - before
+    keeper.blobs.clear()  # so that the next run sends them again
+    return asked
 
 
 FAILURES = ("before", "after", 401, 500, *(pytest.param(n, marks=pytest.mark.slow) for n in (403, 409, 429, 507)))
