@@ -84,7 +84,7 @@ def carries_over(card: Card, machine: Machine, *, budgeted: bool) -> list[str]:
     was held to the card's memory here, so that batch and length were found inside it and not computed."""
     here = card_here(machine)
     if here is not None and here.name == card.name:
-        return [f"Every figure was taken on a {card.name}."]
+        return [f"Every figure was taken on the card itself, {card.name}."]
     where = machine.gpus[0].name if machine.gpus else machine.cpu
     how = f"the engine was held to its memory on {where}" if budgeted else "computed for its memory, held to nothing"
     return [

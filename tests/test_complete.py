@@ -104,7 +104,7 @@ def test_nothing_is_projected_onto_the_card_that_is_here_or_for_weights_that_are
     budget = {"card": "H100 80GB SXM", "enforced": True}
     found = completed(report(budget=budget), subjects, machine=H100, place=tmp_path)
     assert list(found.numbers["awq"]) == ["output_rate"]
-    assert found.settings["carries_over"] == ["Every figure was taken on a H100 80GB SXM."]
+    assert found.settings["carries_over"] == ["Every figure was taken on the card itself, H100 80GB SXM."]
     budget = {"card": "GeForce RTX 4090", "enforced": False}
     restored = completed(report("pytorch", budget=budget), subjects, machine=CPU, place=tmp_path)
     assert list(restored.numbers["awq"]) == ["output_rate"]

@@ -78,5 +78,5 @@ def test_what_carries_over_is_said() -> None:
     assert "1008 GB/s" in said
     gpu = Gpu("NVIDIA GeForce RTX 4090", 24 * GIB, 24 * GIB, 8.9)
     assert carries_over(CARD, Machine("x", 8, GIB, GIB, False, (gpu,)), budgeted=True) == [
-        "Every figure was taken on a GeForce RTX 4090."
+        "Every figure was taken on the card itself, GeForce RTX 4090."
     ]
