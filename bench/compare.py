@@ -17,6 +17,7 @@ from ..serve.flags import number
 from ..serve.footprint import footprint
 from ..serve.machine import this_machine
 from ..serve.overhead import batched_tokens
+from ..serve.programs import packages_beside
 from ..serve.running import START_TIMEOUT, terminate_is_exit
 from ..serve.shape import context_length, read_config
 from . import capacity as limits
@@ -27,7 +28,7 @@ from .find import find
 from .generator import Ask, generator, one_run, pictures_in, span_of, written_rows
 from .journal import Journal, forget_unpaired, open_journal
 from .nvml import Card, begin, open_card
-from .report import Report, describe, now
+from .report import Report, describe, now, versions
 from .speed import CPU_LOAD, Load, measures
 from .turns import levels_of, mode_of, runs_at, saturated, visits
 from .variants import Up, all_fit, described, dropped, servers, variant_of
@@ -111,6 +112,7 @@ def compare(
         "settings": [engine, list(levels), mode, capacity, stages, context, budget.size, list(extra)],
         "besides": [answers, list(tasks), tasks_limit],
         "machine": machine.words,
+        "versions": versions(packages_beside(Path(variants[0].launch.argv[0])) or None),
     }
     beside = besides_of(subjects, stages=stages, answers=answers, tasks=tasks, limit=tasks_limit, tell=tell)
     created = now()
