@@ -64,7 +64,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def index_of(folder: Path) -> dict[str, Any] | None:
-    """The parsed index, or None where there is none. OSError where it is no index."""
+    """The parsed index, or None where there is none. OSError where it is no index, ValueError where it names a file
+    elsewhere."""
     path = folder / INDEX
     if not path.is_file():
         return None

@@ -424,3 +424,29 @@ def test_one_whole_file_goes_before_shards_without_an_index():
     assert [f.path for f in weights("m", listed)] == ["model.safetensors"]
     assert [f.path for f in weights("m", listed[1:])] == ["model.fp16.safetensors"]
     assert small(listed) == []
+
+
+ELSEWHERE = ("../evil.json", "../../evil.json", "/tmp/evil.json", "a/../../evil.json")
+ELSEWHERE += ("../../additional_chat_templates/evil.jinja", "additional_chat_templates/../../evil.jinja")
+
+
+def test_listed_names_that_leave_the_folder_are_not_asked_for(here):
+    """A hub may list what it likes."""
+    here.server.repos["some/model"] = repo({**whole(), **dict.fromkeys(ELSEWHERE, b"evil")})
+    here.fetch()
+    assert here.server.got() == NEEDED
+    assert not list(here.folder.parent.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("name", ["..\\evil.json", "evil\x1b[2J\u202e.json"])
+def test_listed_names_that_are_none_are_refused(here, name):
+    here.server.repos["some/model"] = repo({**whole(), name: b"evil"})
+    assert "only files of the same folder can be named" in here.fails("ValueError")
+    assert here.server.got() == []
+
+
+def test_an_index_from_the_hub_names_no_file_elsewhere(here):
+    index = json.dumps({"weight_map": {"a": "../../model.safetensors"}}).encode()
+    listed = {"../../model.safetensors": safetensors({"a": 5}), "model.safetensors.index.json": index}
+    here.server.repos["some/model"] = repo({"config.json": b"{}", **listed})
+    assert "only files of the same folder can be named" in here.fails("ValueError")
