@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..serve.engines import weights_kept
+from ..serve.flags import number
 from ..serve.footprint import Footprint
 from ..serve.programs import packages_beside
 from . import memory
@@ -105,6 +106,11 @@ def memory_of(
             if trials and trials[-1].fine:
                 value = trials[-1].sequences if measure == "max_batch" else trials[-1].tokens
                 numbers[measure] = Figure(value, unit, "measured")
+                most = number(variant.launch.argv, "--max-num-seqs")
+                if measure == "max_batch" and value == most and value < found.max_batch:
+                    notes.append(
+                        f"{label}: {value} at once is the engine's own limit (--max-num-seqs), its cache has more"
+                    )
             elif trials:
                 notes.append(f"{label}: {trials[-1].words}; its {measure.replace('_', ' ')} is the cache's size only")
     if budget.enforced and most is not None and most > budget.size:

@@ -337,7 +337,8 @@ def test_a_report_is_made_of_a_journal(pebble: Path, artifact: Callable[..., Pat
     variants, paths = [], {"fp16": pebble, "awq": artifact("awq")}
     journal = open_journal(tmp_path, {}, created="now", labels=list(paths))
     for label, path in paths.items():
-        launch = Launch(("vllm", "serve", str(path), "--port", "1"), {}, (), "", label, "", 1, "cuda")
+        argv = ("vllm", "serve", str(path), "--port", "1", "--max-num-seqs", "26")
+        launch = Launch(argv, {}, (), "", label, "", 1, "cuda")
         variants.append(Variant(Subject(label, path, None, label), launch, lambda launch=launch: launch, ()))
         journal.add("start", label=label, seconds=9.0, spell=dataclasses.asdict(Spell(20 * GIB, 21 * GIB, None)))
         for concurrency, number in ((1, 0), (2, 0), (2, 1)):
@@ -361,6 +362,7 @@ def test_a_report_is_made_of_a_journal(pebble: Path, artifact: Callable[..., Pat
     assert fp16["max_batch"] == Figure(26, "sequences", "measured")
     assert awq["max_batch"] == Figure(60_000 // 2048, "sequences", "computed")
     assert "awq: 25 x 2048 tokens met 3 preemptions; its max batch is the cache's size only" in warnings(report)
+    assert any(line.startswith("fp16: 26 at once is the engine's own limit") for line in warnings(report))
     assert fp16["max_length"] == Figure(4096, "tokens", "measured")
     assert fp16["peak_memory"] == Figure(25 * GIB, "bytes", "measured")
     assert "fp16 took 1.04 times the budget at its peak, as NVML saw it" in warnings(report)
