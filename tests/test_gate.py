@@ -120,4 +120,3 @@ def test_the_quality_table_has_pictures_and_text_apart(made: Artifact) -> None:
     assert (kl.all, kl.image, kl.text, kl.limit) == ("0.01", "0.012", "0.008", "≤ 0.05")
     assert (rows["image_effect"].image, rows["image_effect"].limit) == ("", "≥ 0.5")
     assert "served_to_int4" not in rows
-
