@@ -684,3 +684,30 @@ def test_a_pickled_adapter_is_never_loaded(mmq: Run, model: Path, tmp_path: Path
     (tmp_path / "lora" / "secret.txt").symlink_to("/etc/hostname")
     refused(mmq, "outside the folder", "serve", "--print", model, "--lora", f"evil={tmp_path / 'lora'}")
     assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["pytorch", "vllm"])
+def test_an_engine_runs_nothing_that_lies_beside_the_weights(model: Path, tmp_path: Path, engine: str) -> None:
+    """The real engines, on a folder with pickles under every usual name and code that every config names."""
+    from mmq.serve.client import ask, connect
+    from mmq.serve.engines import plan
+    from mmq.serve.machine import this_machine
+    from mmq.serve.ports import free_port
+    from mmq.serve.running import running
+
+    ran = tmp_path / "RAN"
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
+    hostile.config(model, auto_map=dict.fromkeys(names, "evil.Evil"))
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        said = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).exists() else {}
+        hostile.write(model, name, json.dumps({**said, "auto_map": dict.fromkeys(names, "evil.Evil")}))
+    for name in ("evil.py", "sitecustomize.py", "configuration_qwen2_vl.py", "transformers.py"):
+        hostile.write(model, name, hostile.python_that_makes(ran))
+    for name in ("pytorch_model.bin", "model.pt", "consolidated.pth", "training_args.bin"):
+        hostile.write(model, name, hostile.pickled(ran))
+    launch = plan(engine, model, machine=this_machine(), port=free_port())
+    with running(launch, timeout=300, log_path=tmp_path / "engine.log") as server, connect(server.url) as client:
+        answer = ask(client, [{"role": "user", "content": "What is this?"}], model=server.name, max_tokens=4)
+    assert answer.tokens
+    assert not ran.exists()
