@@ -3,13 +3,16 @@ of mmq's own on the embedded model; and the same on a Ray of this machine, where
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,13 @@ from mmq.bench.run import call, locked, run
 from mmq.bench.run_page import markdown
 from mmq.bench.steps import Settings, kept_artifact, kept_check
 from mmq.export.artifact import open_artifact
+from mmq.recipes.recipe import limits_from, recipe_for
 
 STRICT = "name: strict\nmodel: pebble\nsamples: 8\nlimits: {mean_kl: 0}\n"
 LOOSE = "name: strict\nmodel: pebble\nsamples: 8\nversion: 2\nlimits: {top1: 0, accuracy_drop: 1, repeating: 1}\n"
 HAS_RAY = importlib.util.find_spec("ray") is not None
 PYTHON = os.environ.get("MMQ_TEST_RAY") or (sys.executable if HAS_RAY else "")
+PEBBLE = recipe_for("pebble")
 QUICK = ("--samples", "3", "--device", "cpu")
 
 
@@ -217,6 +222,7 @@ def at_work(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow  # test_workflows.py has an interruption by default
 def test_interrupted_taken_up_failed_and_kept(tmp_path: Path) -> None:
     """A life of two recipes, one of which cannot be read, and the other is past its limits at first."""
     process, layer = begun(tmp_path)
@@ -250,21 +256,31 @@ def test_interrupted_taken_up_failed_and_kept(tmp_path: Path) -> None:
     assert all(step["kept"] for step in kept["steps"])
     assert (kept["code"], kept["why"]) == (1, strict["why"][: len(kept["why"])])  # a failed check stays one
 
-    # other limits: what is there is kept, and checked anew
-    (tmp_path / "strict.yaml").write_text(LOOSE, encoding="utf-8")
-    (job,) = matrix([str(tmp_path / "strict.yaml")])
-    assert job.recipe is not None
-    settings = Settings(tmp_path / "mmq-run", samples=3)
-    artifact = open_artifact(settings.folder(job))
-    assert kept_check(artifact, settings)
-    assert not kept_check(artifact, Settings(settings.out, samples=4))
-    same = kept_artifact(artifact.path, {"digest": strict["key"]}, job.recipe)
-    assert same is not None
-    assert same.manifest["recipe"]["version"] == 2
-    assert same == open_artifact(artifact.path)
-    assert same.digest == artifact.digest
-    assert not kept_check(same, settings)
-    assert kept_artifact(artifact.path, {"digest": "another"}, job.recipe) is None
+
+def test_what_is_there_is_kept_and_the_gate_holds(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """An artifact of the recipe's key with a report of a check: no process is started, whatever the report says."""
+    folder = Path(shutil.copytree(artifact("awq"), tmp_path / "out" / "stone-awq"))
+    recipe = "name: stone\nmodel: pebble\nsamples: 48\nversion: 2\nlimits: {mean_kl: 1}\n"
+    (tmp_path / "stone.yaml").write_text(recipe, encoding="utf-8")
+    jobs = matrix([str(tmp_path / "stone.yaml")])
+    settings = Settings(tmp_path / "out", samples=1)
+    before = open_artifact(folder)
+    limits = json.loads(json.dumps(dataclasses.asdict(limits_from({"mean_kl": 1}, where=""))))
+    report = {"digest": before.digest, "limits": limits, "samples": [{}], "measures": {"mean_kl": 2.0}}
+    failed = {**report, "passed": False, "failures": ["mean_kl is 2, the limit is <= 1"]}
+    for told, code, why in ((failed, 1, ("past the limit: mean_kl is 2, the limit is <= 1",)), (report, 0, ())):
+        (folder / "check.json").write_text(json.dumps({"passed": True, "failures": [], **told}), encoding="utf-8")
+        (found,) = run(jobs, settings)
+        assert (found.code, found.why, found.digest) == (code, why, before.digest)
+        assert [(step.name, step.kept) for step in found.steps] == [("quantize", True), ("check", True)]
+        assert not settings.log(jobs[0]).exists()
+    now = open_artifact(folder)
+    assert (now.manifest["name"], now.manifest["recipe"]["version"]) == ("stone-awq", 2)  # what it says now
+    assert kept_check(now, settings)
+    assert not kept_check(now, Settings(settings.out, samples=2))
+    assert kept_artifact(folder, {"digest": "another"}, PEBBLE) is None
+    kept_artifact(folder, now.manifest["key"], PEBBLE)  # other limits: to be checked anew
+    assert not kept_check(open_artifact(folder), settings)
 
 
 @pytest.mark.slow
