@@ -106,8 +106,8 @@ def memory_of(
             if trials and trials[-1].fine:
                 value = trials[-1].sequences if measure == "max_batch" else trials[-1].tokens
                 numbers[measure] = Figure(value, unit, "measured")
-                most = number(variant.launch.argv, "--max-num-seqs")
-                if measure == "max_batch" and value == most and value < found.max_batch:
+                limit = number(variant.launch.argv, "--max-num-seqs")
+                if measure == "max_batch" and value == limit and value < found.max_batch:
                     notes.append(
                         f"{label}: {value} at once is the engine's own limit (--max-num-seqs), its cache has more"
                     )
