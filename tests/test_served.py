@@ -1,4 +1,4 @@
-"""The check of a served artifact, in the real engine: an honest one passes, other weights fail."""
+"""The check of a served artifact, in the real engines: an honest one passes, other weights fail."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.recipe import Limits
 from mmq.serve.programs import find_program
 
-# starts vLLM with everything it is told but the checkpoint: it serves another one under the same name
+# starts an engine with everything it is told but the checkpoint: it serves another one under the same name
 OTHERWISE = """#!{python}
 import os, sys
-os.execv({vllm!r}, [{vllm!r}, "serve", {base!r}, *sys.argv[3:]])
+os.execv({engine!r}, [{engine!r}, *({base!r} if word == {artifact!r} else word for word in sys.argv[1:])])
 """
 COUNT = 13  # one of each task
 
@@ -30,15 +30,19 @@ def test_the_engine_computes_with_the_artifacts_weights(artifact: Callable[..., 
     assert result.measures["served_image_effect"] > 0.8
 
 
+@pytest.mark.parametrize("engine", ["pytorch", pytest.param("vllm", marks=pytest.mark.slow)])  # the judge is the same
 def test_an_engine_that_loads_16_bit_fails(
-    artifact: Callable[..., Path], pebble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Callable[..., Path], pebble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    program = tmp_path / "vllm"
-    program.write_text(OTHERWISE.format(python=sys.executable, vllm=str(find_program("vllm")), base=str(pebble)))
-    program.chmod(0o755)
-    monkeypatch.setenv("MMQ_VLLM", str(program))
     opened = open_artifact(artifact("awq"))
-    result = check_served(opened, pebble, samples=list(samples("test", COUNT)), limits=Limits())
+    program = tmp_path / f"python-for-{engine}"
+    real = sys.executable if engine == "pytorch" else str(find_program("vllm"))
+    places = {"base": str(pebble), "artifact": str(opened.path.resolve())}
+    program.write_text(OTHERWISE.format(python=sys.executable, engine=real, **places))
+    program.chmod(0o755)
+    monkeypatch.setenv(f"MMQ_{engine.upper()}", str(program))
+    asked = list(samples("test", COUNT))
+    result = check_served(opened, pebble, samples=asked, limits=Limits(), engine=engine)
     assert any("did it load 16-bit weights?" in line for line in result.failures)
 
 
