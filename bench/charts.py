@@ -1,19 +1,19 @@
-"""Kinds of plots as SVG: lines, stacked bars, ratios with their intervals, dots. Knows no report and no measure.
+"""Kinds of plots as SVG: lines, ratios with their intervals, dots. Knows no report and no measure.
 
 Lines and dots are named where they are, not in a legend; what several plots share is in the functions at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .colours import part, series
+from .colours import series
 from .show import times
-from .svg import SIZE, Scale, element, fitted, hint, log_ticks, number, picture, spread, text_width, ticks, words
+from .svg import BOLD, SIZE, Scale, element, fitted, hint, log_ticks, number, picture, spread, text_width, ticks, words
 
+FAR = 3  # times beyond the farthest point: where an interval is cut off
 MANY = 20  # times the lowest value: from there a scale is logarithmic
-BOLD = SIZE * 1.14  # about as wide as bold letters are
 LEAD = 15  # pixels between two names, one over the other
 CROWD = 16  # points of a line: of more, only the last has a mark
 
@@ -28,14 +28,6 @@ class Line:
     points: Sequence[tuple[float, float]]
     dashed: bool = False
     spans: Sequence[tuple[float, float, float]] = ()
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A row of a stack: (part's name, value, the value in words) from left to right."""
-
-    name: str
-    parts: Sequence[tuple[str, float, str]]
 
 
 @dataclass(frozen=True)
@@ -61,19 +53,23 @@ def line_chart(
     log_x: bool = False,
     x_ticks: Sequence[float] | None = None,
     mark_at: float | None = None,
+    log_y: bool = False,
 ) -> str:
-    """Lines over a common x. The y axis starts at 0, or is logarithmic where values differ twentyfold and are above 0.
+    """Lines over a common x. The y axis starts at 0, or is logarithmic: where asked, or values differ twentyfold.
 
-    `mark_at` is a value with a line of its own across. ValueError without any point.
+    `mark_at` is a value with a line of its own across. Intervals are cut off `FAR` beyond the points, and those of
+    several lines stand beside one another. ValueError without any point.
     """
     xs = [x for one in lines for x, _ in one.points]
-    ys = [y for one in lines for _, y in one.points] + [high for one in lines for _, _, high in one.spans]
+    ys = [y for one in lines for _, y in one.points]
     if not xs:
         raise ValueError("a plot of lines needs a point at least")
     named = [one for one in lines if not one.dashed]
     names = max((text_width(one.name, BOLD) for one in named), default=0.0)
     right = min(names, width / 3.5)
-    log_y = min(ys) > 0 and max(ys) > MANY * min(ys)
+    ys += _in_sight(ys, [end for one in lines for _, *ends in one.spans for end in ends])
+    ys += [] if mark_at is None else [mark_at]
+    log_y = min(ys) > 0 and (log_y or max(ys) > MANY * min(ys))
     y_title = ", ".join(filter(None, (y_title, "log scale" if log_y else "")))
     y, marks = _y_scale(ys, top=34.0, bottom=height - 40, log=log_y)
     left = max(text_width(number(m)) for m in marks) + 10
@@ -85,68 +81,42 @@ def line_chart(
     if mark_at is not None:
         drawn.append(element("line", x1=left, x2=width - right - 8, y1=y.at(mark_at), y2=y.at(mark_at), class_="limit"))
     ends = spread([y.at(one.points[-1][1]) for one in named], LEAD, y.end - 4, y.start + 4)
-    for one in lines:
-        places = [(x.at(a), y.at(b)) for a, b in one.points]
-        path = element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in places), class_="path")
-        shown = range(len(places)) if len(places) <= CROWD else [len(places) - 1]
-        dots = [
-            mark(*places[i], one.index, hint(f"{one.name}: {number(one.points[i][1])} at {number(one.points[i][0])}"))
-            for i in shown
-            if not one.dashed
-        ]
-        whiskers = [
-            element("line", x1=x.at(at), x2=x.at(at), y1=y.at(low), y2=y.at(high), class_="whisker")
-            for at, low, high in one.spans
-        ]
-        drawn.append(element("g", path, *whiskers, *dots, class_=series(one.index) + (" dashed" if one.dashed else "")))
+    for place, one in enumerate(lines):
+        aside = (place - (len(lines) - 1) / 2) * 6 if any(line.spans for line in lines) else 0.0
+        drawn.append(_line(one, x, y, aside))
     for one, end in zip(named, ends, strict=True):
         name = words(x.end + 12, end + 4, fitted(one.name, right, BOLD), class_="own")
-        drawn.append(element("g", name, class_=series(one.index)))
+        lead = _leader(x.end + 5, y.at(one.points[-1][1]), x.end + 10, end)
+        drawn.append(element("g", lead, name, class_=series(one.index)))
     return picture(drawn, width=width, height=height, label=label)
 
 
-def bar_chart(
-    bars: Sequence[Bar],
-    *,
-    label: str,
-    parts: Sequence[str],
-    show: Callable[[float], str],
-    limit: tuple[float, str] | None = None,
-    width: float = 520,
-) -> str:
-    """Stacked horizontal bars, a row each with its name over it; `parts` fixes the colours, `limit` is a line across.
+def _line(one: Line, x: Scale, y: Scale, aside: float) -> str:
+    """A line with its marks and intervals, all moved `aside` by so many pixels."""
+    places = [(x.at(a) + aside, y.at(b)) for a, b in one.points]
+    path = element("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in places), class_="path")
+    shown = range(len(places)) if len(places) <= CROWD else [len(places) - 1]
+    dots = [
+        mark(*places[i], one.index, hint(f"{one.name}: {number(one.points[i][1])} at {number(one.points[i][0])}"))
+        for i in shown
+        if not one.dashed
+    ]
+    whiskers = [
+        element("line", x1=x.at(at) + aside, x2=x.at(at) + aside, y1=y.at(low), y2=y.at(high), class_="whisker")
+        for at, low, high in one.spans
+    ]
+    return element("g", path, *whiskers, *dots, class_=series(one.index) + (" dashed" if one.dashed else ""))
 
-    ValueError without anything to stack.
-    """
-    sums = [sum(value for _, value, _ in bar.parts) for bar in bars]
-    if not sums or max(sums) <= 0:
-        raise ValueError("a stack needs a part that is above 0")
-    ends = max(text_width(show(s), BOLD) for s in sums) + 8
-    longest = max(*sums, limit[0]) if limit else max(sums)
-    x = Scale(0, longest, 0, width - (ends if longest in sums else 2))
-    height = 48.0 * len(bars) + (20 if limit else 0)
-    drawn = []
-    for row, (bar, total) in enumerate(zip(bars, sums, strict=True)):
-        top = 48.0 * row + (20 if limit else 0)
-        drawn.append(words(0, top + 13, fitted(bar.name, width), class_="name"))
-        at = 0.0
-        for name, value, said in bar.parts:
-            start, end = x.at(at), x.at(at + value)
-            at += value
-            if end - start < 0.3:
-                continue
-            box = element("rect", hint(f"{bar.name}, {name}: {said}"), x=start, y=top + 19,
-                          width=max(end - start - 1, 0.3), height=22, class_="fill")  # fmt: skip
-            inside = fitted(said, end - start - 10)
-            text = [words(start + 6, top + 34, inside, class_="inside")] if inside == said else []
-            drawn.append(element("g", box, *text, class_=part(parts.index(name))))
-        if width - x.at(total) >= ends - 1:
-            drawn.append(words(x.at(total) + 6, top + 34, show(total), class_="name"))
-    if limit:
-        at = x.at(limit[0])
-        drawn.append(element("line", x1=at, x2=at, y1=18, y2=height, class_="limit"))
-        drawn.append(words(at, 12, limit[1], anchor="end" if at > width / 2 else "start"))
-    return picture(drawn, width=width, height=height, label=label)
+
+def _in_sight(values: Sequence[float], ends: Sequence[float]) -> list[float]:
+    """The ends of intervals, none farther than `FAR` times from all of the values that they are of."""
+    low, high = min(values) / FAR, max(values) * FAR
+    return [min(max(end, low), high) for end in ends]
+
+
+def _leader(x1: float, y1: float, x2: float, y2: float) -> str:
+    """A thin line from a point to its name, where the name had to move away; else nothing."""
+    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_="leader") if abs(y2 - y1) > LEAD / 2 else ""
 
 
 def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: str, width: float = 520) -> str:
@@ -157,8 +127,9 @@ def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: s
     dots = [dot for _, found in rows for dot in found]
     if not dots or min(min(d.x, d.low or d.x) for d in dots) <= 0:
         raise ValueError("a plot of ratios needs a dot at least, and ratios above 0")
-    low = min(1.0, *(d.low or d.x for d in dots)) / 1.08
-    high = max(1.0, *(d.high or d.x for d in dots)) * 1.08
+    reach = [1.0, *(d.x for d in dots)]
+    reach += _in_sight(reach, [end for d in dots for end in (d.low, d.high) if end is not None])
+    low, high = min(reach) / 1.08, max(reach) * 1.08
     narrow = width < 420
     left = 0.0 if narrow else max(text_width(name, BOLD) for name, _ in rows) + 12
     right = max(text_width(f"{d.name} {times(d.x)}", BOLD) for d in dots) + 12
@@ -226,7 +197,10 @@ def dot_chart(
         name = words(x.at(dot.x) + (-11 if before else 11), at + 4, dot.name, class_="own",
                      anchor="end" if before else "start")  # fmt: skip
         said = hint(f"{dot.name}: {number(dot.x)}, {number(dot.y)}")
-        drawn.append(element("g", mark(x.at(dot.x), y.at(dot.y), dot.index, said), name, class_=series(dot.index)))
+        lead = _leader(x.at(dot.x), y.at(dot.y), x.at(dot.x) + (-9 if before else 9), at)
+        drawn.append(
+            element("g", lead, mark(x.at(dot.x), y.at(dot.y), dot.index, said), name, class_=series(dot.index))
+        )
     return picture(drawn, width=width, height=height, label=label)
 
 

@@ -87,9 +87,9 @@ def page(report: Report, folder: Path) -> str:
         budget=_memory_line(report),
         unchecked=unchecked,
         past=[
-            f"{label} is past its recipe's limits: {why}"
-            for label, q in quality.items()
-            for why in q.get("failures", ())
+            f"{v} is past its recipe's limits: {'; '.join(q['failures'])}"
+            for v, q in quality.items()
+            if q.get("failures")
         ],
         quality_head=["", *labels],
         quality_rows=proof_rows(labels, quality),

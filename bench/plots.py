@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .charts import Bar, Dot, Line, bar_chart, dot_chart, line_chart, ratio_chart
+from .charts import Dot, Line, dot_chart, line_chart, ratio_chart
 from .colours import part
 from .report import Figure, Report
 from .show import amount, number_of, ratio_of, show
+from .stack import Bar, bar_chart
 
 COLUMN, FULL, PHONE = 520, 860, 328  # pixels: half a desk's page, the whole, a phone's
 LATENCIES = (  # measure, title, unit, its further lines
@@ -88,7 +89,7 @@ def _gain_plot(report: Report, levels: Sequence[int]) -> Plot | None:
     heading = f"with {known[0]:.0%} intervals of paired runs" if known else "without intervals"
 
     def draw(width: float) -> str:
-        given: dict[str, Any] = {"x_title": "requests at once", "y_title": heading, "mark_at": 1.0}
+        given: dict[str, Any] = {"x_title": "requests at once", "y_title": heading, "mark_at": 1.0, "log_y": True}
         return line_chart(lines, label=said, width=width, log_x=True, x_ticks=levels, **given)
 
     rows = [[str(n), *(ratio_of(r) if (r := ratios[label].get(n)) else "-" for label in others)] for n in levels]

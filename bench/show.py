@@ -45,8 +45,11 @@ def interval(ratio: Ratio) -> str:
     """The interval of a ratio, "1.49 to 1.57", or "" where nothing is known of it."""
     if ratio.low is None or ratio.high is None:
         return ""
-    low, high = (f"{v:.2f}" if v < 100 else f"{v:.3g}" for v in (ratio.low, ratio.high))
-    return f"{low} to {high}"
+    return f"{_bound(ratio.low)} to {_bound(ratio.high)}"
+
+
+def _bound(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def ratio_of(ratio: Ratio) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape
 
 SIZE = 12.0  # of all text, pixels
+BOLD = SIZE * 1.14  # the size of plain letters as wide as bold ones
 WIDE = {"W", "F"}  # East Asian widths that take a whole em
 
 
