@@ -164,6 +164,19 @@ def test_a_crash_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert why == ("mmq quantize was ended by SIGKILL; the system may have run out of memory",)
 
 
+def test_the_command_lists_and_refuses(tmp_path: Path) -> None:
+    listed = mmq("pebble", "--methods", "awq, gptq", "--list", "--json", folder=tmp_path)
+    assert [job["name"] for job in json.loads(listed.stdout)["include"]] == ["pebble-awq", "pebble-gptq"]
+    for words, said in (
+        (("pebble", "--", "--public"), "--public is for `mmq publish`; give --publish, or leave it out"),
+        (("pebble", "--publish", "hf:me/{nme}"), "{nme} is unknown; known are {name}, {method}, {version}"),
+    ):
+        refused = mmq(*words, folder=tmp_path)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+    assert not (tmp_path / "mmq-run").exists()
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ValueError, match="another `mmq run` works in"), locked(tmp_path):
         pass
