@@ -351,6 +351,18 @@ def test_the_command_draws_a_report_anew(tmp_path: Path) -> None:
     assert "no report" in nothing.stderr
 
 
+def test_the_page_in_the_docs_is_of_its_report_and_names_no_place() -> None:
+    place = Path(__file__).resolve().parent.parent / "docs" / "report"
+    kept, report = (place / "report.html").read_text(encoding="utf-8"), read_report(place)
+    assert len(kept) < 400_000
+    read, fresh = Read(kept), Read(page(report, place))
+    assert [s["id"] for s in read.all("section")] == [s["id"] for s in fresh.all("section")]
+    assert all(verdict in read.text for verdict in report.verdicts)
+    assert len(read.all("img")) == len(report.answers) > 0
+    for text in (kept, (place / "report.json").read_text(encoding="utf-8")):
+        assert not re.search(r"/(tmp|home|root|work|opt)/", text)
+
+
 # a real browser
 
 
