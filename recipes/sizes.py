@@ -71,7 +71,7 @@ def check_quantization(said: Mapping[str, Any], *, where: str) -> None:
     groups = said.get("config_groups") or {}
     for group in groups.values() if isinstance(groups, Mapping) else [groups]:
         weights = group.get("weights") if isinstance(group, Mapping) else group
-        if not isinstance(weights, Mapping | NoneType) or not _names(group.get("targets")):
+        if group is None or not isinstance(weights, Mapping | NoneType) or not _names(group.get("targets")):
             raise ValueError(
                 f"{where}: config_groups holds {_short(group)}; it must be objects, targets a list of names"
             )

@@ -90,6 +90,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}},
         "config_groups holds [1]; it must be objects",
     ),
+    "a group of nothing": (
+        {"quantization_config": {"quant_method": "awq", "config_groups": {"": None}}},
+        "config_groups holds None; it must be objects",
+    ),
     "bits in words": ({"quantization_config": {"quant_method": "gptq", "bits": "x"}}, "bits is 'x'"),
 }
 
