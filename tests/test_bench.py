@@ -655,7 +655,7 @@ def test_ctrl_c_ends_every_server(tmp_path: Path) -> None:
 def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
     """Two servers up at once, in turns, with so small a cache that its capacity can be run."""
     asked: dict[str, Any] = {"folder": folder, "out": tmp_path / "results", "load": SMALL, "context": 512}
-    asked |= {"answers": 2, "sweep": (1,), "capacity": True, "vram": GIB, "extra": ("--num-gpu-blocks-override", "14")}
+    asked |= {"answers": 2, "sweep": (1,), "capacity": True, "vram": GIB, "extra": ("--num-gpu-blocks-override", "30")}
     report, place = compare(["fp16", "awq"], **asked)
     numbers = report.numbers
     assert list(numbers) == ["fp16", "awq"]
@@ -675,6 +675,7 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
         assert trial.tokens == 512
         assert 0.5 < trial.cache <= 1
         (longest,) = [line for line in report.raw[label]["journal"] if line["kind"] == "max_length"]
+        assert Trial(**longest["trials"][-1]).fine
         assert (longest["trials"][-1]["sequences"], longest["trials"][-1]["tokens"]) == (1, 512)
         assert report.stages[label]["decode"].value > 0
         assert numbers[label]["max_batch"].how == "computed"  # of 1 GiB of a card, which is not here
@@ -740,7 +741,7 @@ def test_an_engine_that_dies_leaves_the_others_figures(folder: Path, pebble: Pat
 @pytest.mark.timeout(300)
 def test_more_sequences_than_the_cache_holds_are_told(artifact: Callable[..., Path]) -> None:
     """The real server put off sequences: a run beyond its capacity is no answer."""
-    extra = ("--num-gpu-blocks-override", "14", "--no-enable-prefix-caching")
+    extra = ("--num-gpu-blocks-override", "30", "--no-enable-prefix-caching")
     launch = plan("vllm", artifact("awq"), machine=this_machine(), port=free_port(), max_model_len=512, extra=extra)
     with running(launch, timeout=300) as server:
         fits = max_batch(server.url, model=server.name, context=512)[-1]
