@@ -89,8 +89,8 @@ def _layout(declared: Mapping[str, Any], folder: Path) -> tuple[str, int]:
         method, kind = ("awq", "gemm") if "awq" in packing else ("gptq", "gptq")
     bits = {declared.get("bits", 4)}
     if method == "compressed-tensors":
-        groups = declared.get("config_groups", {}).values()
-        bits = {g["weights"]["num_bits"] for g in groups}
+        groups = (declared.get("config_groups") or {}).values()
+        bits = {(g.get("weights") or {}).get("num_bits") for g in groups}
         kind = next((g["format"] for g in groups if g.get("format")), declared.get("format"))
     known = {
         ("awq", "gemm"): ("awq", 1),

@@ -62,7 +62,7 @@ def check_quantization(said: Mapping[str, Any], *, where: str) -> None:
     for key in ("modules_to_not_convert", "ignore", "llm_int8_skip_modules"):
         if not _names(said.get(key)):
             raise ValueError(f"{where}: {key} is {_short(said[key])}; it must be a list of names")
-    for key in ("bits", "w_bit", "group_size", "q_group_size"):
+    for key in ("bits", "w_bit", "num_bits", "group_size", "q_group_size"):
         if type(said.get(key)) not in (int, NoneType):
             raise ValueError(f"{where}: {key} is {_short(said[key])}; it must be a whole number")
     for key in ("quant_method", "format", "version", "checkpoint_format", "packing_format", "quant_type"):
@@ -75,6 +75,9 @@ def check_quantization(said: Mapping[str, Any], *, where: str) -> None:
             raise ValueError(
                 f"{where}: config_groups holds {_short(group)}; it must be objects, targets a list of names"
             )
+        check_quantization({k: v for k, v in (weights or {}).items() if k != "config_groups"}, where=where)
+        if not isinstance(group.get("format"), str | NoneType):
+            raise ValueError(f"{where}: format is {_short(group['format'])}; it must be a name")
 
 
 def _names(value: Any) -> bool:

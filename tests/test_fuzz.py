@@ -230,6 +230,7 @@ def changed(folder: Path, changes: dict[str, Any], quantization: Any) -> bytes:
 @often
 def test_configs_are_read_or_refused(examples: int, tmp_path: Path) -> None:
     """By the planner, the engines' rules and the launch lines of every engine."""
+    from mmq.export.convert import settle
     from mmq.serve.engines import lines
     from mmq.serve.machine import this_machine
     from mmq.serve.rules.verdicts import PLACES, verdicts
@@ -238,12 +239,14 @@ def test_configs_are_read_or_refused(examples: int, tmp_path: Path) -> None:
     original = (folder / "config.json").read_bytes()
     inner = among(CONFIG_KEYS, st.one_of(plain, st.integers(1, 64), anything))
     nested = st.one_of(inner, st.dictionaries(st.sampled_from(["text_config", "vision_config"]), inner, max_size=2))
+    group = among(["weights", "targets", "format"], st.one_of(plain, among(["num_bits", "group_size", "strategy"])))
+    groups = st.dictionaries(texts, st.one_of(group, plain), max_size=2)
     packed = st.one_of(
         st.none(),
         st.builds(
             lambda method, rest: {**rest, "quant_method": method},
             st.sampled_from(["awq", "gptq", "compressed-tensors", "bitsandbytes", "fp8", ""]),
-            among(QUANTIZATION_KEYS, st.one_of(plain, st.lists(texts, max_size=2), anything)),
+            among(QUANTIZATION_KEYS, st.one_of(plain, st.lists(texts, max_size=2), anything, groups)),
         ),
     )
     machine = this_machine()
@@ -255,6 +258,7 @@ def test_configs_are_read_or_refused(examples: int, tmp_path: Path) -> None:
         if result(lambda: read_subject(folder)) is None:
             return
         result(lambda: list(verdicts(folder, PLACES)))
+        result(lambda: settle(folder, None))
         for engine in ("vllm", "pytorch"):
             result(lambda engine=engine: lines(engine, folder, machine=machine))
 
