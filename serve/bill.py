@@ -54,6 +54,8 @@ class Ask:
     share: float | None = None  # of the card, else as much as is safe
     batched: int | None = None  # --max-num-batched-tokens, else vLLM's own
     eager: bool = False  # no CUDA graphs
+    compiled: bool = True  # by torch.compile, where not eager
+    graphs: str = "FULL_AND_PIECEWISE"  # vLLM's cudagraph_mode
     video: bool | None = None  # None: not where `images` is given
     lora_rank: int = 0  # that room is laid out for, 0 without adapters
     lora_slots: int = 0  # adapters on the card at once
@@ -135,7 +137,9 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
         found.append(Part("LoRA", math.ceil(size * fullest(model.config, ask.pp)), why))
     found += passes(model, ask, context, batched=batched, sequences=sequences)
     if not ask.eager:
-        graphs = overhead.graph_count(sequences, batched) * (2 if ask.lora_slots else 1)  # with adapters and without
+        graphs = overhead.graph_count(sequences, batched, mode=ask.graphs) * (
+            2 if ask.lora_slots else 1
+        )  # with adapters and without
         size = overhead.GRAPHS + graphs * overhead.GRAPH
         found.append(Part("CUDA graphs", size, f"{graphs} graphs; constants laid above published logs"))
     found.append(Part("libraries", overhead.LIBRARIES, "cuBLAS and attention workspaces: assumed"))
@@ -153,7 +157,7 @@ def passes(model: Model, ask: Ask, context: int, *, batched: int, sequences: int
     if model.vision is not None:
         options: dict[str, Any] = {"images": ask.pictures, "video": ask.videos, "context": context}
         features = overhead.profiled_tokens(model.vision, batched=batched, sequences=sequences, **options)
-        size = overhead.tower_bytes(model.vision, features, tp=ask.tp, native=not ask.eager)
+        size = overhead.tower_bytes(model.vision, features, tp=ask.tp, native=ask.compiled and not ask.eager)
         why = f"{int(features * model.vision.per_token)} patches, the largest input that vLLM profiles with"
         found["vision tower at work"] = (size, why)
         kept = features * model.vision.outputs * hidden * overhead.ITEM

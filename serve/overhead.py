@@ -22,7 +22,7 @@ BESIDE = 1 << 26  # what a pass has beside the tensors counted here: 0.055 GiB, 
 TURNED = 0.026  # of packed weights: what Marlin's order takes more of the GPU than the file's; 7B's shape, two families
 NCCL = GIB // 2  # buffers of a group of GPUs; vLLM's utils/mem_utils.py gives 0.5 GiB as its example, assumed here
 GRAPHS = GIB // 4  # the pool that all CUDA graphs share, and
-GRAPH = 4 << 20  # each graph's own; measured: 84 graphs of a 2B 0.36 GiB; published: 16 graphs 0.36, 86 graphs 0.73
+GRAPH = 2 << 20  # each graph's own; in vLLM 0.26's logs 35 graphs have 0.19 to 0.25 GiB, 84 have 0.30 to 0.36
 GRAPH_SIZE = 512  # tokens of the largest graph, 1024 on Blackwell's B cards
 SAMPLED = (
     24  # bytes a logit while sampling: 2 as put out, 4 as float32, 4 + 8 sorted and indexed, 4 probabilities, masks
@@ -105,11 +105,13 @@ def sampler_bytes(config: Mapping[str, Any], sequences: int) -> int:
     return sequences * widths(config)[2] * SAMPLED
 
 
-def graph_count(sequences: int, batched: int) -> int:
-    """CUDA graphs captured: pieces up to twice the sequences, whole decode steps up to the sequences.
+def graph_count(sequences: int, batched: int, *, mode: str = "FULL_AND_PIECEWISE") -> int:
+    """CUDA graphs captured: pieces up to twice the sequences, whole decode steps up to the sequences, or one of the two
+    by vLLM's cudagraph_mode.
 
     The sizes are 1, 2, 4, then every 8th up to 256, then every 16th (config/vllm.py, _set_cudagraph_sizes).
     """
     most = min(2 * sequences, GRAPH_SIZE, batched)
     sizes = [*(n for n in (1, 2, 4)), *range(8, 256, 8), *range(256, GRAPH_SIZE + 1, 16)]
-    return sum(n <= most for n in sizes) + sum(n <= sequences for n in sizes)
+    pieces, whole = sum(n <= most for n in sizes), sum(n <= sequences for n in sizes)
+    return ("PIECEWISE" in mode) * pieces + ("FULL" in mode) * whole

@@ -33,9 +33,7 @@ def flags_of(
         why += f"; {ask.concurrency} over {ask.dp} replicas" if ask.dp > 1 else ""
         flags.append(Flag("--max-num-seqs", str(ask.abreast), why))
     if ask.eager:
-        flags.append(
-            Flag("--enforce-eager", None, "you asked for it: the memory of CUDA graphs is the cache's")
-        )
+        flags.append(Flag("--enforce-eager", None, "you asked for it: the memory of CUDA graphs is the cache's"))
     if ask.kv_dtype != "auto":
         flags.append(Flag("--kv-cache-dtype", ask.kv_dtype, "half the bytes a token; costs accuracy, so check it"))
     flags += size_flags(ask.tp, ask.pp, ask.dp)
@@ -66,6 +64,9 @@ def asked_in(extra: Sequence[str], *, context: int | None) -> Ask:
     if isinstance(limit.get("image"), int):
         wanted |= {"images": limit["image"], "video": limit.get("video") != 0}
     pixels = _json(extra, "--mm-processor-kwargs").get("max_pixels")
+    compiling = _json(extra, "--compilation-config")
+    if isinstance(compiling.get("cudagraph_mode"), str):
+        wanted["graphs"] = compiling["cudagraph_mode"].upper()
     return Ask(
         sequences=_whole(extra, "--max-num-seqs"),
         tp=_whole(extra, "--tensor-parallel-size", "-tp") or 1,
@@ -76,6 +77,7 @@ def asked_in(extra: Sequence[str], *, context: int | None) -> Ask:
         share=number(extra, "--gpu-memory-utilization"),
         batched=_whole(extra, "--max-num-batched-tokens"),
         eager=given(extra, "--enforce-eager") is not None,
+        compiled=compiling.get("mode") not in (0, "NONE"),
         **wanted,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ from mmq.serve.planner import planned
 from mmq.serve.rules.verdicts import chosen, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ("--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--limit-mm-per-prompt")
+FLAGS = (
+    "--max-model-len",
+    "--max-num-batched-tokens",
+    "--max-num-seqs",
+    "--limit-mm-per-prompt",
+    "--compilation-config",
+)
 MINICPMV = {
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -66,35 +73,41 @@ def test_a_hollow_checkpoint_is_as_large_as_the_released_one(shape: str, tmp_pat
     assert planned(read_model(packed), card_named("4090").gpu, Ask(context=4096)).problem == ""
 
 
-SEEN = [json.loads(line) for line in (ROOT / "docs" / "bench" / "h100-plan.jsonl").read_text().splitlines()]
+RECORDS = [ROOT / "docs" / "bench" / name for name in ("h100-plan.jsonl", "h200-plan.jsonl")]
+SEEN = [json.loads(line) for path in RECORDS for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def hollows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints that a GPU was given."""
     folder = tmp_path_factory.mktemp("hollow")
-    for name in {each["folder"] for each in SEEN} - {"minicpm-v-2.6-awq"}:
-        hollow.write(name.removesuffix("-awq"), folder / name, packed=name.endswith("-awq"))
-    hollow_minicpmv(folder / "minicpm-v-2.6-awq")
+    for name in {each["folder"] for each in SEEN}:
+        write = hollow_minicpmv if name.startswith("minicpm") else partial(hollow.write, name.removesuffix("-awq"))
+        write(folder / name, packed=name.endswith("-awq"))
     return folder
 
 
 @pytest.mark.parametrize(
-    "seen", SEEN, ids=lambda s: f"{s['folder']}-{s['budget'] // GIB}-{'eager' if s['eager'] else 'graphs'}"
+    "seen",
+    SEEN,
+    ids=lambda s: (
+        f"{s['folder']}-{s['budget'] // GIB}-{'eager' if s['eager'] else 'graphs'}{'-h200' if 'share' in s else ''}"
+    ),
 )
 def test_a_plan_comes_near_what_a_gpu_told(seen: dict[str, Any], hollows: Path) -> None:
-    """vLLM 0.26.0 on an H100, started with the share of it that makes the budget; the flags are those of then."""
+    """vLLM 0.26.0 on an H100 and an H200, started with the share of it that makes the budget; the flags are those of then."""
     words = seen["argv"]
     flags = [w for n in FLAGS if n in words for w in (n, words[words.index(n) + 1])]
     ask = asked_in([*flags, *(["--enforce-eager"] if seen["eager"] else [])], context=None)
+    ask = replace(ask, share=seen.get("share"))
     told = planned(read_model(hollows / seen["folder"]), Gpu("H100", seen["budget"], seen["budget"], 9.0), ask)
     weights = sum(p.size for p in told.parts if p.name.startswith("weights"))
     assert weights == pytest.approx(seen["engine_weights"], rel=WEIGHTS)
     assert told.tokens == pytest.approx(seen["engine_tokens"], rel=TOKENS)
 
 
-def hollow_minicpmv(folder: Path) -> None:
-    """MiniCPM-V 2.6's names and shapes, packed, over a hole."""
+def hollow_minicpmv(folder: Path, *, packed: bool) -> None:
+    """MiniCPM-V 2.6's names and shapes over a hole."""
     cases.checkpoint("2.6", folder)
     path = folder / "config.json"
     config = json.loads(path.read_text()) | MINICPMV
@@ -102,7 +115,7 @@ def hollow_minicpmv(folder: Path) -> None:
     path.write_text(json.dumps(config))
     with init_empty_weights():
         model = build_model(config, image_token_id=259, dtype=torch.bfloat16)
-    hollow.fill(folder, {n: ("BF16", tuple(p.shape)) for n, p in model.named_parameters()}, packed=True)
+    hollow.fill(folder, {n: ("BF16", tuple(p.shape)) for n, p in model.named_parameters()}, packed=packed)
 
 
 @pytest.mark.parametrize(("packed", "seen"), [(False, 15.59), (True, 6.67)])
