@@ -87,13 +87,13 @@ def hollows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "seen",
-    SEEN,
-    ids=lambda s: (
-        f"{s['folder']}-{s['budget'] // GIB}-{'eager' if s['eager'] else 'graphs'}{'-h200' if 'share' in s else ''}"
-    ),
-)
+def named(seen: dict[str, Any]) -> str:
+    """A start, for a test's name."""
+    mode = "eager" if seen["eager"] else "graphs"
+    return f"{seen['folder']}-{seen['budget'] // GIB}-{mode}{'-h200' if 'share' in seen else ''}"
+
+
+@pytest.mark.parametrize("seen", SEEN, ids=named)
 def test_a_plan_comes_near_what_a_gpu_told(seen: dict[str, Any], hollows: Path) -> None:
     """vLLM 0.26.0 on an H100 and an H200, started with the share of it that makes the budget; the flags are those of then."""
     words = seen["argv"]
