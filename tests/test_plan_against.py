@@ -95,7 +95,7 @@ def named(seen: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("seen", SEEN, ids=named)
 def test_a_plan_comes_near_what_a_gpu_told(seen: dict[str, Any], hollows: Path) -> None:
-    """vLLM 0.26.0 on an H100 and an H200, started with the share of it that makes the budget; the flags are those of then."""
+    """vLLM 0.26.0 on an H100 and an H200, given the share that makes the budget; the flags are those of then."""
     words = seen["argv"]
     flags = [w for n in FLAGS if n in words for w in (n, words[words.index(n) + 1])]
     ask = asked_in([*flags, *(["--enforce-eager"] if seen["eager"] else [])], context=None)
