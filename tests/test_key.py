@@ -88,3 +88,12 @@ def test_a_local_base_is_its_files(pebble: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
     assert base_mark(fetch(str(tmp_path)), "") != before
     assert key_of(PEBBLE, before, None)["digest"] != key_of(PEBBLE, before, "0")["digest"]
+
+
+def test_another_family_than_the_recipes_is_refused(tmp_path: Path) -> None:
+    from mmq.export.make import make
+
+    recipe = dataclasses.replace(PEBBLE, family="llava")
+    with pytest.raises(ValueError, match="pebble is of family qwen2_vl, its recipe says llava; name the model"):
+        make(recipe, fetch("pebble"), tmp_path / "out", samples=[], calibration="drawn")
+    assert not (tmp_path / "out").exists()
