@@ -124,7 +124,8 @@ def stack(
     found: Fit, *, measured: Footprint | None = None, peak: int | None = None, log: str = ""
 ) -> Mapping[str, Figure]:
     """The card's memory by part, bytes: the bill's, and in its place what the engine's log and NVML told of an engine
-    that had just this budget (`measured`). Empty where there is neither a bill nor a measurement."""
+    that had just this budget (`measured`); its activations are then in "other", unless its log tells them apart. Empty
+    where there is neither a bill nor a measurement."""
     parts: dict[str, Figure] = {}
     if found.plan is not None:
         sizes: dict[str, int] = dict.fromkeys(STACK, 0)
@@ -143,6 +144,8 @@ def stack(
         if told := words.findall(log):
             parts[name] = Figure(int(float(told[-1]) * GIB), "bytes", "measured")
     if peak is not None:
+        if parts.get("activations", Figure(0, "bytes", "computed")).how == "computed":
+            parts.pop("activations", None)  # the bill's own guess; what they really took is in the rest
         rest = peak - sum(figure.value for name, figure in parts.items() if name != "other")
         parts["other"] = Figure(max(0, rest), "bytes", "measured")
     return parts

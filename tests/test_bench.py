@@ -159,6 +159,9 @@ def test_what_an_engine_told_wins_in_the_stack(pebble: Path) -> None:
     assert (parts["graphs"].value, parts["activations"].value) == (GIB // 2, GIB // 4)
     assert sum(figure.value for figure in parts.values()) == 20 * GIB
     assert {figure.how for figure in parts.values()} == {"measured"}
+    less = memory.stack(found, measured=held, peak=20 * GIB, log=log.splitlines()[0])
+    assert list(less) == ["weights", "cache", "graphs", "other"]  # of activations only the bill spoke
+    assert sum(figure.value for figure in less.values()) == 20 * GIB
 
 
 def test_measured_weights_are_labelled(pebble: Path) -> None:
