@@ -5,13 +5,15 @@ A plot whose data is missing is None, or not in the list: the page says then whi
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .charts import Dot, Line, dot_chart, line_chart, ratio_chart
 from .colours import part
-from .report import Figure, Report
+from .report import Figure, Ratio, Report
 from .show import amount, number_of, ratio_of, show
 from .stack import Bar, bar_chart
 
@@ -29,6 +31,7 @@ RATIOS = (  # input tok/s and time are output tok/s again
     ("e2e", "whole request"),
     ("energy", "energy a token"),
 )
+TINY = 1e-6  # the least ratio that is drawn
 SCORES = (("soft_kl", "KL to FP16 at temperature 4 (nats)"), ("mean_kl", "mean KL to FP16 (nats)"))
 PART_NAMES = {"weights": "weights", "cache": "KV cache", "graphs": "CUDA graphs"}
 
@@ -54,6 +57,20 @@ def _plot(
     return Plot(title, wide, narrow, head, rows, **more)
 
 
+def sound(value: float | None, *, least: float = 0.0) -> bool:
+    """Whether a value can be drawn: a number, finite, and not below `least`. A broken model has others."""
+    return value is not None and math.isfinite(value) and value >= least
+
+
+def _drawn(ratios: Mapping[str, Ratio], key: str) -> Ratio | None:
+    """The ratio if it can be drawn, without an interval that cannot."""
+    ratio = ratios.get(key)
+    if ratio is None or not sound(ratio.value, least=TINY):
+        return None
+    whole = sound(ratio.low) and sound(ratio.high, least=TINY)
+    return ratio if whole else dataclasses.replace(ratio, low=None, high=None)
+
+
 def load_plots(report: Report) -> list[Plot]:
     """Rate and latencies against concurrency, a plot each; none where fewer than two levels were run."""
     levels = sorted({level.concurrency for found in report.sweep.values() for level in found})
@@ -66,10 +83,8 @@ def load_plots(report: Report) -> list[Plot]:
 def _gain_plot(report: Report, levels: Sequence[int]) -> Plot | None:
     """Output tok/s by the first label's at each concurrency: where int4 helps, and where it stops."""
     first, *others = report.numbers
-    ratios = {
-        label: {level.concurrency: r for level in report.sweep.get(label, ()) if (r := level.ratios.get("output_rate"))}
-        for label in others
-    }
+    ratios = {label: {n.concurrency: r for n in report.sweep.get(label, ()) if (r := _drawn(n.ratios, "output_rate"))}
+              for label in others}  # fmt: skip
     lines = [
         Line(
             label,
@@ -106,7 +121,7 @@ def _load_plot(
             points = [
                 (level.concurrency, level.numbers[measure].value)
                 for level in report.sweep.get(label, ())
-                if measure in level.numbers
+                if measure in level.numbers and sound(level.numbers[measure].value)
             ]
             if points:
                 name = f"{label} {tail}".strip()
@@ -137,7 +152,7 @@ def ratio_plot(report: Report) -> Plot | None:
         dots = [
             Dot(label, list(report.numbers).index(label), r.value, 0, r.low, r.high)
             for label in others
-            if (r := report.ratios.get(label, {}).get(key)) is not None and r.value > 0
+            if (r := _drawn(report.ratios.get(label, {}), key))
         ]
         if dots:
             rows.append((title, dots))
@@ -164,12 +179,14 @@ def memory_plot(report: Report) -> Plot | None:
     bars = [
         Bar(
             label,
-            [(n, found[p].value, amount(found[p].value)) for p, n in zip(parts, names, strict=True) if p in found],
+            [(n, _length(found[p]), amount(found[p].value)) for p, n in zip(parts, names, strict=True) if p in found],
         )
         for label, found in report.memory.items()
     ]
     budget = report.settings.get("vram")
     largest = max(sum(value for _, value, _ in bar.parts) for bar in bars)
+    if not largest:
+        return None
     # a line far beyond every bar would make all of them slivers, and one that the bars stay far under says nothing
     limit = (float(budget), f"{amount(budget)} asked for") if budget and largest > budget / 8 else None
     said = "Memory by part: " + "; ".join(f"{b.name} " + ", ".join(f"{n} {w}" for n, _, w in b.parts) for b in bars)
@@ -183,6 +200,10 @@ def memory_plot(report: Report) -> Plot | None:
     ]
     legend = [(part(i), name) for i, name in enumerate(names)]
     return _plot("Memory by part", draw, ["", *names, "sum"], rows, full=True, legend=legend)
+
+
+def _length(figure: Figure) -> float:
+    return figure.value if sound(figure.value) else 0.0
 
 
 def _cell(figure: Figure | None) -> str:
@@ -199,7 +220,7 @@ def stage_plot(report: Report) -> Plot | None:
         Bar(
             label,
             [
-                (n, max(found[p].value, 0.0), f"{number_of(found[p].value)} ms")
+                (n, _length(found[p]), f"{number_of(found[p].value)} ms")
                 for p, n in zip(parts, names, strict=True)
                 if p in found
             ],
@@ -233,7 +254,10 @@ def layer_plot(report: Report) -> Plot | None:
     if not found:
         return None
     order = list(report.numbers)
-    lines = [Line(label, order.index(label), list(enumerate(map(float, layers)))) for label, layers in found.items()]
+    points = {label: [(i, float(e)) for i, e in enumerate(layers) if sound(e)] for label, layers in found.items()}
+    lines = [Line(label, order.index(label), drawn) for label, drawn in points.items() if drawn]
+    if not lines:
+        return None
     title = "relative squared error of the hidden states"
     said = "Relative squared error of the hidden states by decoder layer: " + "; ".join(map(_in_words, lines))
 
@@ -266,7 +290,8 @@ def pareto_plot(report: Report) -> Plot | None:
         measures: Mapping[str, float] = report.quality.get(label, {}).get("measures") or {}
         value = measures.get(key, 0.0 if is_base(report, label) else None)
         if value is not None and "weights" in found:
-            dots.append(Dot(label, index, found["weights"].value / (1 << 30), float(value)))
+            if sound(value) and sound(found["weights"].value):
+                dots.append(Dot(label, index, found["weights"].value / (1 << 30), float(value)))
             rows.append([label, show(found["weights"]), f"{value:.3g}"])
     if len(dots) < 2:
         return None

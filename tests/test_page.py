@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from mmq.bench.beside import compared, inlined
 from mmq.bench.headline import moment, tiles, title
 from mmq.bench.page import MISSING, coded, page, write_page
 from mmq.bench.plots import load_plots, memory_plot, pareto_plot
-from mmq.bench.report import Ratio, Report, read_report
+from mmq.bench.report import Figure, Level, Ratio, Report, read_report
 from mmq.bench.section import card_section, literal
 from mmq.bench.slide import png, slide, write_slide
 
@@ -39,6 +40,15 @@ HOSTILE = (
     "</style><style>body{display:none}</style>",
     "</title></head><body onload=hurt()>{{ 7 * 7 }}{% raw %}",
 )
+
+
+OVERLAPS = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
+    const boxes = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBBox()]);
+    return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>
+        p.width && q.width && p.x + 1 < q.x + q.width && q.x + 1 < p.x + p.width &&
+        p.y + 4 < q.y + q.height && q.y + 4 < p.y + p.height).map(([b]) => [a, b]));
+})"""
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "report"
 
 
 class Read(HTMLParser):
@@ -258,6 +268,37 @@ def test_the_plots_choose_what_there_is() -> None:
     assert pareto_plot(Report(**{**vars(report), "quality": unchecked})) is None
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_a_broken_model_has_a_page_too(bad: float, folder: Path) -> None:
+    """Weights that give no numbers: KL and errors by layer are NaN, figures are what they should not be. What can be
+    drawn is, the rest stands in the tables."""
+    report = full_report()
+
+    def broken(value: Any) -> Any:
+        if isinstance(value, Figure):
+            return replace(value, value=bad, low=bad, high=bad)
+        if isinstance(value, Ratio):
+            return replace(value, value=bad, low=bad, high=bad)
+        if isinstance(value, Level):
+            return Level(value.concurrency, broken(value.numbers), broken(value.ratios))
+        if isinstance(value, dict):
+            return {k: broken(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [broken(v) for v in value]
+        return bad if isinstance(value, float) else value
+
+    for names in (("quality",), ("sweep", "ratios"), ("stages", "memory"), ("numbers",)):
+        for labels in (["bnb"], list(LABELS)):
+            fields = {n: {k: broken(v) if k in labels else v for k, v in getattr(report, n).items()} for n in names}
+            changed = replace(report, **fields)
+            text = page(changed, folder)
+            for svg in [*re.findall(r"<svg.*?</svg>", text, re.DOTALL), slide(changed)]:
+                drawn = ET.fromstring(svg)
+                places = [v for n in drawn.iter() for k, v in n.attrib.items() if k in ("x", "y", "x1", "cx", "points")]
+                assert not [v for v in places if "nan" in v or "inf" in v]
+            assert card_section(changed)
+
+
 @pytest.mark.parametrize("draw", [lambda r: page(r, Path()), slide, card_section])
 def test_what_cannot_be_shown_is_told(draw: Any) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
@@ -352,14 +393,13 @@ def test_the_command_draws_a_report_anew(tmp_path: Path) -> None:
 
 
 def test_the_page_in_the_docs_is_of_its_report_and_names_no_place() -> None:
-    place = Path(__file__).resolve().parent.parent / "docs" / "report"
-    kept, report = (place / "report.html").read_text(encoding="utf-8"), read_report(place)
+    kept, report = (DOCS / "report.html").read_text(encoding="utf-8"), read_report(DOCS)
     assert len(kept) < 400_000
-    read, fresh = Read(kept), Read(page(report, place))
+    read, fresh = Read(kept), Read(page(report, DOCS))
     assert [s["id"] for s in read.all("section")] == [s["id"] for s in fresh.all("section")]
     assert all(verdict in read.text for verdict in report.verdicts)
     assert len(read.all("img")) == len(report.answers) > 0
-    for text in (kept, (place / "report.json").read_text(encoding="utf-8")):
+    for text in (kept, (DOCS / "report.json").read_text(encoding="utf-8")):
         assert not re.search(r"/(tmp|home|root|work|opt)/", text)
 
 
@@ -412,16 +452,12 @@ def test_a_browser_draws_every_plot_and_nothing_sticks_out(browser: Any, folder:
 @needs_browser
 @pytest.mark.parametrize("width", [1180, 360])
 def test_words_in_plots_do_not_lie_on_one_another(browser: Any, folder: Path, width: int) -> None:
-    """Of all pairs of words in each drawing, by the browser's own fonts."""
+    """Of all pairs of words in each drawing, by the browser's own fonts: a page by hand, a noisy real one."""
     tab, _ = opened(browser, write_page(full_report(), folder), viewport={"width": width, "height": 800})
-    overlaps = tab.evaluate("""() => [...document.querySelectorAll('svg')].flatMap(svg => {
-        const boxes = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBBox()]);
-        return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>
-            p.width && q.width && p.x + 1 < q.x + q.width && q.x + 1 < p.x + p.width &&
-            p.y + 4 < q.y + q.height && q.y + 4 < p.y + p.height).map(([b]) => [a, b]));
-    })""")
-    assert overlaps == []
-    tab.context.close()
+    pages = [tab, opened(browser, DOCS / "report.html", viewport={"width": width, "height": 800})[0]]
+    for tab in pages:
+        assert tab.evaluate(OVERLAPS) == []
+        tab.context.close()
 
 
 @needs_browser
