@@ -121,12 +121,13 @@ def command(
         what += ["--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"]
     # a picture that an engine has seen costs it less: no two runs, and no two levels, have a seed in common
     seed = load.seed + run + 1000 * load.concurrency
+    warmups = load.warmups if run else max(load.warmups, load.concurrency)  # a level's first run meets new batch sizes
     return [
         *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", url),
         *("--model", model, "--served-model-name", model, "--tokenizer", str(tokenizer)),
         *(["--trust-remote-code"] if remote_code else []),
         *(*what, "--num-prompts", str(load.requests), "--seed", str(seed)),
-        *("--max-concurrency", str(load.concurrency), "--num-warmups", str(load.warmups)),
+        *("--max-concurrency", str(load.concurrency), "--num-warmups", str(warmups)),
         *("--ignore-eos", "--temperature", "0", "--disable-tqdm"),
         *("--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name),
     ]

@@ -41,7 +41,7 @@ from mmq.bench.report import (
     read_report,
     write_report,
 )
-from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
+from mmq.bench.speed import Load, Run, command, figures, measures, percentile, read_run
 from mmq.bench.table import markdown, sweep_table, table, warnings
 from mmq.bench.turns import levels_of, mode_of, runs_at, saturated, visits
 from mmq.bench.variants import Variant, dropped, flags_for, servers
@@ -380,6 +380,29 @@ def test_a_report_is_made_of_a_journal(pebble: Path, artifact: Callable[..., Pat
     words = markdown(report)
     assert "the engine was given 24 GiB (GeForce RTX 4090) of this card; at its peak NVML saw fp16 25 GiB" in words
     assert "speed and energy do not" in words
+
+
+# what is asked
+
+
+def test_the_generators_words(tmp_path: Path) -> None:
+    load = Load(concurrency=8, warmups=2)
+
+    def value(words: list[str], flag: str) -> str:
+        return words[words.index(flag) + 1]
+
+    def words(load: Load, run: int, **options: Any) -> list[str]:
+        return command("http://x", "m", tmp_path, load, run=run, result=tmp_path / "r.json", **options)
+
+    assert value(words(load, 0), "--num-warmups") == "8"  # as many at once as the level has
+    assert value(words(load, 1), "--num-warmups") == "2"
+    seeds = {value(words(load.at(level), run), "--seed") for level in (1, 8, 32) for run in range(5)}
+    assert len(seeds) == 15
+    own = words(load, 0, rows=tmp_path / "dataset.jsonl", remote_code=True)
+    assert value(own, "--dataset-name") == "custom_image"
+    assert value(own, "--custom-output-len") == "128"
+    assert "--trust-remote-code" in own
+    assert "--random-input-len" not in own
 
 
 # a journal
