@@ -23,7 +23,9 @@ from .beside import answer
 from .colours import series, shipped, variables
 from .field import field, reading
 from .headline import moment, shown, tiles, title
-from .plots import Plot, layer_plot, load_plots, memory_plot, pareto_plot, ratio_plot, stage_plot
+from .load_plots import load_plots
+from .plot import Plot
+from .plots import layer_plot, memory_plot, pareto_plot, ratio_plot, stage_plot
 from .proof import rows as proof_rows
 from .proof import task_rows
 from .proof import unchecked as unchecked_lines

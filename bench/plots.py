@@ -5,25 +5,15 @@ A plot whose data is missing is None, or not in the list: the page says then whi
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 from .charts import Dot, Line, dot_chart, line_chart, ratio_chart
 from .colours import part
-from .report import Figure, Ratio, Report
+from .plot import Plot, drawn, in_words, made, sound
+from .report import Figure, Report
 from .show import amount, number_of, ratio_of, show
 from .stack import Bar, bar_chart
 
-COLUMN, FULL, PHONE = 520, 860, 328  # pixels: half a desk's page, the whole, a phone's
-LATENCIES = (  # measure, title, unit, its further lines
-    ("output_rate", "Output rate", "tok/s", ()),
-    ("ttft", "Time to first token", "ms", ("p99",)),
-    ("tpot", "Time per output token", "ms", ("p99",)),
-    ("e2e", "Whole request", "ms", ("p99",)),
-)
 RATIOS = (  # input tok/s and time are output tok/s again
     ("output_rate", "output tok/s"),
     ("ttft", "time to first token"),
@@ -31,117 +21,8 @@ RATIOS = (  # input tok/s and time are output tok/s again
     ("e2e", "whole request"),
     ("energy", "energy a token"),
 )
-TINY = 1e-6  # the least ratio that is drawn
 SCORES = (("soft_kl", "KL to FP16 at temperature 4 (nats)"), ("mean_kl", "mean KL to FP16 (nats)"))
 PART_NAMES = {"weights": "weights", "cache": "KV cache", "graphs": "CUDA graphs"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot for a desk (over the whole page where `full`) and a phone, and its numbers as a table, whose first column
-    titles the rows."""
-
-    title: str
-    wide: str
-    narrow: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    full: bool = False
-    legend: Sequence[tuple[str, str]] = ()  # (class, name) of colours that are not named in the plot
-
-
-def _plot(
-    title: str, draw: Callable[[float], str], head: Sequence[str], rows: Sequence[Sequence[str]], **more: Any
-) -> Plot:
-    wide, narrow = draw(FULL if more.get("full") else COLUMN), draw(PHONE)
-    return Plot(title, wide, narrow, head, rows, **more)
-
-
-def sound(value: float | None, *, least: float = 0.0) -> bool:
-    """Whether a value can be drawn: a number, finite, and not below `least`. A broken model has others."""
-    return value is not None and math.isfinite(value) and value >= least
-
-
-def _drawn(ratios: Mapping[str, Ratio], key: str) -> Ratio | None:
-    """The ratio if it can be drawn, without an interval that cannot."""
-    ratio = ratios.get(key)
-    if ratio is None or not sound(ratio.value, least=TINY):
-        return None
-    whole = sound(ratio.low) and sound(ratio.high, least=TINY)
-    return ratio if whole else dataclasses.replace(ratio, low=None, high=None)
-
-
-def load_plots(report: Report) -> list[Plot]:
-    """Rate and latencies against concurrency, a plot each; none where fewer than two levels were run."""
-    levels = sorted({level.concurrency for found in report.sweep.values() for level in found})
-    if len(levels) < 2:
-        return []
-    found = [_gain_plot(report, levels), *(_load_plot(report, levels, *row) for row in LATENCIES)]
-    return [plot for plot in found if plot is not None]
-
-
-def _gain_plot(report: Report, levels: Sequence[int]) -> Plot | None:
-    """Output tok/s by the first label's at each concurrency: where int4 helps, and where it stops."""
-    first, *others = report.numbers
-    ratios = {label: {n.concurrency: r for n in report.sweep.get(label, ()) if (r := _drawn(n.ratios, "output_rate"))}
-              for label in others}  # fmt: skip
-    lines = [
-        Line(
-            label,
-            index,
-            [(n, r.value) for n, r in ratios[label].items()],
-            spans=[(n, r.low, r.high) for n, r in ratios[label].items() if r.low is not None and r.high is not None],
-        )
-        for index, label in enumerate(others, start=1)
-        if ratios[label]
-    ]
-    if not lines:
-        return None
-    title = f"Output rate as a multiple of {first}'s"
-    said = f"{title} against requests at once: " + "; ".join(_in_words(line) for line in lines)
-
-    known = [r.level for by in ratios.values() for r in by.values() if r.low is not None]
-    heading = f"with {known[0]:.0%} intervals of paired runs" if known else "without intervals"
-
-    def draw(width: float) -> str:
-        given: dict[str, Any] = {"x_title": "requests at once", "y_title": heading, "mark_at": 1.0, "log_y": True}
-        return line_chart(lines, label=said, width=width, log_x=True, x_ticks=levels, **given)
-
-    rows = [[str(n), *(ratio_of(r) if (r := ratios[label].get(n)) else "-" for label in others)] for n in levels]
-    return _plot(title, draw, ["requests at once", *others], rows)
-
-
-def _load_plot(
-    report: Report, levels: Sequence[int], key: str, title: str, unit: str, tails: Sequence[str]
-) -> Plot | None:
-    lines, columns = [], {}
-    for index, label in enumerate(report.numbers):
-        for tail in ("", *tails):
-            measure = f"{key}_{tail}" if tail else key
-            points = [
-                (level.concurrency, level.numbers[measure].value)
-                for level in report.sweep.get(label, ())
-                if measure in level.numbers and sound(level.numbers[measure].value)
-            ]
-            if points:
-                name = f"{label} {tail}".strip()
-                lines.append(Line(name, index, points, dashed=bool(tail)))
-                columns[name] = dict(points)
-    if not lines:
-        return None
-    said = f"{title} against requests at once: " + "; ".join(_in_words(line) for line in lines)
-
-    def draw(width: float) -> str:
-        return line_chart(lines, label=said, x_title="requests at once", y_title=unit, width=width, log_x=True,
-                          x_ticks=levels)  # fmt: skip
-
-    rows = [[str(n), *(number_of(c[n]) if n in c else "-" for c in columns.values())] for n in levels]
-    return _plot(title, draw, ["requests at once", *columns], rows)
-
-
-def _in_words(line: Line) -> str:
-    (x, y), (last_x, last_y) = line.points[0], line.points[-1]
-    return f"{line.name} from {number_of(y)} at {x:g} to {number_of(last_y)} at {last_x:g}"
 
 
 def ratio_plot(report: Report) -> Plot | None:
@@ -152,7 +33,7 @@ def ratio_plot(report: Report) -> Plot | None:
         dots = [
             Dot(label, list(report.numbers).index(label), r.value, 0, r.low, r.high)
             for label in others
-            if (r := _drawn(report.ratios.get(label, {}), key))
+            if (r := drawn(report.ratios.get(label, {}), key))
         ]
         if dots:
             rows.append((title, dots))
@@ -167,7 +48,7 @@ def ratio_plot(report: Report) -> Plot | None:
     def draw(width: float) -> str:
         return ratio_chart(rows, label=said, one=first, width=width)
 
-    return _plot(f"As a multiple of {first}'s", draw, ["", *others], table, full=True)
+    return made(f"As a multiple of {first}'s", draw, ["", *others], table, full=True)
 
 
 def memory_plot(report: Report) -> Plot | None:
@@ -199,7 +80,7 @@ def memory_plot(report: Report) -> Plot | None:
         for label, found in report.memory.items()
     ]
     legend = [(part(i), name) for i, name in enumerate(names)]
-    return _plot("Memory by part", draw, ["", *names, "sum"], rows, full=True, legend=legend)
+    return made("Memory by part", draw, ["", *names, "sum"], rows, full=True, legend=legend)
 
 
 def _length(figure: Figure) -> float:
@@ -236,7 +117,7 @@ def stage_plot(report: Report) -> Plot | None:
 
     rows = [[label, *(_spread(found.get(p)) for p in parts)] for label, found in report.stages.items()]
     legend = [(part(i), name) for i, name in enumerate(names)]
-    return _plot("One request alone", draw, ["ms", *names], rows, full=True, legend=legend)
+    return made("One request alone", draw, ["ms", *names], rows, full=True, legend=legend)
 
 
 def _spread(figure: Figure | None) -> str:
@@ -259,7 +140,7 @@ def layer_plot(report: Report) -> Plot | None:
     if not lines:
         return None
     title = "relative squared error of the hidden states"
-    said = "Relative squared error of the hidden states by decoder layer: " + "; ".join(map(_in_words, lines))
+    said = "Relative squared error of the hidden states by decoder layer: " + "; ".join(map(in_words, lines))
 
     def draw(width: float) -> str:
         layers = range(max(map(len, found.values())))
@@ -269,7 +150,7 @@ def layer_plot(report: Report) -> Plot | None:
 
     longest = max(map(len, found.values()))
     rows = [[str(i), *(f"{q[i]:.3g}" if i < len(q) else "-" for q in found.values())] for i in range(longest)]
-    return _plot("Error by decoder layer", draw, ["decoder layer", *found], rows)
+    return made("Error by decoder layer", draw, ["decoder layer", *found], rows)
 
 
 def score_of(report: Report) -> tuple[str, str] | None:
@@ -302,7 +183,7 @@ def pareto_plot(report: Report) -> Plot | None:
     def draw(width: float) -> str:
         return dot_chart(dots, label=said, x_title=f"model memory ({unit})", y_title=title, width=width)
 
-    return _plot("Quality against memory", draw, ["", "model memory", title], rows)
+    return made("Quality against memory", draw, ["", "model memory", title], rows)
 
 
 def is_base(report: Report, label: str) -> bool:

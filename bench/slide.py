@@ -11,7 +11,9 @@ from pathlib import Path
 
 from .colours import ROLES, resolved, series, shipped
 from .headline import moment, shown, tiles, title
-from .plots import Plot, load_plots, memory_plot, pareto_plot, ratio_plot, stage_plot
+from .load_plots import load_plots
+from .plot import Plot
+from .plots import memory_plot, pareto_plot, ratio_plot, stage_plot
 from .proof import rows as proof_rows
 from .report import Report
 from .svg import element, fitted, number, picture, text_width, words, wrapped

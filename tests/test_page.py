@@ -26,8 +26,9 @@ from reports import LABELS, bare_report, full_report, with_pictures, written
 
 from mmq.bench.beside import compared, inlined
 from mmq.bench.headline import moment, tiles, title
+from mmq.bench.load_plots import load_plots
 from mmq.bench.page import MISSING, coded, page, write_page
-from mmq.bench.plots import load_plots, memory_plot, pareto_plot
+from mmq.bench.plots import memory_plot, pareto_plot
 from mmq.bench.report import Figure, Level, Ratio, Report, read_report
 from mmq.bench.section import card_section, literal
 from mmq.bench.slide import png, slide, write_slide
