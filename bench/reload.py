@@ -24,15 +24,24 @@ from ..serve.client import connect, plain_errors
 from ..serve.engines import plan
 from ..serve.machine import this_machine
 from ..serve.running import free_port, running
-from ..serve.shape import read_shape
+from ..serve.shape import read_config, read_shape
 
 ENGINES = {"vllm": "vLLM", "pytorch": "transformers", "lmdeploy": "LMDeploy"}  # as readers know them
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
 
 
 def trusts(artifact: Artifact) -> bool:
-    """Whether the checkpoint's own Python has to run where it is loaded."""
-    return bool(artifact.manifest["recipe"].get("trust_remote_code"))
+    """Whether the checkpoint's own Python has to run where it is loaded: the recipe says so, or it ships Python for a
+    model that transformers has no class of its own for (MiniCPM-V 2.6, which mmq reads by its own and engines do not).
+    """
+    if artifact.manifest["recipe"].get("trust_remote_code"):
+        return True
+    config = read_config(artifact.path)
+    if not config.get("auto_map") or not any(name.endswith(".py") for name in artifact.manifest["files"]):
+        return False
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return str(config.get("model_type")) not in CONFIG_MAPPING_NAMES
 
 
 @contextmanager

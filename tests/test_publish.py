@@ -19,6 +19,7 @@ from test_upload import environment, half, point
 
 from mmq.__main__ import main
 from mmq.bench.examine import examine
+from mmq.bench.reload import trusts
 from mmq.bench.report import Figure, Report
 from mmq.export.artifact import Artifact, open_artifact
 from mmq.recipes.hub import fetch
@@ -455,3 +456,16 @@ def test_published_downloaded_and_served_by_the_real_engine(
         )
     assert reply.choices[0].message.content == first == sample.answer
     assert "HF_TOKEN" in os.environ
+
+
+def test_python_of_its_own_is_noticed(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """As MiniCPM-V's artifacts are: mmq read them without it, the recipe asks for none, and engines want it."""
+    plain = open_artifact(artifact("awq"))
+    assert not trusts(plain)
+    ships = {**plain.manifest, "files": {**plain.manifest["files"], "modeling_new.py": {}}}
+    assert not trusts(dataclasses.replace(plain, manifest=ships))  # Qwen2-VL's class is transformers' own
+    config = json.loads((plain.path / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "never_heard_of", "auto_map": {"AutoModel": "modeling_new.New"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert trusts(dataclasses.replace(plain, path=tmp_path, manifest=ships))
+    assert not trusts(dataclasses.replace(plain, path=tmp_path))  # named, and not there
