@@ -39,9 +39,9 @@ def trusts(artifact: Artifact) -> bool:
     config = read_config(artifact.path)
     if not config.get("auto_map") or not any(name.endswith(".py") for name in artifact.manifest["files"]):
         return False
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
-    return str(config.get("model_type")) not in CONFIG_MAPPING_NAMES
+    return str(config.get("model_type")) not in configuration_auto.CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager
