@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)  # the matrices are small, and threads that spin for each other stall on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub that is not the test's own
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun behind a shell's &: what the tests start would be deaf
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SAMPLES = 48
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of several at once (`make test`), None for one process
