@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 @several(size_options)
 @lora_option
 @click.option("--kv-cache-dtype", "kv_dtype", type=click.Choice(["auto", "fp8"]), default="auto", show_default=True)
-@click.option(
-    "--enforce-eager", "eager", is_flag=True, help="No CUDA graphs: more cache, slower answers."
-)
+@click.option("--enforce-eager", "eager", is_flag=True, help="No CUDA graphs: more cache, slower answers.")
 @several(hub_options)
 @json_option
 def command(
