@@ -38,4 +38,4 @@ def examine(
         if embedded and dataset is None:
             from ..recipes.pebble.tasks import exact as score
         result = check(artifact, base, samples=samples, score=score, device=device, **more)
-    return result, write(artifact, result, engine=engine)
+    return result, write(artifact, result, engine=engine, asked=count)

@@ -98,7 +98,7 @@ def kept_check(artifact: Artifact, settings: Settings, engine: str | None = None
     """The same where it holds the recipe's limits of now and as many samples as are asked for; else empty."""
     report = check_report(artifact, engine)
     same = report.get("limits") == artifact.manifest["recipe"]["limits"]
-    return report if same and len(report.get("samples", ())) == settings.samples else {}
+    return report if same and report.get("asked") == settings.samples else {}
 
 
 def bench_report(artifact: Artifact, settings: Settings) -> Path | None:

@@ -84,8 +84,9 @@ def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(artifact: Artifact, result: Checked, *, engine: str | None = None) -> Path:
-    """Write check.json and check.md (or check-ENGINE) into the artifact's folder; returns the JSON's path."""
+def write(artifact: Artifact, result: Checked, *, engine: str | None = None, asked: int | None = None) -> Path:
+    """Write check.json and check.md (or check-ENGINE) into the artifact's folder; returns the JSON's path. `asked` is
+    how many samples were wanted; an engine is asked fewer where some are videos."""
     path = artifact.path / (f"check-{engine}.json" if engine else "check.json")
     limits = limits_of(artifact)
     write_json(
@@ -101,6 +102,7 @@ def write(artifact: Artifact, result: Checked, *, engine: str | None = None) -> 
             "measures": dict(result.measures),
             "limits": dataclasses.asdict(limits),
             "layers": list(result.layers),
+            "asked": asked,
             "samples": [dict(s) for s in result.samples],
             "versions": versions(),
         },

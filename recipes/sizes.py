@@ -6,6 +6,7 @@ The bounds are an order of magnitude above the largest models of 2026. Knows key
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Any
@@ -55,6 +56,12 @@ def check_sizes(config: Mapping[str, Any], *, where: str) -> None:
                 raise ValueError(
                     f"{where}: {key} is {_short(value)}; it must be a whole number from {least} to {SIZES[key]}"
                 )
+
+
+def count_of(value: Any) -> int:
+    """A checked size as one number; of a list, which has one for each layer, the largest that divides them all, so that
+    what divides it divides each. 0 where nothing is told."""
+    return math.gcd(*(int(one or 0) for one in (value if isinstance(value, list) else [value])))
 
 
 def check_quantization(said: Mapping[str, Any], *, where: str) -> None:

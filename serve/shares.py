@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..export.subject import text_config
+from ..recipes.sizes import count_of
 
 
 def stages(layers: int, pp: int) -> tuple[int, ...]:
@@ -48,8 +49,8 @@ def undealt(config: Mapping[str, Any], *, tp: int = 1, pp: int = 1) -> str:
     """Why the decoder cannot be dealt out so, "" where it can: heads over `tp` cards (key-value heads are repeated
     where there are fewer), layers over `pp` stages."""
     text = text_config(config)
-    heads = int(text.get("num_attention_heads") or 1)
-    pairs = int(text.get("num_key_value_heads") or 0)
+    heads = count_of(text.get("num_attention_heads")) or 1
+    pairs = count_of(text.get("num_key_value_heads"))
     if heads % tp:
         return f"{heads} attention heads cannot be dealt to {tp} GPUs"
     if pairs and pairs % tp and tp % pairs:

@@ -19,6 +19,7 @@ import hostile
 import pytest
 
 from mmq.__main__ import main
+from mmq.recipes.sizes import count_of
 
 Run = Callable[..., tuple[int, str, str]]
 LIGHT = (["plan", "--vram", "24GiB"], ["serve", "--print"], ["serve", "--print", "--engine", "pytorch"])
@@ -715,3 +716,8 @@ def test_an_engine_runs_nothing_that_lies_beside_the_weights(model: Path, tmp_pa
         answer = ask(client, [{"role": "user", "content": "What is this?"}], model=server.name, max_tokens=4)
     assert answer.tokens
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(("said", "count"), [(8, 8), ([8, 4], 4), ([None], 0), (None, 0), (8.0, 8)])
+def test_heads_told_for_each_layer_are_dealt_out_by_what_divides_all(said: Any, count: int) -> None:
+    assert count_of(said) == count

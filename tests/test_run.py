@@ -279,7 +279,7 @@ def test_what_is_there_is_kept_and_the_gate_holds(artifact: Callable[..., Path],
     settings = Settings(tmp_path / "out", samples=1)
     before = open_artifact(folder)
     limits = json.loads(json.dumps(dataclasses.asdict(limits_from({"mean_kl": 1}, where=""))))
-    report = {"digest": before.digest, "limits": limits, "samples": [{}], "measures": {"mean_kl": 2.0}}
+    report = {"digest": before.digest, "limits": limits, "asked": 1, "samples": [{}], "measures": {"mean_kl": 2.0}}
     failed = {**report, "passed": False, "failures": ["mean_kl is 2, the limit is <= 1"]}
     for told, code, why in ((failed, 1, ("past the limit: mean_kl is 2, the limit is <= 1",)), (report, 0, ())):
         (folder / "check.json").write_text(json.dumps({"passed": True, "failures": [], **told}), encoding="utf-8")

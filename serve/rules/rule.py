@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ...export.names import shards
 from ...export.subject import Linear, Subject
+from ...recipes.sizes import count_of
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_internlm2.py", "merges.txt")
 INPUTS_SPLIT = ("o_proj", "down_proj", "w2", "wo", "out_proj", "dense_4h_to_h", "c_proj")  # "row parallel"
@@ -129,7 +130,7 @@ def per_rank(subject: Subject, linear: Linear, tp: int) -> tuple[float, float]:
     leaf = linear.name.rpartition(".")[2]
     if leaf in INPUTS_SPLIT:
         return linear.inputs / tp, linear.outputs
-    pairs = int(subject.text.get("num_key_value_heads") or 0)
+    pairs = count_of(subject.text.get("num_key_value_heads"))
     if leaf in ("k_proj", "v_proj") and 0 < pairs < tp:
         return linear.inputs, linear.outputs / pairs
     return linear.inputs, linear.outputs / tp
@@ -168,11 +169,11 @@ def fused_alike(subject: Subject, setting: Setting) -> Iterator[Finding]:
 
 def heads_divide(subject: Subject, setting: Setting) -> Iterator[Finding]:
     """Attention heads are dealt out to the ranks."""
-    heads = int(subject.text.get("num_attention_heads") or 0)
+    heads = count_of(subject.text.get("num_attention_heads"))
     if heads and heads % setting.tp:
         why = f"{heads} attention heads cannot be dealt to {setting.tp} GPUs"
         yield Finding("heads", True, why, f"--tp of a divisor of {heads}")
-    pairs = int(subject.text.get("num_key_value_heads") or 0)
+    pairs = count_of(subject.text.get("num_key_value_heads"))
     if pairs and pairs % setting.tp and setting.tp % pairs:
         why = f"{pairs} key-value heads cannot be dealt or repeated to {setting.tp} GPUs"
         yield Finding("heads", True, why, f"--tp that divides {pairs} or is a multiple of it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ...export.subject import Subject
+from ...recipes.sizes import count_of
 from .rule import Finding, Setting, first_of, fused_groups, is_expert, per_rank
 
 CPU_TILE = 32
@@ -70,4 +71,4 @@ def vision_heads(subject: Subject) -> int:
     """Attention heads of the picture encoder, 0 where the config does not tell."""
     vision = subject.config.get("vision_config")
     found = (vision.get("num_heads") or vision.get("num_attention_heads")) if isinstance(vision, Mapping) else None
-    return int(found or 0)
+    return count_of(found)
