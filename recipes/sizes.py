@@ -61,7 +61,8 @@ def check_sizes(config: Mapping[str, Any], *, where: str) -> None:
 def count_of(value: Any) -> int:
     """A checked size as one number; of a list, which has one for each layer, the largest that divides them all, so that
     what divides it divides each. 0 where nothing is told."""
-    return math.gcd(*(int(one or 0) for one in (value if isinstance(value, list) else [value])))
+    each = value if isinstance(value, list) else [value]
+    return math.gcd(*(int(one) for one in each if isinstance(one, int | float)))
 
 
 def check_quantization(said: Mapping[str, Any], *, where: str) -> None:

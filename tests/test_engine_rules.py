@@ -211,6 +211,16 @@ def test_the_same_list_in_three_engines(broken: Callable[[str], Path]) -> None:
         assert {place: "skip list" in fatal(verdict(broken(name), place)) for place in expected} == expected
 
 
+def test_a_list_that_is_no_expression(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers reads each entry as one; vLLM looks for it as it stands."""
+    change = Break(AWQ, None, adds("modules_to_not_convert", "?visual"))
+    folder = spoiled(artifact("awq"), tmp_path / "question", change)
+    (found,) = [f for f in verdict(folder, "transformers").findings if f.rule == "lists"]
+    assert found.fatal
+    assert "'?visual' in its lists is read as an expression, and is none" in found.why
+    assert verdict(folder).answer != "no"
+
+
 def nested(config: Config) -> None:
     config["architectures"] = ["LlavaForConditionalGeneration"]
 

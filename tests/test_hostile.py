@@ -718,6 +718,6 @@ def test_an_engine_runs_nothing_that_lies_beside_the_weights(model: Path, tmp_pa
     assert not ran.exists()
 
 
-@pytest.mark.parametrize(("said", "count"), [(8, 8), ([8, 4], 4), ([None], 0), (None, 0), (8.0, 8)])
+@pytest.mark.parametrize(("said", "count"), [(8, 8), ([8, 4], 4), ([None], 0), (None, 0), ({"": None}, 0), (8.0, 8)])
 def test_heads_told_for_each_layer_are_dealt_out_by_what_divides_all(said: Any, count: int) -> None:
     assert count_of(said) == count

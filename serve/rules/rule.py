@@ -93,7 +93,16 @@ class Verdict:
 
 def judge(subject: Subject, place: Place, setting: Setting) -> Verdict:
     """Every rule of `place` on `subject`, none cut short by another's finding."""
-    return Verdict(place, tuple(f for rule in place.rules for f in rule(subject, setting)))
+    return Verdict(place, tuple(f for rule in place.rules for f in _found(rule, subject, setting)))
+
+
+def _found(rule: Rule, subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """What one rule finds; a list of names that the engine would read as expressions, and cannot, is a finding too."""
+    try:
+        yield from rule(subject, setting)
+    except re.error as e:
+        why = f"{str(e.pattern)!r} in its lists is read as an expression, and is none: {e.msg}"
+        yield Finding("lists", True, why, "`mmq convert FOLDER --repair` writes the lists anew")
 
 
 # What rules are made of.
