@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun behind a shell's 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SAMPLES = 48
+Run = Callable[..., tuple[int, str, str]]  # the command line, called: exit code, stdout, stderr
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of several at once (`make test`), None for one process
 if WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what the tests start does not spin beside the other's threads
@@ -59,6 +61,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if WORKER:
         rank = {name: at for at, name in enumerate(("served", *LONG))}
         items.sort(key=lambda item: rank.get(group_of(item.path), len(rank)))
+
+
+@pytest.fixture
+def mmq(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """`mmq("quantize", ...)` in a folder of its own: (exit code, stdout, stderr)."""
+    from mmq.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MMQ_DEBUG", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mmq", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import ImageChops
 from safetensors.torch import load_file, save_file
-from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
+from test_cli import Run, one_line
 from torch import Tensor
 
 from mmq.bench.backends import BACKENDS, Backend, settle
@@ -470,13 +470,13 @@ def test_what_is_left_open_is_filled_in(name: str, asked: dict, made_of_it: tupl
         (["--method", "autoround"], "add --backend auto-round"),
     ],
 )
-def test_what_a_backend_cannot_do_is_one_line(mmq: Run, words: list[str], message: str) -> None:  # noqa: F811
+def test_what_a_backend_cannot_do_is_one_line(mmq: Run, words: list[str], message: str) -> None:
     code, _, err = mmq("quantize", "pebble", *words)
     assert code == 2
     assert message in one_line(err)
 
 
-def test_doctor(mmq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_doctor(mmq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMQ_CACHE", str(tmp_path))
     code, out, _ = mmq("doctor", "--json")
     assert code == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_backends import FOREIGN, Foreign, foreign  # noqa: F401  (foreign is a fixture)
-from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
+from test_cli import Run, one_line
 from test_owners import asked
 
 from mmq.bench.backends import settle
@@ -238,7 +238,7 @@ def test_a_foreign_folder_is_converted_as_it_lies(
     assert packed_linears(after.metas, packed.format) == packed.linears
 
 
-def test_the_command(mmq: Run, artifact: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+def test_the_command(mmq: Run, artifact: Callable[..., Path], tmp_path: Path) -> None:
     code, out, err = mmq("convert", str(artifact("gptq")), "--format", "awq", "-o", "out", "--json")
     assert code == 0, err
     facts = json.loads(out)

@@ -23,7 +23,7 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
-from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
+from test_cli import Run, one_line
 from tiny import vlm
 from torch import Tensor
 
@@ -406,7 +406,7 @@ def headers_of_7b(out: Path, pebble: Path) -> Path:
 # the command, and serve
 
 
-def test_the_command(mmq: Run, artifact: Callable[..., Path], broken: Callable[[str], Path]) -> None:  # noqa: F811
+def test_the_command(mmq: Run, artifact: Callable[..., Path], broken: Callable[[str], Path]) -> None:
     code, out, err = mmq("check", str(artifact("awq")), "--engines", "vllm,lmdeploy")
     assert code == 0, err
     assert "TurboMind's is made for 64 and 80" in " ".join(out.split())

@@ -17,34 +17,14 @@ from typing import Any
 
 import hostile
 import pytest
+from test_cli import Run
 
-from mmq.__main__ import main
 from mmq.recipes.sizes import count_of
 
-Run = Callable[..., tuple[int, str, str]]
 LIGHT = (["plan", "--vram", "24GiB"], ["serve", "--print"], ["serve", "--print", "--engine", "pytorch"])
 ENGINES = ["check", "--engines", "all"]
 QUANTIZE = ["quantize", "--method", "rtn", "--samples", "1"]
 EVERY = (*LIGHT, ENGINES, QUANTIZE)
-
-
-@pytest.fixture
-def mmq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """`mmq("plan", ...)` in a folder of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MMQ_DEBUG", raising=False)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mmq", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cli import Run, mmq  # noqa: F401  (a fixture)
+from test_cli import Run
 
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
@@ -287,7 +287,7 @@ def test_what_the_engine_that_is_started_is_told(
     artifact: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    mmq: Run,  # noqa: F811
+    mmq: Run,
 ) -> None:
     """The model's size and what media it lets in, as `mmq serve` has them; a server that runs has its own."""
     heard = tmp_path / "heard"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from adapters import ATTENTION, MLP, merge, write_adapter
 from safetensors.torch import save_file
-from test_cli import Run, mmq  # noqa: F401  (a fixture)
+from test_cli import Run
 
 from mmq.bench.served import answer_logprobs
 from mmq.bench.walked import walk_both
@@ -164,7 +164,7 @@ def test_names_are_told_apart(pebble: Path, colour: Path) -> None:
 @pytest.mark.parametrize("kind", ["awq", pytest.param("16 bit", marks=pytest.mark.slow)])
 def test_an_adapter_says_what_the_merged_weights_say(
     kind: str,
-    mmq: Run,  # noqa: F811
+    mmq: Run,
     artifact: Callable[..., Path],
     pebble: Path,
     colour: Path,

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from adapters import ATTENTION, write_adapter
-from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
+from test_cli import Run, one_line
 from test_serve import DESK, LAPTOP, RTX_4090, checkpoint, program, value  # noqa: F401  (two are fixtures)
 
 from mmq.bench.served import answer_logprobs
@@ -247,7 +247,7 @@ def test_the_fullest_card_is_planned_for(program: Callable[..., Path], checkpoin
         assert value(launch, "--gpu-memory-utilization") == share
 
 
-def test_print_tells_what_to_type_on_each_machine(mmq: Run, pebble: Path) -> None:  # noqa: F811
+def test_print_tells_what_to_type_on_each_machine(mmq: Run, pebble: Path) -> None:
     code, out, err = mmq("serve", str(pebble), "--tp", "2", "--nodes", "2", "--master-addr", HEAD, "--print")
     assert code == 0, err
     heads = [line for line in out.splitlines() if line.startswith("# machine")]
@@ -267,7 +267,7 @@ def test_print_tells_what_to_type_on_each_machine(mmq: Run, pebble: Path) -> Non
         assert (code, f"{asked[0]} is for an engine that is started here" in one_line(err)) == (2, True), err
 
 
-def test_the_plan_knows_of_all_sizes_and_of_adapters(mmq: Run, pebble: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_plan_knows_of_all_sizes_and_of_adapters(mmq: Run, pebble: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "colour", pebble, ATTENTION, rank=4)
     sizes = ("--tp", "2", "--pp", "2", "--dp", "2", "--lora", f"colour={adapter}")
     code, out, err = mmq("plan", str(pebble), "--card", "4090", "--json", *sizes)

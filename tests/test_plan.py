@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Run, mmq, one_line  # noqa: F401  (mmq is a fixture)
+from test_cli import Run, one_line
 
 from mmq.serve import overhead
 from mmq.serve.bill import Ask, Model, parts_of, read_model
@@ -466,7 +466,7 @@ def test_the_table_and_the_facts(qwen: Model) -> None:
     assert any(line.startswith("--limit-mm-per-prompt") for line in text)
 
 
-def test_the_command(mmq: Run, pebble: Path) -> None:  # noqa: F811
+def test_the_command(mmq: Run, pebble: Path) -> None:
     code, out, err = mmq("plan", str(pebble), "--card", "4090", "--context", "2048", "--concurrency", "4")
     assert code == 0, err
     assert "the rest is an estimate" in err
@@ -487,7 +487,7 @@ def test_the_command(mmq: Run, pebble: Path) -> None:  # noqa: F811
     assert (code, "no recipe, folder or hub id" in err) == (2, True)
 
 
-def test_a_recipe_is_planned_for_by_its_name(mmq: Run, pebble: Path) -> None:  # noqa: F811
+def test_a_recipe_is_planned_for_by_its_name(mmq: Run, pebble: Path) -> None:
     """As `serve` would take it: the embedded model needs no download."""
     code, named, err = mmq("plan", "pebble", "--card", "4090", "--json")
     assert code == 0, err
