@@ -64,7 +64,16 @@ def line_reader() -> Callable[[str], str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     typed = sys.stdin.isatty()
-    return lambda prompt: input(prompt if typed else "")
+
+    def read(prompt: str) -> str:
+        try:
+            return input(prompt if typed else "")
+        except EOFError:
+            if typed:
+                sys.stdout.write("\n")  # Ctrl-D leaves the cursor behind the prompt
+            raise
+
+    return read
 
 
 def bars() -> Progress:

@@ -6,6 +6,7 @@ commands are those of ms-swift's terminal chat. Looks at nothing outside but a p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ HELP = (
     "<image>, <video> and <audio> ask for a file or URL"
 )
 END_OF_TEXT = "#"  # ends a text of several lines
+UNREAD = re.compile("[\ud800-\udfff]")  # how Python keeps bytes that are no UTF-8
 DEFAULT_SYSTEM = "default-system"  # said instead of a system message: what the chat template does without one
 
 Next = Literal["read", "answer", "quit"]
@@ -83,7 +85,7 @@ def heard(chat: Chat, line: str) -> tuple[Chat, Next, str]:
 
     "answer" means that the last turn is a question that is ready to be sent.
     """
-    if any("\ud800" <= c <= "\udfff" for c in line):  # how Python keeps bytes that are no UTF-8
+    if UNREAD.search(line):
         return chat, "read", "that line is not UTF-8; type it again"
     if wanted(chat):
         return _medium(chat, line)
@@ -140,7 +142,10 @@ def _composed(chat: Chat) -> tuple[Chat, Next, str]:
 
 
 def asked(chat: Chat, text: str) -> Chat:
-    """The chat with one question, whatever it says: no command. ValueError for a tag that no medium is there for."""
+    """The chat with one question, whatever it says: no command. ValueError for a tag that no medium is there for, and
+    for bytes that are no text."""
+    if UNREAD.search(text):
+        raise ValueError("the prompt is not UTF-8; type it again, in a terminal whose locale is UTF-8")
     if kind := wanted(drafted := replace(chat, draft=text)):
         raise ValueError(f"there are more <{kind}> tags in the prompt than {kind}s; give each its --{kind}")
     return _composed(drafted)[0]
@@ -173,21 +178,28 @@ def talk(
     """Read, answer and write until `quit` or the end of the input (EOFError of `read`); returns the chat as it ended.
 
     `read(prompt)` gives a line, `write` gets pieces of answers, `note` whole lines for the user. Ctrl-C ends the
-    answer under way and keeps what came of it, or drops the message that is being written, or ends the chat. A
-    question that the server refuses is told and taken back. OSError when the server is gone.
+    answer under way and keeps what came of it, or drops the message that is being written; where there is neither, a
+    second one ends the chat, for the first may have been meant for a line half typed. A question that the server
+    refuses is told and taken back. OSError when the server is gone.
     """
+    leaving = False
     while True:
         try:
             line = read(prompt(chat))
+            leaving = False
         except EOFError:
             if not chat.lines:
                 return chat
             line = END_OF_TEXT  # the input ended within a text: that is the end of it
         except KeyboardInterrupt:
             write("\n")
-            if chat == (emptied := unwritten(chat)):
+            if chat != (emptied := unwritten(chat)):
+                chat = emptied
+            elif leaving:
                 return chat
-            chat = emptied
+            else:
+                leaving = True
+                note("Ctrl-C again, or quit, ends the chat")
             continue
         chat, then, told = heard(chat, line)
         if told:

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -142,6 +143,8 @@ def test_bytes_that_are_no_text_are_not_sent() -> None:
     chat, then, told = heard(begin(), b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert (chat, then) == (Chat(), "read")
     assert "not UTF-8" in told
+    with pytest.raises(ValueError, match="the prompt is not UTF-8"):
+        asked(begin(), b"caf\xe9".decode("utf-8", "surrogateescape"))
 
 
 class Played:
@@ -180,15 +183,16 @@ def test_a_stop_and_a_refusal_leave_the_chat_usable() -> None:
     assert "(400); the question is taken back" in played.notes[1]
 
 
-def test_ctrl_c_drops_a_message_and_then_ends_the_chat() -> None:
+def test_ctrl_c_drops_a_message_and_twice_ends_the_chat() -> None:
     def answer(messages: Sequence) -> Iterator[str]:
         yield "yes"
 
-    lines = ("reset-system", "^C", "<image>?", "^C", "multi-line", "half", "^C", "whole#", "^C", "never#")
-    played = Played(*lines)
+    lines = ("reset-system", "^C", "<image>?", "^C", "multi-line", "half", "^C", "whole#", "^C", "more#", "^C", "^C")
+    played = Played(*lines, "never#")
     chat = talk(begin(), answer, read=played.read, write=played.write, note=played.notes.append)
-    assert [t["content"] for t in chat.turns] == ["whole", "yes"]
+    assert [t["content"] for t in chat.turns] == ["whole", "yes", "more", "yes"]  # one at a prompt ends nothing
     assert (chat.system, played.lines) == (None, ["never#"])
+    assert played.notes[-2:] == ["Ctrl-C again, or quit, ends the chat"] * 2
 
 
 def test_a_server_that_dies_while_it_answers() -> None:
@@ -259,7 +263,13 @@ def test_in_a_terminal(served: Server, square: Path) -> None:
         type_("You are brief.")
         until("anew")
         until("<<< ")
-        type_("exit")
+        os.write(ours, b"half a li")
+        until("half a li")
+        process.send_signal(signal.SIGINT)
+        until("Ctrl-C again, or quit, ends the chat")
+        until("<<< ")
+        os.write(ours, b"\x04")  # Ctrl-D
+        until("\n")
         assert process.wait(60) == 0
     finally:
         process.kill()
