@@ -199,11 +199,12 @@ def infer_rows(
     from ..recipes.terminal import answer_writer
     from ..serve.dataset import check_dataset, infer_dataset
     from ..serve.infer import at
+    from ..serve.questions import source_of
     from ..serve.results import failed
 
-    check_dataset(datasets, system=who["system"])
+    out = result_path or Path(f"{source_of(datasets[0])[0].absolute().stem}-answers.jsonl")
+    check_dataset(datasets, out, system=who["system"], overwrite=overwrite)
     write = answer_writer(partial(click.echo, nl=False))
-    out = result_path or Path(f"{Path(datasets[0].partition('#')[0]).stem}-answers.jsonl")
     with ExitStack() as stack:
         tell = stack.enter_context(progress(quiet=as_json or config.stream))
         options: dict[str, Any] = {"overwrite": overwrite, "tell": tell}

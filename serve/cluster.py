@@ -64,7 +64,7 @@ def infer_on_ray(
     if config.stream:
         raise ValueError("answers from a cluster come in no order: --stream does not go with --ray")
     check_installed()
-    asked = check_dataset(sources, system=system)
+    asked = check_dataset(sources, out, system=system, overwrite=overwrite)
     folder, name = servable(target, hub=hub, revision=revision, tell=tell)
     launch = plan(engine, folder, machine=this_machine(), served_model_name=name, extra=extra, **options)
     with recorded(asked, out, launch.name, config, overwrite=overwrite, tell=tell) as (keep, done, figures):

@@ -16,20 +16,39 @@ from typing import Any
 from ..recipes.progress import Step, Tell, silent
 from .client import Answer, Message, connect, served_name
 from .crowd import Asked, crowd, in_order, waited
-from .questions import Line, Question, question_of, questions, read_lines
+from .questions import Line, Question, question_of, read_lines, source_of
 from .request import DEFAULT, RequestConfig
-from .results import Record, finished, line_of, summary, write
+from .results import Record, check_out, finished, line_of, summary, write
 
 Keep = Callable[[int, Answer | Exception], None]
 
 
-def check_dataset(sources: Sequence[str | Path], *, system: str | None = None) -> list[Question]:
-    """Read all of the input, files that it names too, before anything is started or asked: the questions in order,
-    without their messages. ValueError names the line that is broken.
+def check_dataset(
+    sources: Sequence[str | Path], out: Path, *, system: str | None = None, overwrite: bool = False
+) -> list[Question]:
+    """Read all of the input, files that it names too, and look at `out`, before anything is started or asked: the
+    questions in order, without their messages. ValueError names the first line that is broken and says where others
+    are, or why `out` can hold no answers to them; OSError where it cannot be written.
     """
-    found = [replace(question, messages=()) for question in questions(sources, system=system)]
+    found: list[Question] = []
+    broken: list[tuple[str, str]] = []
+    for line in read_lines(sources):
+        try:
+            found.append(replace(question_of(line, system=system), messages=()))
+        except ValueError as e:
+            broken.append((line.where, str(e)))
+    if broken:
+        places = ", ".join(where for where, _ in broken[1:6]) + (", ..." if len(broken) > 6 else "")
+        raise ValueError(broken[0][1] + (f" (and {len(broken) - 1} more: {places})" if broken[1:] else ""))
     if not found:
         raise ValueError(f"{', '.join(map(str, sources))} holds no samples")
+    for source in sources:
+        asked, there = source_of(source)[0].resolve(), out.resolve()
+        if there == asked or (asked.is_dir() and there.parent == asked):  # its *.jsonl are asked, the next time too
+            raise ValueError(f"{out} is of the dataset itself; give the answers another --result-path")
+    check_out(out)
+    if not overwrite:
+        finished(out, [question.mark for question in found])
     return found
 
 
@@ -54,17 +73,17 @@ def infer_dataset(
     where the one request failed, and "logprobs" of the answer's tokens, as the server gives them, where they are asked
     for. What `out` has already is not asked again; failed requests are, and answers without the logprobs wanted.
     With `config.stream` the answers go to `show(index, piece)` as they come, in the order of the input. Returns the
-    figures. ValueError for a broken input or an `out` of another input, OSError when no server answers, RuntimeError
-    when it is gone later; written lines stay.
+    figures. ValueError for a broken input or an `out` of another input, OSError for one that cannot be written or when
+    no server answers, RuntimeError when it is gone later; written lines stay.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
-    asked = check_dataset(sources, system=system)
+    asked = check_dataset(sources, out, system=system, overwrite=overwrite)
     with connect(url, api_key=api_key) as client:
         name = served_name(client, model, url=url)
     with recorded(asked, out, name, config, overwrite=overwrite, tell=tell) as (keep, done, figures):
         left = [index for index in range(len(asked)) if index not in done]
-        piece, end = in_order(left, show or (lambda number, text: None))
+        piece, end = in_order(left, show if show and config.stream else lambda number, text: None)
 
         def todo() -> Iterable[Asked]:
             for index, line in enumerate(read_lines(sources)):
@@ -82,6 +101,8 @@ def infer_dataset(
 
         try:
             waited(crowd(url, todo(), come, api_key=api_key, on_piece=piece if config.stream else None, **options))
+        except BrokenPipeError:  # of `show`, whose reader has left
+            raise
         except ConnectionError:
             kept = f"{len(done) + told} of {len(asked)} answers are in {out}; the same command goes on from there"
             raise RuntimeError(f"the server at {url} was there and is gone; {kept}") from None
@@ -97,7 +118,7 @@ def recorded(
     Each answer is a line of `out` as soon as it comes; at the end the lines are put in the order of the input.
     """
     logprobs = bool(config.options().get("logprobs"))
-    done = {} if overwrite else finished(out, [question.mark for question in asked], model, logprobs=logprobs)
+    done = {} if overwrite else finished(out, [question.mark for question in asked], model=model, logprobs=logprobs)
     write(out, done.values())
     fresh: list[Record] = []
     figures: dict[str, float] = {}

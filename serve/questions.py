@@ -91,12 +91,6 @@ def question_of(line: Line, *, system: str | None = None) -> Question:
     return Question(messages, mark, line.where, reference, about)
 
 
-def questions(sources: Sequence[str | Path], *, system: str | None = None) -> Iterator[Question]:
-    """The rows of the datasets as questions. Errors as `question_of`'s."""
-    for line in read_lines(sources):
-        yield question_of(line, system=system)
-
-
 def _row(data: Any, folder: Path, system: str | None) -> tuple[Sequence[Message], str | None, dict[str, Any]]:
     if not isinstance(data, dict) or not ("messages" in data or "query" in data):
         raise ValueError(f"no messages; a line is {FORMS}")

@@ -23,7 +23,7 @@ from mmq.recipes.folder import headers
 from mmq.recipes.plain import is_plain_name, parse_json, shown
 from mmq.recipes.reading import read
 from mmq.recipes.recipe import Recipe, parse, show
-from mmq.serve.questions import questions
+from mmq.serve.questions import Question, question_of, read_lines
 
 REFUSED = (ValueError, OSError)
 LONGEST = 5_000  # characters of a message
@@ -51,6 +51,11 @@ def told(error: BaseException) -> str:
     assert type(error).__module__ == "builtins" or isinstance(error, OSError)
     assert 0 < len(str(error)) < LONGEST
     return str(error)
+
+
+def asked(file: Path) -> list[Question]:
+    """A dataset as a server is asked it."""
+    return [question_of(line) for line in read_lines([file])]
 
 
 def result(call: Callable[[], Any], words: str = "") -> Any:
@@ -353,7 +358,7 @@ def test_rows_are_read_or_refused(examples: int, tmp_path: Path) -> None:
     @holds(examples, lines.map(b"\n".join))
     def reads(data: bytes) -> None:
         file.write_bytes(data)
-        for reader in (lambda: list(read(file)), lambda: list(questions([file]))):
+        for reader in (lambda: list(read(file)), lambda: asked(file)):
             result(reader, "rows.jsonl, line ")
 
 
@@ -369,7 +374,7 @@ def test_pictures_are_read_or_refused(examples: int, form: str, tmp_path: Path) 
     def reads(data: bytes) -> None:
         (tmp_path / "a").write_bytes(data)
         result(lambda: list(read(tmp_path / "rows.jsonl")))
-        result(lambda: list(questions([tmp_path / "rows.jsonl"])))
+        result(lambda: asked(tmp_path / "rows.jsonl"))
 
 
 @often

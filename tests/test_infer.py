@@ -17,7 +17,7 @@ from mmq.serve.crowd import in_order
 from mmq.serve.dataset import check_dataset, infer_dataset
 from mmq.serve.infer import answering, asking, media_flags, serving
 from mmq.serve.request import InferRequest, RequestConfig, config_of
-from mmq.serve.results import failed, summary
+from mmq.serve.results import failed, finished, summary, write
 from mmq.serve.running import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -69,7 +69,10 @@ def test_one_prompt_streams_or_comes_whole(served: Server, dataset: Path) -> Non
 def test_a_dataset_in_and_answers_out(served: Server, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "answers.jsonl"
     steps: list[Step] = []
-    figures = infer_dataset(served.url, [dataset], out, short(16), concurrency=4, tell=steps.append)
+    shown: list[object] = []
+    options = {"tell": steps.append, "show": lambda *piece: shown.append(piece)}
+    figures = infer_dataset(served.url, [dataset], out, short(16), concurrency=4, **options)
+    assert not shown  # that is for a config with `stream`
     found = records(out)
     assert [r["index"] for r in found] == list(range(COUNT))
     assert [bool(r.get("reference")) for r in found] == [bool(n % 2) for n in range(COUNT)]
@@ -169,14 +172,51 @@ def test_a_broken_input_costs_no_request(served: Server, dataset: Path, tmp_path
     dataset.write_text(whole, encoding="utf-8")
     picture = dataset.parent / "0-0.png"
     picture.write_bytes(picture.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"line 1: .*0-0\.png"):
+    (dataset.parent / "3-0.png").unlink()
+    with pytest.raises(ValueError, match=r"line 1: .*0-0\.png.* \(and 1 more: questions\.jsonl:4\)$"):
         infer_dataset(served.url, [dataset], out)
     for wrong in ("#0", "#-1", "#ten"):
         with pytest.raises(ValueError, match="after # comes how many rows"):
-            check_dataset([f"{dataset}{wrong}"])
+            check_dataset([f"{dataset}{wrong}"], out)
     with pytest.raises(ValueError, match="concurrency is 0"):
         infer_dataset(served.url, [dataset], out, concurrency=0)
     assert not out.exists()
+
+
+def test_where_answers_may_go(dataset: Path, tmp_path: Path, mmq: Run) -> None:
+    """Never onto the questions, though --overwrite is typed, nor in place of what is no file; told before an engine
+    is started."""
+    before = dataset.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(dataset)
+    for out in (dataset, link, tmp_path / "." / dataset.name):
+        code, _, err = mmq("infer", "nowhere", "--dataset", dataset, "--result-path", out, "--overwrite")
+        assert (code, "is of the dataset itself" in err) == (2, True), err
+    code, _, err = mmq("infer", "nowhere", "--dataset", tmp_path, "--result-path", tmp_path / "new.jsonl")
+    assert (code, "is of the dataset itself" in err) == (2, True), err
+    assert dataset.read_bytes() == before
+    for out, why in ((tmp_path, "no plain file"), (Path("/dev/null"), "no plain file"), (dataset / "x", "File exists")):
+        code, _, err = mmq("infer", "nowhere", "--dataset", dataset, "--result-path", out)
+        assert (code, f"cannot be written to {out}" in err, why in err) == (2, True, True), err
+    other = tmp_path / "questions-answers.jsonl"  # as it is called by default
+    other.write_text('{"index": 0, "sample": "of another"}\n')
+    code, _, err = mmq("infer", "nowhere", "--dataset", dataset)
+    assert (code, "holds answers to other samples (line 1)" in err) == (2, True), err
+
+
+def test_line_ends_within_an_answer(tmp_path: Path) -> None:
+    """What Python calls a line and JSON does not: the file is taken up again, and stays where a link leads."""
+    out = tmp_path / "link.jsonl"
+    out.symlink_to(tmp_path / "elsewhere.jsonl")
+    kept = {"index": 0, "sample": "a", "model": "m", "answer": "one\u2028two\x85three"}
+    write(out, [kept, {"index": 1, "sample": "b", "model": "m", "error": "no"}])
+    assert out.is_symlink()
+    assert finished(out, ["a", "b"], model="m") == {0: kept}
+    assert failed(out) == ["2: no"]
+    with out.open("a", encoding="utf-8") as file:
+        file.write('{"index": "x", "sample": "b"}\n\n')
+    with pytest.raises(ValueError, match="line 3: not a line of answers"):
+        finished(out, ["a", "b"])
 
 
 def test_a_server_that_is_gone_ends_the_run(dataset: Path, tmp_path: Path) -> None:
@@ -213,11 +253,17 @@ def test_several_datasets_and_a_system_message_streamed_in_order(served: Server,
     assert (figures["num_samples"], figures["failed"]) == (4, 1)
     good = [r for r in found if "error" not in r]
     assert all(len(r["logprobs"]["content"]) == r["tokens"] > 1 and r["prompt_tokens"] > 10 for r in good)
+    with pytest.raises(BrokenPipeError):  # as of `| head`: the reader has left, and not the server
+        infer_dataset(served.url, [dataset], tmp_path / "left.jsonl", short(2, stream=True), show=_left)
     plain = infer_dataset(
         served.url, [f"{dataset}#2", more], tmp_path / "whole.jsonl", short(12), system="You are brief."
     )
     assert [r.get("answer") for r in records(tmp_path / "whole.jsonl")] == [r.get("answer") for r in found]
     assert plain["num_prompt_tokens"] == figures["num_prompt_tokens"]
+
+
+def _left(number: int, piece: str) -> None:
+    raise BrokenPipeError(32, "Broken pipe")
 
 
 @needs_vllm
