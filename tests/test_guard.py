@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import http.server
 import importlib
+import io
 import json
 import shutil
 import socket
@@ -25,6 +26,7 @@ import pytest
 from guarding import FORBIDDEN, PICTURE, asking, bomb, picture, png, web
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 INSIDE = Path(__file__).resolve().parent.parent / "serve" / "inside"
 PIXEL = base64.b64encode(png(1, 1)).decode()
@@ -224,6 +226,34 @@ def test_what_is_no_picture(serve: Callable[..., Client], tmp_path: Path) -> Non
         assert said in client.refused(asking((tmp_path / "x.png").as_uri()))
 
 
+def test_a_picture_is_looked_at_however_it_is_sent(serve: Callable[..., Client]) -> None:
+    client = serve()
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) print\n"  # PIL runs gs for such
+    with Image.open(io.BytesIO(script)) as known:
+        assert known.format == "EPS"
+    for data, said in ((bomb(20_000, 20_000), "178956970 pixels"), (script, "no picture that can be read, of PNG")):
+        text = base64.b64encode(data).decode()
+        source = {"type": "base64", "media_type": "image/png", "data": text}
+        assert said in client.refused(asking(f"data:image/png;base64,{text}"))
+        assert said in client.refused({"messages": [{"content": [{"type": "image", "source": source}]}]})
+        assert said in client.refused(asking(f"data:video/jpeg;base64,{PIXEL},{text}", kind="video_url"))
+    tensor = {"type": "image_embeds", "image_embeds": base64.b64encode(b"no picture").decode()}
+    assert client.send({"messages": [{"content": [tensor]}]})[0] == 200
+
+
+def test_pictures_that_are_large_together(serve: Callable[..., Client], tmp_path: Path) -> None:
+    client = serve(folder=str(tmp_path))
+    large = bomb(13_000, 13_000)  # 169 million pixels: seven of them are past 2**30
+    (tmp_path / "x.png").write_bytes(large)
+    sent = f"data:image/png;base64,{base64.b64encode(large).decode()}"
+    assert client.send(asking(*[sent] * 6))[0] == 200
+    for urls in ([sent] * 7, [sent] * 4 + [(tmp_path / "x.png").as_uri()] * 3):
+        status, text = client.send(asking(*urls))
+        assert (status, "1073741824 pixels together" in text) == (413, True)
+    frames = ",".join([sent.partition(",")[2]] * 7)
+    assert client.send(asking(f"data:video/jpeg;base64,{frames}", kind="video_url"))[0] == 413
+
+
 SHAPES: tuple[Callable[[str], dict[str, Any]], ...] = (  # how the engines' APIs name a medium by URL
     asking,
     lambda url: asking(url, kind="video_url"),
@@ -323,6 +353,35 @@ def test_an_unknown_host(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(guard.Refused, match=r"no host nobody\.example is known here"):
         fetch.Target("http://nobody.example/", guard.Settings()).fetch(guard.Allowance(1), "image")
+
+
+def test_a_long_url_goes_nowhere(serve: Callable[..., Client]) -> None:
+    with web(picture) as (port, asked):
+        said = serve(networks=LOCAL).refused(asking(f"http://127.0.0.1:{port}/{'x' * 8192}"))
+        assert "8192 at most" in said
+        assert not asked
+
+
+def test_what_is_given_up_in_a_handshake_ends(guard: Any) -> None:
+    """A host that lets a connection wait at any step keeps no thread once the wait for it is over."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = sys.modules["mmq_fetch"].Target(
+            f"https://127.0.0.1:{silent.getsockname()[1]}/", guard.Settings(networks=LOCAL)
+        )
+        ended = threading.Event()
+
+        def fetch() -> None:
+            with pytest.raises(guard.Refused, match="did not send the medium"):
+                target.fetch(guard.Allowance(1), "image")
+            ended.set()
+
+        threading.Thread(target=fetch, daemon=True).start()
+        with silent.accept()[0] as wire:
+            assert wire.recv(1)  # the handshake has begun, and nothing answers it
+            target.give_up()
+            assert ended.wait(5)
+            with pytest.raises(guard.Refused, match="ConnectionAborted"):
+                target.fetch(guard.Allowance(1), "image")
 
 
 def test_this_machine_by_a_public_address(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,6 +512,44 @@ def test_other_names_for_this_machine_are_refused_without_a_key(serve: Callable[
         assert client.send({}, Host=host)[0] == 200
     for host in ("rebound.example:8000", "127.0.0.1.example", "", "[::2]"):
         assert client.send({}, Host=host)[0] == 403
+
+
+def test_pages_from_elsewhere_are_refused_without_a_key(serve: Callable[..., Client], guard: Any) -> None:
+    """A browser here would let them ask, and read the answer where the engine allows every origin."""
+    near = ("127.0.0.1", "localhost", "::1")
+    client = serve(hosts=near)
+    for origin in ("http://localhost:3000", "https://127.0.0.1", "http://[::1]:8000"):
+        assert client.send({}, Origin=origin)[0] == 200
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example", "http://localhost@evil.example"):
+        status, text = client.send({}, Origin=origin)
+        assert (status, "no pages from elsewhere" in text) == (403, True)
+    assert serve(key="k").send({}, Origin="https://ours.example", Authorization="Bearer k")[0] == 200
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1:8000"), (b"origin", b"https://evil.example")]
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": headers}
+    asyncio.run(guard.Guard(echo, guard.Settings(hosts=near))(scope, receive, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    guard: Any, serve: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.3)
+    monkeypatch.setattr(sys.modules["mmq_refused"], "LINGER_SECONDS", 0.2)
+    client = serve()
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as wire:
+        wire.sendall(b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        reply = wire.recv(100)
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert client.app.arriving == 0
+    assert client.send({})[0] == 200
 
 
 def test_a_server_that_ends_takes_nothing_new(

@@ -23,6 +23,7 @@ from mmq_settings import Allowance, Settings
 
 FETCH_SECONDS = 20.0  # for one medium, from its host's name to its last byte
 CONNECT_SECONDS = 5.0  # for one of a host's addresses
+LONGEST = 8192  # characters of a URL, as many as servers take
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # public by Python's tables, of one version or all of them, and yet a machine's own secrets (Azure, Oracle) or nobody's
 NEVER = [ipaddress.ip_network(n) for n in ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "fec0::/10")]
@@ -33,6 +34,8 @@ class Target:
 
     def __init__(self, url: str, settings: Settings) -> None:
         """Refused when the URL is odd, or its host is not among the allowed ones. Looks nothing up yet."""
+        if len(url) > LONGEST:
+            raise Refused(400, f"a medium's URL has {len(url)} characters, {LONGEST} at most: {url[:60]!r}")
         if re.search(r"[\x00-\x20\x7f\\]", url):
             raise Refused(400, f"a medium's URL has a space, a backslash or a control character: {url[:60]!r}")
         try:
@@ -62,7 +65,9 @@ class Target:
                     raise Refused(400, f"{self.host} is this machine itself; media are not fetched from there")
                 if not self.secure:
                     return self._asked(plain, allowance, kind)
-                with _tls().wrap_socket(plain, server_hostname=self.host) as wire:
+                with _tls().wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False) as wire:
+                    self._hold(wire)
+                    wire.do_handshake()
                     return self._asked(wire, allowance, kind)
         except (OSError, ValueError, http.client.HTTPException) as e:  # a wrong certificate is an OSError too
             raise Refused(400, f"{self.host} did not send the medium ({type(e).__name__})") from None
@@ -74,8 +79,16 @@ class Target:
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_RDWR)
 
+    def _hold(self, wire: socket.socket) -> None:
+        """Make this the connection that is ended. ConnectionAbortedError where the fetch was given up before."""
+        self.socket = wire
+        if self.given_up:
+            raise ConnectionAbortedError
+
     def _connected(self) -> socket.socket:
         """A connection to one of the host's addresses. Refused unless all of them may be reached."""
+        if self.given_up:  # while it waited for a thread
+            raise ConnectionAbortedError
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
@@ -85,12 +98,12 @@ class Target:
             raise Refused(400, f"{self.host} is not on the public network; {how}")
         failed: OSError = ConnectionError("no address")
         for family, kind, protocol, _, address in found:
-            wire = self.socket = socket.socket(family, kind, protocol)
+            wire = socket.socket(family, kind, protocol)
             try:
+                self._hold(wire)
                 wire.settimeout(CONNECT_SECONDS)
                 wire.connect(address)
-                if self.given_up:
-                    raise ConnectionAbortedError
+                self._hold(wire)
                 wire.settimeout(FETCH_SECONDS)
                 return wire
             except OSError as e:
@@ -101,7 +114,6 @@ class Target:
         raise failed
 
     def _asked(self, wire: socket.socket, allowance: Allowance, kind: str) -> str:
-        self.socket = wire
         connection = http.client.HTTPConnection(self.host, self.port)
         connection.default_port = 443 if self.secure else 80  # Host then has the port only where it is another
         connection.sock = wire
@@ -123,7 +135,8 @@ class Target:
         if reply.length:  # bytes that were promised
             raise ConnectionError
         said = reply.headers.get_content_type()
-        return as_data_url(b"".join(chunks), said if said.startswith(f"{kind}/") and said != FRAMES else MIME[kind])
+        mime = said if said.startswith(f"{kind}/") and said != FRAMES else MIME[kind]
+        return as_data_url(b"".join(chunks), mime, allowance)
 
     def _named(self, address: str) -> bool:
         return any(ipaddress.ip_address(address.partition("%")[0]) in network for network in self.networks)

@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +31,8 @@ from mmq_settings import Allowance, Settings, mebibytes, settings_of
 OPEN = ("/health", "/ping")  # answered without the key: they say that the server lives, and nothing else
 AT_ONCE = 16  # bodies of the greatest size that may be arriving together
 SMALL = 64 * 1024  # bytes of a body that is looked at on the spot; a larger one in a thread
+PATIENCE = 30.0  # seconds that a body may take, and one more for each
+SLOWEST = 8 * 1024  # bytes of it
 
 Named = tuple[Any, Any, str, str]  # holder, key, kind, url: a medium that a request names and does not send
 
@@ -99,10 +102,15 @@ class Guard:
         if self.door and os.path.exists(os.path.join(self.door, "closed")):
             raise Refused(503, "this server is ending; it takes no new requests")
         hosts = self.settings.hosts
-        if hosts is not None and _host_name(headers.get("host", "")) not in hosts:
-            # a page in a browser here could else talk to the server, by a name of its own that means this machine
+        if hosts is not None:
+            # any page in a browser here could else talk to the server: by a name of its own that means this machine, or
+            # simply so, for many engines let every page read their answers (CORS), and web sockets ask nobody
             remedy = f"ask for {hosts[0]}, or give the server a key"
-            raise Refused(403, f"this server has no key and answers to the names of its own machine alone: {remedy}")
+            if _host_name(headers.get("host", "")) not in hosts:
+                said = "this server has no key and answers to the names of its own machine alone"
+                raise Refused(403, f"{said}: {remedy}")
+            if "origin" in headers and _host_name(headers["origin"].partition("://")[2]) not in hosts:
+                raise Refused(403, f"this server has no key and answers no pages from elsewhere: {remedy}")
         if self.key is None or scope.get("method") == "OPTIONS" or scope["path"] in OPEN:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -117,10 +125,14 @@ class Guard:
             if int(headers.get("content-length", "0")) > most:
                 raise too_long
         chunks: list[bytes] = []
-        size = 0
+        size, begun = 0, time.monotonic()
         try:
             while True:
-                message = await receive()
+                left = begun + PATIENCE + size / SLOWEST - time.monotonic()
+                try:
+                    message = await asyncio.wait_for(receive(), max(left, 0.001))
+                except asyncio.TimeoutError:  # noqa: UP041  another class before Python 3.11
+                    raise Refused(408, "the request came too slowly") from None
                 if message["type"] == "http.disconnect":
                     return None
                 chunk = message.get("body", b"")
@@ -138,14 +150,13 @@ class Guard:
 
     async def _judged(self, body: bytes, headers: Mapping[str, str]) -> bytes:
         """The body as it is handed on: its own bytes, or in OpenAI's form, with the media in it that it only named."""
-        loop = asyncio.get_running_loop()
+        loop, allowance = asyncio.get_running_loop(), Allowance(self.settings.max_body)
         if len(body) <= SMALL:
-            tree, named, changed = self._media_of(body, headers)
+            tree, named, changed = self._media_of(body, headers, allowance)
         else:
-            tree, named, changed = await loop.run_in_executor(self.readers, self._media_of, body, headers)
+            tree, named, changed = await loop.run_in_executor(self.readers, self._media_of, body, headers, allowance)
         if not named and not changed:
             return body
-        allowance = Allowance(self.settings.max_body)
         jobs = [asyncio.ensure_future(self._data_url(url, kind, allowance)) for _, _, kind, url in named]
         try:
             urls = await asyncio.gather(*jobs)
@@ -157,7 +168,7 @@ class Guard:
             holder[key] = url
         return await loop.run_in_executor(self.readers, lambda: json.dumps(tree).encode("ascii"))
 
-    def _media_of(self, body: bytes, headers: Mapping[str, str]) -> tuple[Any, list[Named], bool]:
+    def _media_of(self, body: bytes, headers: Mapping[str, str], allowance: Allowance) -> tuple[Any, list[Named], bool]:
         """The request's JSON, the media that it names, and whether it had another form than OpenAI's. Refused for media
         that cannot be, and for broken JSON.
 
@@ -183,7 +194,7 @@ class Guard:
                 raise Refused(400, f"a request may have {count} pictures, videos and sounds together")
             value = holder[key]
             if raw or value[:5].lower() == "data:":
-                check_sent(value, kind, raw=raw)
+                check_sent(value, kind, allowance, raw=raw)
             elif value[:8].lower().startswith(("http://", "https://", "file://")):
                 named.append((holder, key, kind, value))
             else:
@@ -195,7 +206,7 @@ class Guard:
         loop = asyncio.get_running_loop()
         if url[:5].lower() == "file:":
             data = await loop.run_in_executor(self.readers, read_local, url, self.settings.folder, allowance)
-            return as_data_url(data, MIME[kind])
+            return as_data_url(data, MIME[kind], allowance)
         target = Target(url, self.settings)
         job = loop.run_in_executor(self.fetchers, target.fetch, allowance, kind)
         try:

@@ -22,10 +22,10 @@ from mmq_settings import Allowance
 
 # a part's keys that name a medium, and of what kind it is
 KINDS = {
-    **dict.fromkeys(("image_url", "image", "images", "image_pil", "image_embeds"), "image"),
+    **dict.fromkeys(("image_url", "image", "images", "image_pil"), "image"),
     **dict.fromkeys(("video_url", "video", "videos"), "video"),
     **dict.fromkeys(("audio_url", "audio", "audios", "input_audio", "audio_embeds"), "audio"),
-    **dict.fromkeys(("file_url", "file_data"), "application"),
+    **dict.fromkeys(("file_url", "file_data", "image_embeds"), "application"),  # tensors are no picture
 }
 WITHIN = ("url", "path")  # of a medium: where it is
 BASE64 = ("data", "base64")  # of a medium: its bytes
@@ -37,6 +37,7 @@ DESCRIPTIONS = (
 )
 MIME = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav", "application": "application/octet-stream"}
 FRAMES = "video/jpeg"  # of a data URL: not a file but pictures in base64, with commas between them
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of pictures
 _PART = re.compile(r"(?:input_)?(image|video|audio)")
 
 
@@ -65,14 +66,16 @@ def media_in(tree: Any) -> Iterator[tuple[Any, Any, str, bool]]:
                     todo.append((value, here))
 
 
-def check_sent(value: str, kind: str, *, raw: bool = False) -> None:
+def check_sent(value: str, kind: str, allowance: Allowance, *, raw: bool = False) -> None:
     """Refused unless a data URL, or bare base64 where `raw`, can be decoded, to a picture where the kind is one."""
-    pieces = [value]
+    pieces, pictures = [value], kind == "image"
     if not raw or value[:5].lower() == "data:":
         head, comma, data = value.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise Refused(400, f"a data URL has no `;base64,`: {value[:40]!r}")
-        pieces = data.split(",") if head.lower().startswith(f"data:{FRAMES}") else [data]
+        pieces = [data]
+        if head.lower().startswith(f"data:{FRAMES}"):
+            pieces, pictures = data.split(","), True
     for piece in pieces:
         if not piece:
             raise Refused(400, "a medium is empty")
@@ -80,14 +83,15 @@ def check_sent(value: str, kind: str, *, raw: bool = False) -> None:
             data = base64.b64decode(piece, validate=True)
         except (binascii.Error, ValueError) as e:
             raise Refused(400, f"a medium's base64 is broken: {e}") from None
-        if kind == "image" and not raw:
-            check_picture(data)
+        if pictures:
+            check_picture(data, allowance)
 
 
-def check_picture(data: bytes) -> None:
-    """Refused for what is no picture, or one of so many pixels that it would fill the memory; only its head is read.
+def check_picture(data: bytes, allowance: Allowance) -> None:
+    """Refused for what is no picture, or has so many pixels that it would fill the memory; only its head is read.
 
-    Pillow is in every engine's environment; without it the engine is left to say so.
+    Pillow is in every engine's environment; without it the engine is left to say so. It knows some forty formats, a
+    few of which it runs other programs for when an engine loads the picture (PostScript): only FORMATS are let in.
     """
     try:
         from PIL import Image
@@ -96,11 +100,14 @@ def check_picture(data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Image.open(io.BytesIO(data)).close()
+            Image.init()
+            with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+                pixels = image.width * image.height
     except Image.DecompressionBombError:
         raise Refused(400, f"a picture has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
     except Exception:  # a format's reader may raise anything over broken bytes
-        raise Refused(400, "a medium is no picture that can be read") from None
+        raise Refused(400, f"a medium is no picture that can be read, of {', '.join(FORMATS)}") from None
+    allowance.show(pixels)
 
 
 def read_local(url: str, folder: str | None, allowance: Allowance) -> bytes:
@@ -121,10 +128,10 @@ def read_local(url: str, folder: str | None, allowance: Allowance) -> bytes:
         raise Refused(400, f"no file {path.name!r} that can be read in the server's media folder") from None
 
 
-def as_data_url(data: bytes, mime: str) -> str:
+def as_data_url(data: bytes, mime: str, allowance: Allowance) -> str:
     """Bytes as a data URL. Refused when there are none, or they are no picture and should be."""
     if not data:
         raise Refused(400, "a medium is empty")
     if mime.startswith("image/"):
-        check_picture(data)
+        check_picture(data, allowance)
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

@@ -31,9 +31,11 @@ async def refuse(scope: Any, receive: Any, send: Any, no: Refused, *, unread: bo
     error = {"message": str(no), "type": kind, "param": None, "code": no.status}
     body = json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += {401: [(b"www-authenticate", b"Bearer")], 503: [(b"retry-after", b"10"), (b"connection", b"close")]}.get(
-        no.status, []
-    )
+    headers += {
+        401: [(b"www-authenticate", b"Bearer")],
+        408: [(b"connection", b"close")],
+        503: [(b"retry-after", b"10"), (b"connection", b"close")],
+    }.get(no.status, [])
     await send({"type": "http.response.start", "status": no.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     until = time.monotonic() + LINGER_SECONDS

@@ -10,6 +10,7 @@ from typing import Any
 from mmq_refused import Refused
 
 MIB = 1 << 20
+PIXELS = 1 << 30  # of all pictures of a request: 3 GiB once they are decoded; a few kilobytes can be a sixth of it
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,22 @@ def settings_of(environ: Mapping[str, str]) -> Settings:
 
 
 class Allowance:
-    """Bytes that the media which one request names may have together."""
+    """What the media of one request may have together: bytes of those that it names, pixels of all of its pictures."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.left = most, most
+        self.most, self.left, self.pixels = most, most, PIXELS
 
     def take(self, size: int) -> None:
         """Refused when they are used up."""
         self.left -= size
         if self.left < 0:
             raise Refused(413, f"the media that a request names may have {mebibytes(self.most)} together")
+
+    def show(self, pixels: int) -> None:
+        """Refused when the pictures have too many."""
+        self.pixels -= pixels
+        if self.pixels < 0:
+            raise Refused(413, f"the pictures of a request may have {PIXELS} pixels together; send smaller ones")
 
 
 def mebibytes(count: int) -> str:
