@@ -12,13 +12,14 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..serve.client import key_here
 from ..serve.log import useful_lines
 from ..serve.programs import find_program, python_of
 from ..serve.questions import question_of as asked_by
 from ..serve.questions import read_lines
-from .speed import Load, Run, command, read_run
+from .speed import Load, Run, command, read_run, warm_up
 
 SCRIPT = Path(__file__).resolve().parent / "peers" / "load.py"
 Ask = Callable[[list[str]], None]  # one run of `vllm bench serve` with these words
@@ -94,15 +95,23 @@ def one_run(
     rows: Path | None = None,
     remote_code: bool = False,
 ) -> Run:
-    """Put `load` on the server once, as its run `number`; the generator's raw JSON is then the file `result`.
+    """Put `load` on the server once, as its run `number`, behind its warm-ups; the generator's raw JSON is then the
+    file `result`.
 
     `tokenizer` is a folder with the model's tokenizer, so that prompts have their length in its tokens. RuntimeError
     when the generator fails, or any request failed.
     """
-    result = result.resolve()
+    options: dict[str, Any] = {"run": number, "rows": rows, "remote_code": remote_code}
+    if warm := warm_up(load, number):
+        unused = result.with_name("warm-up.json")
+        _made(ask, command(url, model, tokenizer, warm, result=unused.resolve(), **options), unused)
+        unused.unlink()
+    return _made(ask, command(url, model, tokenizer, load, result=result.resolve(), **options), result)
+
+
+def _made(ask: Ask, words: list[str], result: Path) -> Run:
     result.unlink(missing_ok=True)
-    options = {"run": number, "result": result, "rows": rows, "remote_code": remote_code}
-    ask(command(url, model, tokenizer, load, **options))
+    ask(words)
     if not result.is_file():
         raise RuntimeError(f"the load generator `vllm bench serve` ended without its result {result}")
     return read_run(json.loads(result.read_text(encoding="utf-8")))

@@ -17,6 +17,7 @@ from .report import Figure
 
 TIMES = ("ttft", "tpot", "itl", "e2e")  # of a request: to the first token, a further token, between pieces, all of it
 WAVES, LEAST = 4, 8  # of a sweep's level: each place under way is filled so often, and so many requests at least
+WARM = 500  # added to a run's seed for its warm-ups: no run has this number
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,23 @@ def command(
         what += ["--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"]
     # a picture that an engine has seen costs it less: no two runs, and no two levels, have a seed in common
     seed = load.seed + run + 1000 * load.concurrency
-    warmups = load.warmups if run else max(load.warmups, load.concurrency)  # a level's first run meets new batch sizes
     return [
         *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", url),
         *("--model", model, "--served-model-name", model, "--tokenizer", str(tokenizer)),
         *(["--trust-remote-code"] if remote_code else []),
         *(*what, "--num-prompts", str(load.requests), "--seed", str(seed)),
-        *("--max-concurrency", str(load.concurrency), "--num-warmups", str(warmups)),
+        *("--max-concurrency", str(load.concurrency)),
         *("--ignore-eos", "--temperature", "0", "--disable-tqdm"),
         *("--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name),
     ]
+
+
+def warm_up(load: Load, run: int) -> Load | None:
+    """What is asked before a run and not counted; None for nothing. A level's first run meets new batch sizes: as many
+    requests as it has places. All are new ones: the generator's own warm-ups are the run's first request again and
+    again, which then finds its picture in the engine's caches."""
+    many = load.warmups if run else max(load.warmups, load.concurrency)
+    return replace(load, requests=many, seed=load.seed + WARM) if many else None
 
 
 def read_run(raw: Mapping[str, Any], *, joules: float | None = None) -> Run:

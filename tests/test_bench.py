@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy
 import pytest
-from PIL import Image
 from safetensors import safe_open
 
 from mmq.bench import memory, outcome
@@ -25,7 +24,6 @@ from mmq.bench.budget import Budget, budget_of, planned_for, scaled
 from mmq.bench.capacity import Trial, max_batch, run
 from mmq.bench.compare import compare
 from mmq.bench.find import Subject, find
-from mmq.bench.generator import generator, one_run, span_of, written_rows
 from mmq.bench.hollow import write
 from mmq.bench.intervals import ratio, t_quantile, unsure
 from mmq.bench.journal import forget_unpaired, open_journal
@@ -41,7 +39,7 @@ from mmq.bench.report import (
     read_report,
     write_report,
 )
-from mmq.bench.speed import Load, Run, command, figures, measures, percentile, read_run
+from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
 from mmq.bench.table import markdown, sweep_table, table, warnings
 from mmq.bench.turns import levels_of, mode_of, runs_at, saturated, visits
 from mmq.bench.variants import Variant, dropped, flags_for, servers
@@ -382,29 +380,6 @@ def test_a_report_is_made_of_a_journal(pebble: Path, artifact: Callable[..., Pat
     assert "speed and energy do not" in words
 
 
-# what is asked
-
-
-def test_the_generators_words(tmp_path: Path) -> None:
-    load = Load(concurrency=8, warmups=2)
-
-    def value(words: list[str], flag: str) -> str:
-        return words[words.index(flag) + 1]
-
-    def words(load: Load, run: int, **options: Any) -> list[str]:
-        return command("http://x", "m", tmp_path, load, run=run, result=tmp_path / "r.json", **options)
-
-    assert value(words(load, 0), "--num-warmups") == "8"  # as many at once as the level has
-    assert value(words(load, 1), "--num-warmups") == "2"
-    seeds = {value(words(load.at(level), run), "--seed") for level in (1, 8, 32) for run in range(5)}
-    assert len(seeds) == 15
-    own = words(load, 0, rows=tmp_path / "dataset.jsonl", remote_code=True)
-    assert value(own, "--dataset-name") == "custom_image"
-    assert value(own, "--custom-output-len") == "128"
-    assert "--trust-remote-code" in own
-    assert "--random-input-len" not in own
-
-
 # a journal
 
 
@@ -434,28 +409,6 @@ def test_a_run_that_broke_off_is_taken_up(tmp_path: Path) -> None:
         shutil.rmtree(other.place)
     (first.place / "report.json").write_text("{}")
     assert open_journal(tmp_path, asked, created="later", labels=["awq"]).place.name == "later-awq"
-
-
-def test_a_dataset_becomes_the_generators_rows(tmp_path: Path) -> None:
-    Image.new("RGB", (30, 40), "red").save(tmp_path / "a.png")
-    lines = [
-        {"messages": [{"role": "system", "content": "kurz"}, {"role": "user", "content": "<image>什么颜色？"}]},
-        {"query": "Hello", "response": "Hi"},
-    ]
-    lines[0]["images"] = ["a.png"]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    file = written_rows(Load(dataset=str(data)), tmp_path)
-    assert file is not None
-    rows = [json.loads(line)["content"] for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [part["type"] for part in rows[0]] == ["text", "image_url", "text"]
-    assert rows[0][1]["image_url"]["url"].startswith("data:image/png;base64,")
-    assert rows[0][2]["text"] == "什么颜色？"
-    assert rows[1] == [{"type": "text", "text": "Hello"}]
-    assert written_rows(Load(), tmp_path) is None
-    data.write_text('{"query": "<video>what?", "videos": ["https://example.org/x.mp4"]}\n')
-    with pytest.raises(ValueError, match="text and pictures; video_url cannot be sent"):
-        written_rows(Load(dataset=str(data)), tmp_path)
 
 
 # names
@@ -602,29 +555,6 @@ def test_a_sweep_is_a_row_a_level_and_noise_is_called_so() -> None:
     assert "## Latency against load" in markdown(sure)
     failed = dataclasses.replace(sure, settings={**sure.settings, "failed": {"gptq": "no room"}})
     assert warnings(failed) == ["gptq failed: no room"]
-
-
-@needs_vllm
-def test_a_server_is_measured(served: Server, artifact: Callable[..., Path], tmp_path: Path) -> None:
-    """Through one generator: a run that fails with the generator's own reason, then one that does not."""
-    options: dict[str, Any] = {"model": served.name, "load": SMALL, "number": 0}
-    file = tmp_path / "awq-1.json"
-    with generator(tmp_path / "generator.log") as ask:
-        with pytest.raises(RuntimeError, match=r"`vllm bench serve` failed: .*\bnowhere\b"):
-            one_run(ask, served.url, tokenizer=tmp_path / "nowhere", result=file, **options)
-        begun = time.perf_counter()
-        run = one_run(ask, served.url, tokenizer=artifact("awq"), result=file, **options)
-        first, last = span_of(file)
-        assert begun < first < last < time.perf_counter()
-    assert run.output_lens == (SMALL.output_tokens,) * SMALL.requests
-    # each prompt has its words, the picture's 56 * 84 / 28**2 tokens and the template's
-    assert all(SMALL.input_tokens + 6 < n < SMALL.input_tokens + 60 for n in run.input_lens)
-    assert len(run.ttft) == len(run.tpot) == len(run.latency) == SMALL.requests
-    for whole, first, further, count in zip(run.latency, run.ttft, run.tpot, run.output_lens, strict=True):
-        assert whole == pytest.approx(first + further * (count - 1))
-    assert sum(run.itl) == pytest.approx(sum(run.latency) - sum(run.ttft), rel=0.01)
-    assert max(run.latency) <= run.seconds
-    assert read_run(json.loads(file.read_text())) == run
 
 
 def stub(tmp_path: Path, name: str, code: str) -> Variant:
