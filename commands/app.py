@@ -32,6 +32,7 @@ def command(
     from threading import Event
 
     from ..serve.app import page
+    from ..serve.client import connect, served_name
     from ..serve.infer import at
     from ..serve.request import DEFAULT
     from ..serve.running import check_port
@@ -44,6 +45,8 @@ def command(
     with ExitStack() as stack:
         with progress(quiet=False) as tell:
             url, _ = stack.enter_context(at(target, DEFAULT, tell=tell, extra=engine_flags, **where))
+            with connect(url, api_key=key.value if key else None) as client:
+                served_name(client, url=url)  # a page before nobody would tell so at the first question only
         address = stack.enter_context(page(url, port=port, api_key=key.value if key else None))
         click.secho(f"the page: {address}   (Ctrl-C here ends it)", fg="green")
         if browse:

@@ -107,8 +107,10 @@ def command(
     An engine that is started here takes `mmq serve`'s options of the model's size and of media, and the flags after
     `--`. Exit 1 where rows of a dataset got no answer.
     """
+    from ..serve.client import root
+
     if url is not None:  # what stands where a target would is the prompt
-        target, prompt, engine_flags = url, target, (*([prompt] if prompt else []), *engine_flags)
+        target, prompt, engine_flags = root(url), target, (*([prompt] if prompt else []), *engine_flags)
     if target is None:
         raise ValueError("name what to ask: an artifact, a model, or a running server's address")
     if prompt is not None and prompt.startswith("--"):  # there was no prompt, and `--` was before it
@@ -162,8 +164,8 @@ def command(
         with progress(quiet=as_json) as tell:  # the bars end before an answer is written under them
             address, config = stack.enter_context(at(target, config, tell=tell, **where))
         if prompt is None:
-            click.secho(HELP, dim=True, err=True)
             answer = stack.enter_context(answering(address, config, **who))
+            click.secho(HELP, dim=True, err=True)
             talk(
                 chat,
                 answer,
@@ -206,21 +208,24 @@ def infer_rows(
     check_dataset(datasets, out, system=who["system"], overwrite=overwrite)
     write = answer_writer(partial(click.echo, nl=False))
     with ExitStack() as stack:
-        tell = stack.enter_context(progress(quiet=as_json or config.stream))
-        options: dict[str, Any] = {"overwrite": overwrite, "tell": tell}
+        options: dict[str, Any] = {"overwrite": overwrite}
         if cluster is not None:
             from ..serve.cluster import infer_on_ray
 
-            options |= {"address": cluster, "replicas": replicas, "system": who["system"]}
+            tell = stack.enter_context(progress(quiet=as_json))
+            options |= {"address": cluster, "replicas": replicas, "system": who["system"], "tell": tell}
             facts = infer_on_ray(target, datasets, out, config, **where, **options)
         else:
-            url, config = stack.enter_context(at(target, config, tell=tell, **where))
-            options |= {"concurrency": concurrency, "show": lambda number, piece: write(piece)}
+            with progress(quiet=as_json) as tell:  # the bars end before answers are streamed under them
+                url, config = stack.enter_context(at(target, config, tell=tell, **where))
+            tell = stack.enter_context(progress(quiet=as_json or config.stream))
+            show = None if as_json else lambda number, piece: write(piece)
+            options |= {"concurrency": concurrency, "show": show, "tell": tell}
             facts = infer_dataset(url, datasets, out, config, **who, **options)
     if as_json:
-        click.echo(json.dumps({"result": str(out), **facts}))
+        click.echo(json.dumps({"result": str(out), **facts}, ensure_ascii=False))
     else:
-        show_table(["", ""], [[name, f"{value:g}"] for name, value in facts.items()])
+        show_table(["", ""], [[name, f"{value:,}"] for name, value in facts.items()])
         for line in failed(out):
             click.secho(shown(line), fg="yellow", err=True)
         click.echo(f"answers: {out}")

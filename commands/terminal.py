@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -38,12 +38,19 @@ def next_step(line: str) -> None:
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Tell]:
-    """A progress bar a kind of step, on stderr; nothing when `quiet`."""
-    from ..recipes.progress import silent
+    """A progress bar a kind of step, on stderr, from the first step on; nothing when `quiet`."""
+    from ..recipes.progress import Step, silent
     from ..recipes.terminal import bars, listener
 
     if quiet:
         yield silent
         return
-    with bars() as shown:
-        yield listener(shown)
+    with ExitStack() as stack:
+        move = listener(shown := bars())
+
+        def tell(step: Step) -> None:
+            if not shown.live.is_started:  # rich ends even no bars with an empty line
+                stack.enter_context(shown)
+            move(step)
+
+        yield tell

@@ -5,6 +5,7 @@ Works with any OpenAI-compatible server; `url` is its root, with or without /v1.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 
@@ -44,10 +46,16 @@ class Answer:
 
 
 def root(url: str) -> str:
-    """The server's root: without a trailing slash and /v1. ValueError when it is no http(s) address."""
-    if not re.match(r"https?://[^/]+", url):
+    """The server's root: without a trailing slash, and without /v1 or what of the API stands behind it. ValueError when
+    it is no http(s) address."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets of an IPv6 address that do not close
+        good = False
+    if not good:
         raise ValueError(f"{url!r} is no server's address; it looks like http://127.0.0.1:8000")
-    return re.sub(r"(/v1)?/*$", "", url)
+    return re.sub(r"(/v1(/models|/completions|/chat/completions)?)?/*$", "", url)
 
 
 def _client_options(url: str, api_key: str | None, timeout: float, retries: int) -> dict[str, Any]:
@@ -98,9 +106,14 @@ def plain_errors(url: str) -> Iterator[None]:
 
 
 def models(client: openai.OpenAI, *, url: str = "the given address") -> list[str]:
-    """The names that the server answers to, LoRA adapters' too. OSError when nobody answers."""
+    """The names that the server answers to, LoRA adapters' too. OSError when nobody answers, or nobody of this API."""
     with plain_errors(url):
-        return [model.id for model in client.models.list().data]
+        try:
+            found: Any = client.get("/models", cast_to=object)
+            return [str(model["id"]) for model in found["data"]]
+        except (openai.NotFoundError, LookupError, TypeError, json.JSONDecodeError):
+            why = "not as an OpenAI-compatible server: it has no /v1/models"
+            raise OSError(f"{url} answers, but {why}; is the address right, as http://127.0.0.1:8000?") from None
 
 
 def served_name(client: openai.OpenAI, wanted: str | None = None, *, url: str = "the given address") -> str:

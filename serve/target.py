@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..export.artifact import MANIFEST, open_artifact
@@ -18,5 +19,7 @@ def servable(target: str, *, hub: str, revision: str | None = None, tell: Tell =
         if (folder / MANIFEST).is_file():
             open_artifact(folder)
         return folder, folder.resolve().name
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", target):
+        raise ValueError(f"no folder {target}; if that is a server's address, write http://{target}")
     recipe = recipe_for(target)
     return fetch(model_on(recipe, hub), hub=hub, revision=revision or recipe.revision, tell=tell).path, recipe.name

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import importlib.util
 import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
 from mmq.serve.api import Answer, Client, InferRequest, RequestConfig, launch
+from mmq.serve.client import root
 from mmq.serve.running import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -82,6 +85,40 @@ def test_what_cannot_be_sent_is_told_before_a_request(request_: InferRequest, me
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(OSError, match="no server answers"):
         Client(f"http://127.0.0.1:{free_port()}").infer([InferRequest("hello")])
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body"),
+    [
+        (200, "text/html", b"<html>"),
+        (200, "application/json", b"<html>"),
+        (200, "application/json", b'{"models": []}'),
+        (200, "application/json", b'{"data": [3]}'),
+        (404, "text/html", b"nothing here"),
+    ],
+)
+def test_a_server_of_something_else(status: int, kind: str, body: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(OSError, match="answers, but not as an OpenAI-compatible server"):
+            _ = Client(f"http://127.0.0.1:{server.server_port}").models
+        server.shutdown()
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/models", "/v1/chat/completions", "/v1/completions"])
+def test_an_address_may_be_pasted_from_anywhere(end: str) -> None:
+    assert root(f"http://[::1]:8000{end}") == "http://[::1]:8000"
+    assert root(f"https://a.example/proxy{end}") == "https://a.example/proxy"
 
 
 @needs_vllm

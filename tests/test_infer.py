@@ -22,6 +22,10 @@ from mmq.serve.running import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 COUNT = 10
+FIGURES = (
+    *("num_prompt_tokens", "num_generated_tokens", "num_samples", "runtime", "samples/s", "tokens/s"),
+    *("failed", "resumed"),
+)
 
 
 @pytest.fixture
@@ -84,6 +88,18 @@ def test_a_dataset_in_and_answers_out(served: Server, dataset: Path, tmp_path: P
     assert (steps[-1].done, steps[-1].total) == (COUNT, COUNT)
     assert "tok/s" in steps[-1].note
     assert [r["source"] for r in found[:2]] == ["questions.jsonl:1", "questions.jsonl:2"]
+
+
+@needs_vllm
+def test_what_goes_to_stdout(served: Server, dataset: Path, mmq: Run) -> None:
+    """The figures and where the answers are, no empty lines; with --json that object alone, though --stream is on."""
+    words = ["infer", served.url, "--dataset", f"{dataset}#3", "--max-tokens", "4"]
+    code, out, err = mmq(*words)
+    assert code == 0, err
+    assert [line.split()[0] for line in out.split("\n")[:-1]] == [*FIGURES, "answers:"]
+    code, out, err = mmq(*words, "--json", "--stream", "--overwrite")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert [*json.loads(out)] == ["result", *FIGURES]
 
 
 @needs_vllm
