@@ -8,6 +8,7 @@ imported on use.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -21,8 +22,9 @@ from ..recipes.progress import Tell, silent
 from .client import Answer
 from .dataset import check_dataset, recorded
 from .engines import plan
-from .flags import Launch
+from .flags import Launch, parsed, settings, spelled, switched
 from .machine import this_machine
+from .parallel import SIZES
 from .questions import Line, question_of, read_lines
 from .request import DEFAULT, RequestConfig
 from .target import servable
@@ -30,6 +32,8 @@ from .target import servable
 LOCAL = "local"  # a Ray that is started on this machine for the run
 ROWS = 32  # in a batch for an engine, which takes the next before the last one's end
 OF_A_SERVER = ("host", "port", "served_model_name", "middleware", "allowed_media_domains", "shutdown_timeout")
+FLAG = re.compile(r"-\D")  # and no number below 0
+SHORT = {"-q": "--quantization", "-cc": "--compilation-config", **{short: flag for _, flag, short, _ in SIZES}}
 OF_A_GUARD = ("PYTHONPATH", "MMQ_GUARD", "VLLM_MEDIA_URL_ALLOW_REDIRECTS")
 OF_A_ROW = ("mm_processor_kwargs",)  # of a request's extra: what is no sampling parameter
 # a loop over a message's parts: such a template wants parts, others text with placeholders in it
@@ -94,24 +98,24 @@ def check_installed() -> None:
 def engine_settings(launch: Launch) -> tuple[dict[str, Any], dict[str, str]]:
     """(vLLM's engine arguments, variables) that say what the launch of a server says, without what is a server's."""
     words = launch.argv[launch.argv.index("serve") + 2 :] if "serve" in launch.argv else launch.argv[1:]
-    settings: dict[str, Any] = {}
-    flag = ""
-    for word in words:
-        if word.startswith("--"):
-            flag, _, value = word[2:].partition("=")
-            flag = flag.replace("-", "_")
-            settings[flag] = _value(value) if value else True
-        elif flag:
-            settings[flag] = _value(word)
-    settings = {flag: value for flag, value in settings.items() if flag not in OF_A_SERVER}
-    return settings, {key: value for key, value in launch.env.items() if key not in OF_A_GUARD}
-
-
-def _value(word: str) -> Any:
-    try:
-        return json.loads(word)
-    except ValueError:
-        return word
+    found: dict[str, Any] = {}
+    for at, word in enumerate(words):
+        if not FLAG.match(word):
+            continue
+        name = spelled(word)
+        if not name.startswith("--") and name not in SHORT:
+            raise ValueError(f"{word} after -- is not known to --ray; write it in its long form")
+        head, equals, value = word.partition("=")
+        values = [value] if equals else list(itertools.takewhile(lambda word: not FLAG.match(word), words[at + 1 :]))
+        if "." in head:
+            said: Any = settings(words, name)
+        elif values:
+            said = parsed(values[0]) if len(values) == 1 else [parsed(value) for value in values]
+        else:
+            said = switched([word], name)
+        found[SHORT.get(name, name)[2:].replace("-", "_")] = said
+    found = {flag: value for flag, value in found.items() if flag not in OF_A_SERVER}
+    return found, {key: value for key, value in launch.env.items() if key not in OF_A_GUARD}
 
 
 def content_format(folder: Path) -> str:
@@ -173,9 +177,9 @@ def _answers(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray, data, llm = (importlib.import_module(name) for name in ("ray", "ray.data", "ray.data.llm"))
-    settings, variables = engine_settings(launch)
+    own, variables = engine_settings(launch)
     if media := config.options().get("extra_body", {}).get("media_io_kwargs"):
-        settings["media_io_kwargs"] = media
+        own["media_io_kwargs"] = media
     gpu = 1 if launch.device == "cuda" else 0
     little = {"num_cpus": 0.1}  # the stages before the engine mostly wait, and a small machine has to run them all
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -191,7 +195,7 @@ def _answers(
         processor = llm.build_processor(
             llm.vLLMEngineProcessorConfig(
                 model_source=str(folder.resolve()),
-                engine_kwargs=settings,
+                engine_kwargs=own,
                 concurrency=replicas,
                 batch_size=ROWS,
                 should_continue_on_error=True,
@@ -201,7 +205,7 @@ def _answers(
                     "enabled": True,
                     "chat_template_content_format": content_format(folder),
                     "apply_sys_msg_formatting": True,
-                    "model_config_kwargs": _for_parts(settings),
+                    "model_config_kwargs": _for_parts(own),
                     **little,
                 },
                 chat_template_stage={"enabled": True, **little},
@@ -227,7 +231,7 @@ def _answers(
         ray.shutdown()
 
 
-def _for_parts(settings: dict[str, Any]) -> dict[str, Any]:
+def _for_parts(own: dict[str, Any]) -> dict[str, Any]:
     """Of the engine's arguments those that decide how a message's parts are read."""
     kept = ("max_model_len", "limit_mm_per_prompt", "media_io_kwargs", "trust_remote_code", "allowed_media_domains")
-    return {key: settings[key] for key in kept if key in settings}
+    return {key: own[key] for key in kept if key in own}

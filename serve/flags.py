@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SUFFIXES = {  # of numbers, as vLLM reads them: 32k is 32,000, and 32K is 32,768
+    **{letter: 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{letter: 1024**power for power, letter in enumerate("KMGT", 1)},
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,9 @@ class Flag:
 
 
 def spelled(flag: str) -> str:
-    """A flag's one spelling: underscores as dashes, no value, a `--no-` switch as the switch it turns off."""
-    head = flag.split("=", 1)[0]
+    """A flag's one spelling: underscores as dashes, no value, no key of its JSON (`--flag.key`), a `--no-` switch as
+    the switch it turns off."""
+    head = re.split("[=.]", flag, maxsplit=1)[0]
     if head.startswith("--"):
         head = "--" + head[2:].replace("_", "-")
         if head.startswith("--no-"):
@@ -76,8 +84,14 @@ def given(extra: Sequence[str], *names: str) -> str | None:
                 found = word.split("=", 1)[1]
             else:
                 following = extra[at + 1] if at + 1 < len(extra) else "-"
-                found = "" if following.startswith("-") else following
+                found = "" if re.match(r"-(?!\d)", following) else following
     return found
+
+
+def switched(extra: Sequence[str], name: str) -> bool:
+    """Whether `extra` turns a switch on, and not off again (`--no-`)."""
+    words = [word for word in extra if spelled(word) == name]
+    return bool(words) and not words[-1].startswith(("--no-", "--no_"))
 
 
 def number(extra: Sequence[str], *names: str) -> float | None:
@@ -88,9 +102,34 @@ def number(extra: Sequence[str], *names: str) -> float | None:
     if value == "":
         raise ValueError(f"{names[0]} after -- wants a number")
     try:
-        return float(value)
+        return float(value.rstrip("kmgtKMGT")) * SUFFIXES.get(value[-1], 1)
     except ValueError:
         return None
+
+
+def settings(extra: Sequence[str], *names: str) -> dict[str, Any]:
+    """What `extra` gives to a flag that takes JSON, whole or key by key (`--flag.key value`, which takes the place of
+    all that was given whole); {} where it gives nothing, or no JSON object."""
+    dotted: dict[str, Any] = {}
+    for at, word in enumerate(extra):
+        flag, dot, keys = word.split("=", 1)[0].partition(".")
+        if word.startswith("-") and dot and spelled(flag) in names:
+            inner, (*path, last) = dotted, keys.rstrip("+").split(".")
+            for key in path:
+                if not isinstance(inner.get(key), dict):
+                    inner[key] = {}
+                inner = inner[key]
+            inner[last] = parsed(given(extra[at : at + 2], spelled(flag)) or "")
+    found = dotted or parsed(given(extra, *names) or "{}")
+    return found if isinstance(found, dict) else {}
+
+
+def parsed(word: str) -> Any:
+    """A word as the JSON that it is, else itself."""
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
 
 
 def merged(flags: Iterable[Flag], extra: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

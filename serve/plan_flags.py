@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from .bill import Ask, Model
-from .flags import Flag, given, number
+from .flags import Flag, given, number, settings, switched
 from .machine import Gpu
 from .parallel import size_flags
 from .shape import context_length
@@ -59,14 +60,18 @@ def picture_limit(model: Model, ask: Ask) -> Flag:
 
 def asked_in(extra: Sequence[str], *, context: int | None) -> Ask:
     """What the engine's flags in `extra` ask of the plan; `context` where they say nothing of it."""
-    wanted: dict[str, Any] = {"context": _whole(extra, "--max-model-len") or context}
-    limit = _json(extra, "--limit-mm-per-prompt")
-    if isinstance(limit.get("image"), int):
-        wanted |= {"images": limit["image"], "video": limit.get("video") != 0}
-    pixels = _json(extra, "--mm-processor-kwargs").get("max_pixels")
-    compiling = _json(extra, "--compilation-config")
+    length = _whole(extra, "--max-model-len")
+    wanted: dict[str, Any] = {"context": context if length in (None, -1) else length}  # -1: the engine's own choice
+    if limit := settings(extra, "--limit-mm-per-prompt"):
+        images, videos = (_count(limit.get(kind)) for kind in ("image", "video"))
+        wanted |= {"images": images, "video": videos != 0}
+    pixels = settings(extra, "--mm-processor-kwargs").get("max_pixels")
+    compiling = settings(extra, "--compilation-config", "-cc")
+    level = _level(extra)
     if isinstance(compiling.get("cudagraph_mode"), str):
         wanted["graphs"] = compiling["cudagraph_mode"].upper()
+    elif level == "1":
+        wanted["graphs"] = "PIECEWISE"
     return Ask(
         sequences=_whole(extra, "--max-num-seqs"),
         tp=_whole(extra, "--tensor-parallel-size", "-tp") or 1,
@@ -76,7 +81,7 @@ def asked_in(extra: Sequence[str], *, context: int | None) -> Ask:
         pixels=pixels if isinstance(pixels, int) else None,
         share=number(extra, "--gpu-memory-utilization"),
         batched=_whole(extra, "--max-num-batched-tokens"),
-        eager=given(extra, "--enforce-eager") is not None,
+        eager=switched(extra, "--enforce-eager") or level == "0",
         compiled=compiling.get("mode") not in (0, "NONE"),
         **wanted,
     )
@@ -87,10 +92,13 @@ def _whole(extra: Sequence[str], *names: str) -> int | None:
     return None if found is None else int(found)
 
 
-def _json(extra: Sequence[str], name: str) -> dict[str, Any]:
-    """The flag's JSON object; {} where there is none, or it is in another of the engine's spellings."""
-    try:
-        found = json.loads(given(extra, name) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _level(extra: Sequence[str]) -> str | None:
+    """vLLM's -O1, -O=1, -O 1 or --optimization-level 1, as "1"."""
+    joined = [word[-1] for word in extra if re.fullmatch(r"-O=?\d", word)]
+    return joined[-1] if joined else given(extra, "--optimization-level", "-O")
+
+
+def _count(limit: Any) -> int | None:
+    """Of a kind of media in one request: a number, or vLLM's {"count": ..., "width": ..., "height": ...}."""
+    found = limit.get("count") if isinstance(limit, dict) else limit
+    return found if isinstance(found, int) else None

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ KEY_VARIABLES = ("MMQ_API_KEY", "VLLM_API_KEY")  # the first that is set is the 
 TYPED_SECRETS = {  # engine flags that would show a secret, and what to do instead
     **dict.fromkeys(("--api-key", "--api-keys"), "set MMQ_API_KEY, or give --api-key-file FILE"),
     "--hf-token": "set HF_TOKEN",
+}
+NOT_OURS = {  # engine flags that put another server in the place of the one that the guard is a part of, or elsewhere
+    "--grpc": "the guard judges HTTP alone; start vLLM itself for gRPC",
+    "--uds": "mmq asks its server at --host and --port",
+    **dict.fromkeys(
+        ("--ssl", "--ssl-keyfile", "--ssl-certfile"), "mmq asks its server without TLS; put a proxy before it"
+    ),
+    "--config": "mmq reads none of it; write what it says after the --",
 }
 GUARDS_OWN = {  # engine flags that mmq's guard decides before the engine could
     "--allowed-local-media-path": "--media-folder",
@@ -134,12 +142,20 @@ def _check_typed(extra: Sequence[str]) -> None:
         if not word.startswith("-"):
             continue
         name = spelled(word)
-        if name in TYPED_SECRETS and given(extra, name):
-            raise ValueError(f"{name} on a command line is seen by everybody on this machine; {TYPED_SECRETS[name]}")
+        if (secret := _meant(name, TYPED_SECRETS)) and given(extra, name):
+            remedy = TYPED_SECRETS[secret]
+            raise ValueError(f"{secret} on a command line is seen by everybody on this machine; {remedy}")
         if name in ("--host", "--server-name") and not given(extra, name):
             raise ValueError(f"{name} after -- wants an address; 0.0.0.0 lets every machine connect")
-        if name in GUARDS_OWN:
-            raise ValueError(f"{name} is decided before the engine; give {GUARDS_OWN[name]}, before the --")
+        if own := _meant(name, GUARDS_OWN):
+            raise ValueError(f"{own} is decided before the engine; give {GUARDS_OWN[own]}, before the --")
+        if other := _meant(name, NOT_OURS):
+            raise ValueError(f"{other} does not go with mmq: {NOT_OURS[other]}")
+
+
+def _meant(name: str, flags: Iterable[str]) -> str | None:
+    """Which of these a flag is: engines take their beginnings too (`--api-k`)."""
+    return next((flag for flag in flags if len(name) > len("--x") and flag.startswith(name)), None)
 
 
 def _settings(safety: Safety, *, near: bool, key: Secret | None) -> tuple[dict[str, Any], str]:

@@ -199,7 +199,7 @@ def _cpu_flags(
     room = machine.available - shape.weights - CPU_RUNTIME
     tokens, reason = _context(shape, wanted, room)
     sequences = int(number(extra, "--max-num-seqs") or CPU_SEQUENCES)
-    tokens = int(number(extra, "--max-model-len") or tokens)
+    tokens = max(int(number(extra, "--max-model-len") or tokens), 0) or tokens  # -1: the engine's own choice
     # one more sequence than fits is no harm: vLLM queues; one sequence must fit
     need = max(shape.kv_token * tokens, min(shape.kv_token * tokens * sequences, room // 2))
     space = max(1, math.ceil(need / GIB))

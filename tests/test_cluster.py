@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,27 @@ def test_an_engine_is_told_what_a_server_is_told() -> None:
     words += ' --limit-mm-per-prompt {"image":8} --middleware mmq_guard.Guard --kv-cache-dtype=fp8'
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "MMQ_GUARD": "{}", "PYTHONPATH": "inside"}
     launch = Launch(("vllm", "serve", "model", *words.split()), env, (), "http://a", "a", "127.0.0.1", 8000, "cpu")
+    typed = [
+        "-tp",
+        "2",
+        "--no-enable-prefix-caching",
+        "--compilation-config.mode",
+        "0",
+        "-q=awq",
+        "--lora-modules",
+        "a=b",
+        "c=d",
+    ]
+    assert engine_settings(replace(launch, argv=("vllm", "serve", "model", "--max-num-seqs", "8", *typed)))[0] == {
+        "max_num_seqs": 8,
+        "tensor_parallel_size": 2,
+        "enable_prefix_caching": False,
+        "compilation_config": {"mode": 0},
+        "quantization": "awq",
+        "lora_modules": ["a=b", "c=d"],
+    }
+    with pytest.raises(ValueError, match="-x after -- is not known to --ray"):
+        engine_settings(replace(launch, argv=("vllm", "serve", "model", "-x", "1")))
     assert engine_settings(launch) == (
         {"max_model_len": 4096, "enforce_eager": True, "limit_mm_per_prompt": {"image": 8}, "kv_cache_dtype": "fp8"},
         {"VLLM_CPU_KVCACHE_SPACE": "1"},

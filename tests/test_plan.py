@@ -429,6 +429,14 @@ def test_an_engines_flags_are_asked_of_the_plan() -> None:
         context=4096, sequences=16, tp=2, kv_dtype="fp8", eager=True, images=2, video=False, pixels=501760
     )
     assert asked_in(["--limit-mm-per-prompt", "image=2"], context=None) == Ask()
+    other = "--no-enforce-eager --max-model-len 32K --max-num-batched-tokens=8k -cc.cudagraph_mode=piecewise"
+    other += (
+        " --limit-mm-per-prompt.image.count 4 --limit_mm_per_prompt.video=0 --mm-processor-kwargs.max_pixels 501760"
+    )
+    found = asked_in(other.split(), context=4096)  # vLLM's other spellings of the same
+    assert found == Ask(context=32768, batched=8000, graphs="PIECEWISE", images=4, video=False, pixels=501760)
+    assert asked_in(["--max-model-len", "-1", "-O0"], context=4096) == Ask(context=4096, eager=True)
+    assert asked_in(["-O", "1"], context=None).graphs == asked_in(["-O1"], context=None).graphs == "PIECEWISE"
 
 
 def test_parts_by_name() -> None:

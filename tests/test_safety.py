@@ -99,6 +99,13 @@ def test_a_key_that_no_header_can_carry(tmp_path: Path, content: bytes, error: t
         (("--api_key=s3cret",), "--api-key-file"),
         (("--api-keys", "s3cret"), "MMQ_API_KEY"),
         (("--hf-token", "s3cret"), "HF_TOKEN"),
+        (("--api-k", "s3cret"), "MMQ_API_KEY"),  # as argparse takes it too
+        (("--api-k=s3cret",), "MMQ_API_KEY"),
+        (("--grpc",), "gRPC"),
+        (("--uds", "/tmp/socket"), "--host and --port"),
+        (("--ssl-keyfile=a", "--ssl-certfile=b"), "without TLS"),
+        (("--config", "vllm.yaml"), "none of it"),
+        (("--allowed-local", "/"), "--media-folder"),
         (("--allowed-media-domains", "a.org"), "--media-domain"),
         (("--allowed-local-media-path=/"), "--media-folder"),
         (("--host", ""), "0.0.0.0"),  # every machine, to some engines
