@@ -80,6 +80,7 @@ def test_secrets_are_named_once_and_given_to_one_step() -> None:
         ({"event_name": "push", "ref_type": "tag"}, "true"),
         ({"event_name": "schedule", "ref_type": "branch"}, "true"),
         ({"event_name": "workflow_dispatch", "ref_type": "branch"}, "false"),
+        ({"event_name": "workflow_dispatch", "ref_type": "tag"}, "false"),
         ({"event_name": "pull_request", "ref_type": "branch"}, "false"),
     ],
 )
@@ -88,10 +89,22 @@ def test_it_publishes_on_a_tag_or_a_schedule_alone(github: dict[str, str], now: 
     assert evaluated(step["env"]["NOW"], {"github": github}) == now
 
 
-def test_what_a_cancelled_job_has_made_is_kept() -> None:
-    kept = [step for step in PUBLISH["jobs"]["make"]["steps"] if "actions/cache/save" in step.get("uses", "")]
-    assert len(kept) == 2
-    assert all(step["if"].startswith("always()") for step in kept)
+@pytest.mark.parametrize(
+    ("inputs", "cached"),
+    [
+        ({"package": "mmq-toolkit", "cache": True}, True),
+        ({"package": "mmq-toolkit", "cache": False}, False),
+        ({}, True),  # a tag or the schedule of mmq's own repository
+        ({"recipes": "pebble"}, True),  # by hand there
+    ],
+)
+def test_what_a_cancelled_job_has_made_is_kept(inputs: dict[str, Any], cached: bool) -> None:
+    steps = [step for step in PUBLISH["jobs"]["make"]["steps"] if "actions/cache/" in step.get("uses", "")]
+    assert ["save" in step["uses"] for step in steps] == [False, False, True, True]
+    for step in steps:
+        condition = step["if"].removeprefix("always() && ")
+        assert (condition != step["if"]) == ("save" in step["uses"])  # a cancelled job's too
+        assert evaluated(f"${{{{ ({condition}) && true || false }}}}", {"inputs": inputs}) == str(cached).lower()
     assert PUBLISH["jobs"]["make"]["strategy"]["fail-fast"] is False
     assert PUBLISH["jobs"]["make"]["concurrency"]["cancel-in-progress"] is False
 
@@ -122,6 +135,22 @@ def test_actionlint_has_nothing_to_say() -> None:
 # its scripts, run
 
 
+class Absent:
+    """What is not in a context: no true value, and to GitHub equal to whatever is zero as a number, so to `false`."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other in (False, 0, "") or isinstance(other, Absent)
+
+    def __hash__(self) -> int:
+        return hash(False)
+
+    def __repr__(self) -> str:
+        return "Absent()"
+
+
 def evaluated(text: Any, context: Mapping[str, Any]) -> str:
     """A value of the workflow as GitHub puts it into the environment: each ${{ }} by its context; what is not in the
     context is empty."""
@@ -133,12 +162,13 @@ def evaluated(text: Any, context: Mapping[str, Any]) -> str:
         value: Any = context
         for part in word.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        return repr(value)
+        return repr(Absent() if value is None else value)
 
     def expression(found: re.Match[str]) -> str:
         python = re.sub(r"'[^']*'|[A-Za-z_][\w.-]*", name, found[1]).replace("||", " or ").replace("&&", " and ")
-        value = eval(python.strip(), {"__builtins__": {}})
-        return {None: "", True: "true", False: "false"}.get(value, str(value))
+        python = re.sub(r"!(?!=)", " not ", python)
+        value = eval(python.strip(), {"__builtins__": {}, "Absent": Absent})
+        return {None: "", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, Absent) else ""
 
     return re.sub(r"\$\{\{(.*?)\}\}", expression, str(text))
 
@@ -193,7 +223,7 @@ def test_its_scripts_are_cancelled_go_on_check_and_publish(tmp_path: Path) -> No
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "small.yaml").write_text(GOOD, encoding="utf-8")
     (tmp_path / "recipes" / "wrong; touch pwned.yaml").write_text("name: $(touch pwned)\nmodel: pebble\n")
-    places = "hf:me/{name}-{method} modelscope:elsewhere/{name}-{method}"
+    places = "hf:me/{name}-{method}\nmodelscope:elsewhere/{name}-{method}\n"
     inputs = {"recipes": "recipes/*.yaml", "methods": "awq", "publish": places, "flags": "--no-reload"}
     tag = {"event_name": "push", "ref_type": "tag", "workspace": str(tmp_path)}
     secrets = dict.fromkeys(SECRETS, TOKEN)
