@@ -30,7 +30,7 @@ from .journal import Journal, forget_unpaired, open_journal
 from .nvml import Card, begin, open_card
 from .report import Report, describe, now, versions
 from .speed import CPU_LOAD, Load, measures
-from .turns import levels_of, mode_of, runs_at, saturated, visits
+from .turns import levels_of, mode_of, runs_at, saturated, turn, visits
 from .variants import Up, all_fit, described, dropped, servers, variant_of
 
 CONTEXT = 2048  # tokens, as the field's own tables have it
@@ -170,7 +170,7 @@ def _visit(bench: Bench, ask: Ask, ups: dict[str, Up], numbers: Sequence[int]) -
     for concurrency in bench.levels:
         todo = [n for n in range(runs_at(bench.load, concurrency)) if n in numbers]
         for number_ in todo:
-            for at, label in enumerate(list(ups)):
+            for at, label in enumerate(turn(list(ups), number_)):
                 done = todo.index(number_) * len(ups) + at
                 bench.tell(Step(f"{concurrency} at once", done, len(todo) * len(ups), label))
                 if not journal.found("run", label=label, concurrency=concurrency, number=number_):

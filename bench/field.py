@@ -10,7 +10,7 @@ from typing import Any
 from .headline import ratio_cell
 from .report import Figure, Report
 from .show import amount, show
-from .table import ROWS
+from .table import ROWS, tails
 
 BESIDES = {
     "startup": "start of the server (s)",
@@ -61,14 +61,14 @@ def _cell(figure: Figure | None, *, told: bool) -> dict[str, str]:
 
 def reading(report: Report) -> str:
     """How the table is to be read."""
-    said = "Under a figure: the lowest and highest of its runs."
+    said = " ".join(filter(None, ["Under a figure: the lowest and highest of its runs.", tails(report)]))
     if len(report.numbers) == 1:
         return said
     known = [r for found in report.ratios.values() for r in found.values() if r.low is not None]
     if known:
         pairs = max(r.pairs for r in known)
-        said += f" Under a ratio: its {known[0].level:.0%} interval, from {pairs} interleaved pairs of runs;"
-        said += " coloured where that leaves out 1."
+        said += f" Under a ratio: its {known[0].level:.0%} interval, from {pairs} pairs taken in turns;"
+        said += " coloured where that leaves out 1. Of twenty such intervals one misses the truth."
     else:
-        said += " Ratios of speeds have no interval here: too few pairs of runs were interleaved."
+        said += " Ratios of speeds have no interval here: too few runs were taken in turns."
     return said

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..export.artifact import MANIFEST, Artifact, base_of, open_artifact
@@ -29,10 +30,11 @@ def artifacts_in(folder: Path) -> list[Artifact]:
 
 
 def find(names: Sequence[str], *, folder: Path, tell: Tell = silent) -> list[Subject]:
-    """The subjects that `names` mean, in their order. A name is `fp16` (the common base of the artifacts compared, or
-    of all in `folder`), a path, or an artifact's method, format, name or folder.
+    """The subjects that `names` mean, in their order, no two with one label. A name is `fp16` (the common base of the
+    artifacts compared, or of all in `folder`), a path, or an artifact's method, format, name or folder.
 
-    ValueError when a name means nothing or several things, or when the artifacts have no common base.
+    ValueError when a name means nothing or several things, when two names mean one, or when the artifacts have no
+    common base.
     """
     if not names:
         raise ValueError("nothing to measure; name artifacts, as in --compare fp16 awq")
@@ -45,7 +47,17 @@ def find(names: Sequence[str], *, folder: Path, tell: Tell = silent) -> list[Sub
             among = [s.artifact for s in found.values() if s.artifact] or near
             child = _of_one_base(among, folder)
             found[name] = Subject(name, base_of(child, tell=tell).path, None, str(child.manifest["base"]["model"]))
-    return [found[n] for n in names]
+    return _apart([found[n] for n in names])
+
+
+def _apart(found: Sequence[Subject]) -> list[Subject]:
+    """The subjects; folders of one name are told apart by the folder above: monday/out-awq is monday-out-awq."""
+    many = Counter(s.label for s in found)
+    longer = [replace(s, label="-".join(s.path.resolve().parts[-2:])) if many[s.label] > 1 else s for s in found]
+    if len({s.label for s in longer}) < len(longer):
+        twice = ", ".join(s.shown for s in found if many[s.label] > 1)
+        raise ValueError(f"{twice} cannot be told apart: name each checkpoint once, or rename a folder")
+    return longer
 
 
 def _one(name: str, near: Sequence[Artifact], folder: Path) -> Subject:

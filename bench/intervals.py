@@ -1,7 +1,8 @@
 """How sure a ratio is: paired runs of two servers, the t interval of the mean of their log ratios.
 
 A pair is two runs of one load right after one another, so that what slows the machine slows both; logs, because a ratio
-is as likely to be half as double. Student (1908), with the pairs as the sample. Knows numbers only.
+is as likely to be half as double. Student (1908), with the pairs as the sample, or the blocks that they come in. Each
+interval is by itself: of twenty such one misses the truth. Knows numbers only.
 """
 
 from __future__ import annotations
@@ -13,20 +14,32 @@ from collections.abc import Sequence
 from .report import Ratio
 
 LEVEL = 0.95
-NARROW = 1.10  # highest over lowest: an interval that holds 1 and is wider says nothing
+NARROW = 1.10  # highest over lowest of an interval that holds 1: less is no difference, more is noise
 
 
-def ratio(first: Sequence[float], second: Sequence[float], *, level: float = LEVEL, paired: bool = True) -> Ratio:
+def ratio(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    level: float = LEVEL,
+    paired: bool = True,
+    blocks: Sequence[int] | None = None,
+) -> Ratio:
     """`second` over `first`, run by run in the same order, with the interval that holds it with confidence `level`.
 
-    The interval is None for one pair, and where the runs were not taken in turns (`paired` False): drift of the
-    machine between the two would be in it. ValueError for samples that are not positive, or not as many.
+    `blocks` names what each pair shares with others, as the start of its servers: the pairs of a block are then one
+    observation, their mean, since what they share is in all of them. The interval is None for one observation, and
+    where the runs were not taken in turns (`paired` False): drift of the machine between the two would be in it.
+    ValueError for samples that are not positive, or not as many.
     """
-    if len(first) != len(second) or not first:
+    if len(first) != len(second) or not first or (blocks is not None and len(blocks) != len(first)):
         raise ValueError(f"{len(first)} and {len(second)} runs are no pairs")
     if min(*first, *second) <= 0:
         raise ValueError("a ratio wants samples above zero")
     logs = [math.log(b / a) for a, b in zip(first, second, strict=True)]
+    if blocks is not None:
+        shared = {block: [log for log, own in zip(logs, blocks, strict=True) if own == block] for block in blocks}
+        logs = [statistics.fmean(alike) for alike in shared.values()]
     middle, pairs = statistics.fmean(logs), len(logs)
     if pairs == 1 or not paired:
         return Ratio(math.exp(middle), None, None, level, pairs)

@@ -23,10 +23,11 @@ from .intervals import ratio
 from .journal import Journal
 from .nvml import Spell, peak_of
 from .report import Figure, Level, Ratio, Report, versions
-from .speed import TIMES, Load, Run, figures, measures, read_run
+from .speed import TAILS, TIMES, Load, Run, figures, measures, read_run
+from .turns import block_of
 from .variants import Variant
 
-PAIRED = ("input_rate", "output_rate", "time", *TIMES, *(f"{name}_p99" for name in TIMES), "energy")
+PAIRED = ("input_rate", "output_rate", "time", *(name + tail for name in TIMES for tail in TAILS), "energy")
 
 
 def runs_of(journal: Journal, label: str, concurrency: int) -> dict[int, Run]:
@@ -44,24 +45,26 @@ def rate_of(journal: Journal, label: str, concurrency: int) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def sweep_of(journal: Journal, label: str, first: str, *, turns: bool) -> list[Level]:
+def sweep_of(journal: Journal, label: str, first: str, *, mode: str) -> list[Level]:
     """A label's levels of load, the lowest concurrency first, each with its ratios to the `first` label's."""
     levels = []
     for concurrency in sorted({line["concurrency"] for line in journal.found("run", label=label)}):
         runs = runs_of(journal, label, concurrency)
-        ratios = ratios_of(runs_of(journal, first, concurrency), runs, turns=turns) if label != first else {}
+        ratios = ratios_of(runs_of(journal, first, concurrency), runs, mode=mode) if label != first else {}
         levels.append(Level(concurrency, figures(list(runs.values())), ratios))
     return levels
 
 
-def ratios_of(first: Mapping[int, Run], other: Mapping[int, Run], *, turns: bool) -> dict[str, Ratio]:
-    """The measures of the other runs by those of the first of the same number; `turns` says that they were paired."""
-    pairs = [(measures(first[n]), measures(other[n])) for n in sorted(first.keys() & other.keys())]
+def ratios_of(first: Mapping[int, Run], other: Mapping[int, Run], *, mode: str) -> dict[str, Ratio]:
+    """The measures of the other runs by those of the first of the same number; `mode` is how they took turns."""
+    numbers = sorted(first.keys() & other.keys())
+    pairs = [(measures(first[n]), measures(other[n])) for n in numbers]
+    how: dict[str, Any] = {"paired": mode != "off", "blocks": [block_of(mode, n) for n in numbers]}
     found = {}
     for name in PAIRED:
         values = [(a.get(name, 0.0), b.get(name, 0.0)) for a, b in pairs]
         if values and min(map(min, values)) > 0:  # pieces that came at once are no time apart
-            found[name] = ratio([a for a, _ in values], [b for _, b in values], paired=turns)
+            found[name] = ratio([a for a, _ in values], [b for _, b in values], **how)
     return found
 
 
@@ -149,8 +152,7 @@ def report(
     """The report of the variants that were measured. `mode` is how they took turns, `failed` has the reason of each
     that failed, `dark` why the card tells nothing."""
     labels = [v.label for v in variants]
-    turns = mode != "off"
-    sweep = {label: sweep_of(journal, label, labels[0], turns=turns) for label in labels}
+    sweep = {label: sweep_of(journal, label, labels[0], mode=mode) for label in labels}
     numbers: dict[str, dict[str, Figure]] = {}
     ratios: dict[str, Mapping[str, Ratio]] = {}
     parts, notes = {}, []

@@ -31,7 +31,7 @@ from .proof import task_rows
 from .proof import unchecked as unchecked_lines
 from .report import Report
 from .show import amount, number_of
-from .table import MODES, budget_line, load_line, warnings
+from .table import MODES, budget_line, load_line, tails, warnings
 
 PAGE = "report.html"
 SECTIONS = (
@@ -85,6 +85,7 @@ def page(report: Report, folder: Path) -> str:
         reading=reading(report),
         ratio_plot=ratios and _drawn(ratios),
         load_plots=[_drawn(p) for p in load],
+        tails=tails(report, sweep=True),
         memory_plot=memory and _drawn(memory),
         budget=_memory_line(report),
         unchecked=unchecked,

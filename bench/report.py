@@ -44,8 +44,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A measure by the first label's same one, over `pairs` interleaved pairs of runs, and the interval in which it
-    lies with the confidence `level`. `low` and `high` are None where there was one pair: nothing is known then."""
+    """A measure by the first label's same one, over `pairs` of runs taken in turns, or of starts where servers were
+    started for them; and the interval in which it lies with the confidence `level`. `low` and `high` are None where
+    there was one pair: nothing is known then."""
 
     value: float
     low: float | None

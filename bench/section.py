@@ -59,7 +59,7 @@ def card_section(report: Report) -> str:
 
 def _stands_on(report: Report) -> str:
     known = [r for found in report.ratios.values() for r in found.values() if r.low is not None]
-    interval = f" In brackets: {known[0].level:.0%} intervals of interleaved pairs of runs." if known else ""
+    interval = f" In brackets: {known[0].level:.0%} intervals of pairs taken in turns." if known else ""
     machine = literal(str(report.machine.get("words", "a machine that was not told")))
     versions = literal(", ".join(f"{name} {number}" for name, number in report.versions.items()))
     taken = f"{machine}; {literal(report.engine)}; {versions}; {moment(report.created)}."

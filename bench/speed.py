@@ -16,6 +16,7 @@ from ..serve.machine import this_machine
 from .report import Figure
 
 TIMES = ("ttft", "tpot", "itl", "e2e")  # of a request: to the first token, a further token, between pieces, all of it
+TAILS = {"": 0.5, "_p90": 0.9, "_p99": 0.99}  # what is told of each: ending of its name, percentile
 WAVES, LEAST = 4, 8  # of a sweep's level: each place under way is filled so often, and so many requests at least
 WARM = 500  # added to a run's seed for its warm-ups: no run has this number
 
@@ -173,7 +174,7 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 def measures(run: Run) -> dict[str, float]:
-    """One run's own measures, for ratios between runs: tok/s, seconds, medians and p99 in ms, J per output token."""
+    """One run's own measures, for ratios between runs: tok/s, seconds, percentiles in ms, J per output token."""
     found = {
         "input_rate": sum(run.input_lens) / run.seconds,
         "output_rate": sum(run.output_lens) / run.seconds,
@@ -181,8 +182,7 @@ def measures(run: Run) -> dict[str, float]:
     }
     for name in TIMES:
         if samples := run.samples(name):
-            found[name] = 1000 * percentile(samples, 0.5)
-            found[f"{name}_p99"] = 1000 * percentile(samples, 0.99)
+            found |= {name + tail: 1000 * percentile(samples, share) for tail, share in TAILS.items()}
     if run.joules is not None:
         found["energy"] = run.joules / sum(run.output_lens)
     return found
@@ -199,6 +199,6 @@ def figures(runs: Sequence[Run]) -> dict[str, Figure]:
             found[name] = Figure(statistics.median(values), unit, "measured", min(values), max(values))
     for name in TIMES:
         if samples := [t for run in runs for t in run.samples(name)]:
-            for ending, share in (("", 0.5), ("_p90", 0.9), ("_p99", 0.99)):
-                found[name + ending] = Figure(1000 * percentile(samples, share), "ms", "measured")
+            for tail, share in TAILS.items():
+                found[name + tail] = Figure(1000 * percentile(samples, share), "ms", "measured")
     return found

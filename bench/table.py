@@ -14,8 +14,10 @@ from .proof import task_rows
 from .report import Figure, Level, Report, markdown_table
 from .show import amount, show
 from .speed import Load
+from .turns import runs_at
 
 SPREAD = 1.25  # fastest run over slowest: beyond it the rates are not to be trusted
+ENOUGH = 100  # requests of which a p99 is more than the slowest one
 WIDE = 10.0  # highest over lowest of an interval: beyond it the ends say nothing
 ROWS = (  # measure, title
     ("input_rate", "input tok/s"),
@@ -44,7 +46,7 @@ ROWS = (  # measure, title
 )
 MODES = {
     "together": "all servers up at once, their runs in turns",
-    "restart": "one server at a time, started alternately",
+    "restart": "one server at a time, started alternately; all runs of a start count as one",
     "off": "one server after the other, all its runs at once",
 }
 
@@ -101,9 +103,24 @@ def stage_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def load_line(report: Report) -> str:
     """What was asked of the servers, for a reader."""
+    load = load_of(report)
+    return f"{load.words}; {load.runs} runs, their median"
+
+
+def load_of(report: Report) -> Load:
+    """What was asked of the servers."""
     load: Mapping[str, Any] = report.settings["load"]
-    words = Load(**{**load, "picture": tuple(load["picture"])}).words
-    return f"{words}; {load['runs']} runs, their median"
+    return Load(**{**load, "picture": tuple(load["picture"])})
+
+
+def tails(report: Report, *, sweep: bool = False) -> str:
+    """A sentence for a reader of percentiles, where there were too few requests for the highest of them, under the load
+    of the table or at any level of the `sweep`; else ""."""
+    load = load_of(report)
+    levels = report.settings.get("levels", ()) if sweep else ()
+    least = min(load.at(n).requests * runs_at(load, n) for n in [load.concurrency, *levels])
+    where = "at some level" if levels else "here"
+    return f"Of {least} requests, as {where}, a p99 is little else than the slowest." if least < ENOUGH else ""
 
 
 def warnings(report: Report) -> list[str]:
@@ -116,7 +133,7 @@ def warnings(report: Report) -> list[str]:
         if rate is not None and unsure(rate):
             said.append(
                 f"too noisy to say whether {label} or {first} is faster: output tok/s {rate.low:.2f}x to "
-                f"{rate.high:.2f}x at {rate.level:.0%} confidence, {rate.pairs} pairs of runs; measure again when the "
+                f"{rate.high:.2f}x at {rate.level:.0%} confidence, {rate.pairs} pairs; measure again when the "
                 "machine is quiet, or with more --runs"
             )
     for label, found in report.numbers.items():
@@ -149,6 +166,7 @@ def markdown(report: Report) -> str:
         lines += ["## Latency against load", "", markdown_table(*sweep_table(report))]
         lines += [
             "TTFT: time to first token; TPOT: time per output token; E2E: a whole answer; median and so on, ms.",
+            *filter(None, [tails(report, sweep=True)]),
             "",
         ]
     if report.stages:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .intervals import unsure
 from .report import Figure, Level, Ratio, Report
 
-NARROW = 1.10  # highest over lowest of an interval that holds 1: less than this is no difference, more is noise
 FASTER, SLOWER, SAME, NOISY, UNKNOWN = "faster", "slower", "the same", "noisy", "unknown"
 NO_INTERVAL = "too few runs, or not taken in turns, so nothing tells this from noise"
 INT4_LEAVES = ("image_preprocessing", "vision_tower", "picture")  # stages that int4 weights of the decoder leave alone
@@ -28,17 +28,6 @@ class Step:
     word: str
 
 
-def ratio_of(first: Figure, other: Figure) -> Ratio:
-    """`other` by `first`, of two figures at one load. Its bounds are the widest that the runs of both allow: the lowest
-    of one by the highest of the other. None where one of them was run once."""
-    value = other.value / first.value
-    bounds = (first.low, first.high, other.low, other.high)
-    if any(b is None for b in bounds) or first.low == first.high or other.low == other.high:
-        return Ratio(value, None, None)
-    a, b, c, d = (float(x) for x in bounds if x is not None)
-    return Ratio(value, c / b, d / a, level=1.0, pairs=1)
-
-
 def word_of(ratio: Ratio) -> str:
     """What a ratio of rates says, with its interval."""
     if ratio.low is None or ratio.high is None:
@@ -47,18 +36,18 @@ def word_of(ratio: Ratio) -> str:
         return FASTER
     if ratio.high < 1:
         return SLOWER
-    return SAME if ratio.high < NARROW * ratio.low else NOISY
+    return NOISY if unsure(ratio) else SAME
 
 
 def steps(first: Sequence[Level], other: Sequence[Level], *, measure: str = "output_rate") -> list[Step]:
-    """The concurrencies that both were asked at, the lowest first; where runs were not interleaved, by the range of
-    each one's own."""
+    """The concurrencies that both were asked at, the lowest first; without an interval where no runs were paired."""
     base = {level.concurrency: level.numbers for level in first}
     found = []
     for level in sorted(other, key=lambda one: one.concurrency):
         numbers = base.get(level.concurrency, {})
         if measure in numbers and measure in level.numbers and numbers[measure].value:
-            ratio = level.ratios.get(measure) or ratio_of(numbers[measure], level.numbers[measure])
+            plain = Ratio(level.numbers[measure].value / numbers[measure].value, None, None)
+            ratio = level.ratios.get(measure, plain)
             found.append(Step(level.concurrency, ratio, word_of(ratio)))
     return found
 
@@ -112,7 +101,7 @@ def load_sentence(label: str, first: str, ratios: Mapping[str, Ratio]) -> str | 
         NOISY: f"{label} against {first} under the load of the table: the machine was too noisy to say",
         UNKNOWN: f"{label} against {first} under the load of the table: {NO_INTERVAL}",
     }[word_of(ratio)]
-    pairs = f", {ratio.pairs} pairs of runs" if ratio.pairs > 1 else ""
+    pairs = f", {ratio.pairs} pairs" if ratio.pairs > 1 else ""
     return f"{says} ({_span(ratio)}{pairs})."
 
 
@@ -123,7 +112,7 @@ def memory_sentence(label: str, first: str, numbers: Mapping[str, Mapping[str, F
     for measure, words in (("weights", "takes {:.2f}x the memory of {}"), ("max_batch", "has {:.2f}x its max batch")):
         was, now = pairs[measure]
         if was and now and was.value:
-            computed = "" if now.how == was.how == "measured" else f" ({now.how})"
+            computed = next((f" ({f.how})" for f in (now, was) if f.how != "measured"), "")
             said.append(words.format(now.value / was.value, first) + computed)
     return f"{label} {' and '.join(said)}." if said else None
 

@@ -123,7 +123,7 @@ def command(
     from ..bench.page import write_page
     from ..bench.report import parse_bytes, write_report
     from ..bench.speed import asked_of, load_here
-    from ..bench.table import load_line, markdown, sweep_table, table, warnings
+    from ..bench.table import load_line, markdown, sweep_table, table, tails, warnings
 
     load = load_here(quick=quick, **{name: given.pop(name) for name in asked_of(given)})
     if quick and given["sweep"] is None:
@@ -146,6 +146,8 @@ def command(
         for line in warnings(report):
             click.secho(f"warning: {line}", fg="yellow", err=True)
         click.echo(f"load: {load_line(report)}")
+        if few := tails(report, sweep=True):
+            click.echo(few)
         click.echo(f"report: {shown} and {text.name}, raw samples: {data.name}")
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))

@@ -40,8 +40,8 @@ from mmq.bench.report import (
     write_report,
 )
 from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
-from mmq.bench.table import markdown, sweep_table, table, warnings
-from mmq.bench.turns import levels_of, mode_of, runs_at, saturated, visits
+from mmq.bench.table import markdown, sweep_table, table, tails, warnings
+from mmq.bench.turns import block_of, levels_of, mode_of, runs_at, saturated, turn, visits
 from mmq.bench.variants import Variant, dropped, flags_for, servers
 from mmq.recipes.hub import fetch
 from mmq.recipes.progress import silent
@@ -210,11 +210,33 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert 0.92 <= held / 400 <= 0.98
 
 
+def test_runs_of_one_start_are_one_observation() -> None:
+    """What a start brings is in all of its runs: taken as five pairs they would be far surer than they are."""
+    random = numpy.random.default_rng(0)
+    blocks = [block_of("restart", number) for number in range(6)]
+    held = {True: 0, False: 0}
+    for _ in range(400):
+        brought = random.normal(0, 0.03, 3)[blocks]  # by the start
+        logs = brought + random.normal(0.2, 0.01, 6)
+        for together in held:
+            found = ratio([1.0] * 6, list(numpy.exp(logs)), blocks=blocks if together else None)
+            assert found.pairs == (3 if together else 6)
+            held[together] += (found.low or 9) <= numpy.exp(0.2) <= (found.high or 0)
+    assert 0.92 <= held[True] / 400 <= 0.98
+    assert held[False] / 400 < 0.9
+    assert ratio([1.0] * 2, [2.0] * 2, blocks=[0, 0]).low is None
+
+
 def test_whose_turn_it_is() -> None:
     assert visits("together", ["a", "b"], 3) == [(("a", "b"), (0, 1, 2))]
     assert visits("off", ["a", "b"], 2) == [(("a",), (0, 1)), (("b",), (0, 1))]
-    assert visits("restart", ["a", "b"], 3) == [(("a",), (0, 2)), (("b",), (0, 2)), (("a",), (1,)), (("b",), (1,))]
+    started = visits("restart", ["a", "b"], 5)
+    assert [label for (label,), _ in started] == ["a", "b", "b", "a", "a", "b"]  # who is first is not always so
+    assert [numbers for _, numbers in started] == [(0, 3), (0, 3), (1, 4), (1, 4), (2,), (2,)]
     assert visits("restart", ["a", "b"], 1) == [(("a",), (0,)), (("b",), (0,))]
+    assert [turn("abc", number) for number in (0, 1, 2)] == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]
+    assert [block_of("restart", number) for number in range(5)] == [0, 1, 2, 0, 1]
+    assert [block_of("together", number) for number in range(3)] == [0, 1, 2]
     assert mode_of("auto", many=2, fit=lambda: True) == "together"
     assert mode_of("auto", many=2, fit=lambda: False) == "restart"
     assert mode_of("restart", many=2, fit=lambda: True) == "restart"
@@ -435,6 +457,17 @@ def test_names_mean_artifacts_and_their_base(folder: Path) -> None:
     assert [s.label for s in by_path] == ["out-awq", "fp16"]
 
 
+def test_folders_of_one_name_are_told_apart(folder: Path, artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """A label is a column, a server's name and a file's: two with one would be one."""
+    days = [tmp_path / day / "out-awq" for day in ("monday", "tuesday")]
+    for place in days:
+        shutil.copytree(artifact("awq"), place)
+    found = find([*map(str, days), "gptq"], folder=folder)
+    assert [s.label for s in found] == ["monday-out-awq", "tuesday-out-awq", "gptq"]
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        find([str(days[0]), f"{days[0]}/"], folder=folder)
+
+
 def test_names_that_mean_nothing_or_too_much(folder: Path, artifact: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no artifact 'bnb' in .*: here are awq, gptq, out-awq, out-gptq and fp16"):
         find(["bnb"], folder=folder)
@@ -553,6 +586,11 @@ def test_a_sweep_is_a_row_a_level_and_noise_is_called_so() -> None:
     assert table(sure)[1][0][-1] == "1.20x (1.10 to 1.30)"
     assert not warnings(sure)
     assert "## Latency against load" in markdown(sure)
+    assert "p99 is little else" not in markdown(sure)
+    quick = {**sure.settings, "load": dataclasses.asdict(Load(requests=32, runs=3)), "levels": [1, 8]}
+    few = dataclasses.replace(sure, settings=quick)
+    assert tails(few) == "Of 96 requests, as here, a p99 is little else than the slowest."
+    assert "Of 24 requests, as at some level, a p99 is little else than the slowest." in markdown(few)
     failed = dataclasses.replace(sure, settings={**sure.settings, "failed": {"gptq": "no room"}})
     assert warnings(failed) == ["gptq failed: no room"]
 
@@ -637,6 +675,9 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
         assert numbers[label]["max_batch"].how == "computed"  # of 1 GiB of a card, which is not here
     assert report.ratios["awq"]["output_rate"].pairs == SMALL.runs
     assert report.ratios["awq"]["output_rate"].low is not None
+    lines = [json.loads(line) for line in (place / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    order = [line["label"] for line in lines if line["kind"] == "run" and line["concurrency"] == SMALL.concurrency]
+    assert order == ["fp16", "awq", "awq", "fp16"]
     assert numbers["awq"]["weights"].value < numbers["fp16"]["weights"].value
     commands = [shown.split(" serve ")[1].split() for shown in (s["command"] for s in report.subjects.values())]
     assert commands[0][0] == "pebble"

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from mmq.bench.report import Figure, Level, Ratio, Report
-from mmq.bench.verdicts import ratio_of, speed_sentence, stage_sentence, steps, stops, task_sentence, verdicts, word_of
+from mmq.bench.verdicts import (
+    memory_sentence,
+    speed_sentence,
+    stage_sentence,
+    steps,
+    stops,
+    task_sentence,
+    verdicts,
+    word_of,
+)
 
 
 def rate(value: float, spread: float = 0.02) -> Figure:
@@ -13,17 +22,21 @@ def rate(value: float, spread: float = 0.02) -> Figure:
 
 
 def levels(**by: Figure) -> list[Level]:
-    return [Level(int(name[1:]), {"output_rate": figure}) for name, figure in by.items()]
+    """Levels c1, c8, ..., each with its ratio to BASE: the interval is the widest that the ranges of both allow."""
+    found = []
+    for name, figure in by.items():
+        numbers = {"output_rate": figure}
+        base = RATES.get(name)
+        if base is None or base.low is None or base.high is None or figure.low is None or figure.high is None:
+            found.append(Level(int(name[1:]), numbers))
+            continue
+        ratio = Ratio(figure.value / base.value, figure.low / base.high, figure.high / base.low, pairs=3)
+        found.append(Level(int(name[1:]), numbers, {"output_rate": ratio}))
+    return found
 
 
-BASE = levels(c1=rate(100), c8=rate(500), c32=rate(1000), c128=rate(1500))
-
-
-def test_the_widest_bounds_that_the_runs_allow() -> None:
-    found = ratio_of(Figure(100, "tok/s", "measured", 90, 110), Figure(150, "tok/s", "measured", 140, 180))
-    assert found.value == pytest.approx(1.5)
-    assert (found.low, found.high) == (pytest.approx(140 / 110), pytest.approx(2.0))
-    assert ratio_of(rate(100), Figure(150, "tok/s", "measured")).low is None
+RATES = {"c1": rate(100), "c8": rate(500), "c32": rate(1000), "c128": rate(1500)}
+BASE = levels(**RATES)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +92,6 @@ def test_noise_is_never_read_as_a_result() -> None:
     assert "too few runs" in speed_sentence("awq", "fp16", steps(BASE, once))
 
 
-def test_interleaved_pairs_are_believed_before_the_range_of_runs() -> None:
-    loud = [Level(8, {"output_rate": rate(650, 0.4)}, {"output_rate": Ratio(1.3, 1.25, 1.35, pairs=5)})]
-    (step,) = steps(BASE, loud)
-    assert (step.word, step.ratio.low) == ("faster", 1.25)
-
-
 def test_slower_everywhere() -> None:
     said = speed_sentence("awq", "fp16", steps(BASE, levels(c1=rate(90), c8=rate(420))))
     assert said == (
@@ -117,6 +124,15 @@ def test_scores_of_tasks_are_held_against_their_noise() -> None:
     assert task_sentence("awq", "fp16", {"awq": tasks(0.4)}) is None
 
 
+def test_a_figure_that_was_computed_makes_its_ratio_so() -> None:
+    """Of one the largest batch was run, of the other the trial failed."""
+    was, now = (Figure(33, "sequences", "computed"), Figure(99, "sequences", "measured"))
+    for first, other in ((was, now), (now, was)):
+        said = memory_sentence("awq", "fp16", {"fp16": {"max_batch": first}, "awq": {"max_batch": other}})
+        assert said
+        assert said.endswith("its max batch (computed).")
+
+
 def test_a_report_gets_a_sentence_for_each_thing_that_it_has() -> None:
     def numbers(weights: float, batch: float) -> dict[str, Figure]:
         return {
@@ -139,7 +155,7 @@ def test_a_report_gets_a_sentence_for_each_thing_that_it_has() -> None:
         quality={"awq": {"unchecked": "not checked; mmq check out-awq"}},
     )
     assert verdicts(report) == [
-        "awq gives fewer output tok/s than fp16 under the load of the table (0.87x, 0.84 to 0.90, 5 pairs of runs).",
+        "awq gives fewer output tok/s than fp16 under the load of the table (0.87x, 0.84 to 0.90, 5 pairs).",
         "awq takes 0.44x the memory of fp16 and has 26.00x its max batch (computed).",
         "How good awq is this report cannot say: not checked; mmq check out-awq.",
     ]
