@@ -140,7 +140,7 @@ def adopt(
             writer.save(out / file, _layer(skeleton, order, packed, names, index), {})
             tell(Step("adopt", index + 1, len(layer_files)))
         hashes = writer.hashes()
-    write_index(order)
+    write_index(out, (*layer_files, *rest))
     write_config(skeleton, order)
     copy_small_files(base.path, out)
     mend_words(out)

@@ -6,6 +6,7 @@ Knows names and shapes only, no tensor's values.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -13,26 +14,27 @@ from torch import nn
 from ..quantize.skeleton import Skeleton, read_config
 from ..quantize.spelling import idle_linears, spellings
 from ..recipes.folder import headers
-from ..recipes.remote import PICKLES
+from ..recipes.remote import INDEX, goes_along
 from .artifact import write_json
 from .config import CONFIGS, Packing
 from .order import Order, quantized_names
 from .skips import every_name
 
-LEFT_BEHIND = (".safetensors", *PICKLES, ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
 TEXT = ("text_config", "llm_config", "language_config")  # where a config keeps its text model's
-LEGAL = ("LICENSE", "NOTICE")  # which goes with whatever is made of the model, LICENSE.md too
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "mmq.json")
+WRITTEN = ("config.json", INDEX, "mmq.json")  # here, not copied
 
 
-def write_index(order: Order) -> None:
+def write_index(out: Path, files: Iterable[str]) -> None:
+    """The index of the safetensors `files` in `out`. Its `total_size` is what the tensors take, as transformers counts,
+    without the files' headers."""
     where: dict[str, str] = {}
     total = 0
-    for file in (*order.layer_files, *order.rest):
-        where |= dict.fromkeys((n for n in headers(order.out / file) if n != "__metadata__"), file)
-        total += (order.out / file).stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    write_json(order.out / "model.safetensors.index.json", index)
+    for file in files:
+        for name, entry in headers(out / file).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                where[name], total = file, total + end - begin
+    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
 def write_config(skeleton: Skeleton, order: Order) -> None:
@@ -76,12 +78,7 @@ def _is_matrix(name: str, module: nn.Module, skeleton: Skeleton) -> bool:
 
 
 def copy_small_files(base: Path, out: Path) -> None:
-    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code.
-
-    Not what is hidden: of the hub, of git, or of the user (a .env with a token).
-    """
+    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code."""
     for path in sorted(base.iterdir()):
-        hidden = path.name.startswith(".")
-        kept = path.suffix not in LEFT_BEHIND or path.name.startswith(LEGAL)
-        if path.is_file() and not hidden and path.name not in NOT_COPIED and kept:
+        if path.is_file() and path.name not in WRITTEN and goes_along(path.name):
             shutil.copyfile(path, out / path.name)

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from ..quantize.grid import MIDDLE, Quantized
-from ..recipes.folder import headers
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe
 from .adopt import Packed, open_packed, pack_lossless
 from .artifact import MANIFEST, Artifact, check_disk, finish, open_artifact, prepare, write_json
-from .beside import copy_small_files
+from .beside import copy_small_files, write_index
 from .config import CONFIGS, Packing, check_head
 from .order import REST_SHARD, versions
 from .packing import LAYOUTS
@@ -35,7 +34,6 @@ from .writer import Writer
 
 FORMATS = ("awq", "gptq", "compressed-tensors")
 OLD_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")  # of the format that was
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def convert(
                 writer.save(out / file, tensors, {})
             tell(Step("convert", at + 1, len(files)))
         hashes = writer.hashes()
-    _write_index(out, files)
+    write_index(out, files)
     write_json(out / "config.json", _config(move))
     _copy_beside(folder, out, source)
     mend_words(out)
@@ -200,12 +198,6 @@ def _config(move: Move) -> dict[str, Any]:
         if config.get(key) is text and "quantization_config" in text:
             config[key] = {k: v for k, v in text.items() if k != "quantization_config"}
     return config | {"quantization_config": CONFIGS[move.format](packing)}
-
-
-def _write_index(out: Path, files: list[str]) -> None:
-    where = {n: f for f in files for n in headers(out / f) if n != "__metadata__"}
-    total = sum((out / f).stat().st_size for f in files)
-    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
 def _copy_beside(folder: Path, out: Path, source: Artifact | None) -> None:

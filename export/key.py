@@ -15,6 +15,7 @@ from typing import Any
 
 from ..recipes.hub import Base, commit_of
 from ..recipes.recipe import Recipe, model_on
+from ..recipes.remote import goes_along
 from ..recipes.samples import digest
 from ..recipes.sets import calibration_samples
 from .artifact import hash_file, hash_text
@@ -55,7 +56,8 @@ def base_mark(base: Base, address: str) -> str:
     for a folder, whose bytes may take minutes to hash."""
     if base.revision:
         return f"{base.hub}:{address}@{base.revision}"
-    files = sorted(p for p in base.path.iterdir() if p.suffix in (".json", ".safetensors"))
+    weights = (p for p in base.path.iterdir() if p.suffix == ".safetensors")
+    files = sorted([*weights, *(p for p in base.path.iterdir() if p.is_file() and goes_along(p.name))])
     if base.hub == "embedded":
         return f"embedded:{hash_text(' '.join(hash_file(p) for p in files))}"
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]

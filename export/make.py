@@ -31,7 +31,17 @@ from .config import check_head, settle
 from .key import base_mark, key_of
 from .layers import done_layers, is_whole, read_note, write_layers
 from .marks import Pace, keep_pace, marks, pace, paces
-from .order import Order, address, check_experts, expected_bytes, files_of, quantized_names, versions
+from .order import (
+    Order,
+    address,
+    check_experts,
+    check_floats,
+    expected_bytes,
+    files_of,
+    quantized_names,
+    versions,
+)
+from .subject import text_config
 from .words import mend_words
 from .writer import Writer
 
@@ -63,7 +73,7 @@ def make(
             f"{base.name} is of family {config.get('model_type')}, its recipe says {recipe.family}; name the model "
             "that the recipe means, or mend the recipe"
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") or text_config(config).get("quantization_config"):
         raise ValueError(f"{base.name} is quantized already; mmq starts from a 16-bit checkpoint")
     if recipe.method in CALIBRATED and len(samples) < world():
         raise ValueError(f"{len(samples)} samples for {world()} processes: each needs at least one")
@@ -81,6 +91,7 @@ def make(
         check_head(format, symmetric, head.rows, skeleton.module.config.get_text_config().model_type)
     layer_files, rest = files_of(skeleton, head)
     order = Order(recipe, base, out, recipe.method, format, grid, plan, layer_files, rest, head)
+    check_floats(skeleton, order)
     lap("skeleton")
     mine = marks(recipe, base, skeleton, samples)
     needed = expected_bytes(skeleton, order)
@@ -119,7 +130,7 @@ def make(
     notes = [read_note(out, i) for i in range(len(layer_files))]
     tokens = notes[0]["tokens"]
     notes = [{k: v for k, v in n.items() if k != "tokens"} for n in notes]
-    write_index(order)
+    write_index(out, (*layer_files, *rest))
     write_config(skeleton, order)
     copy_small_files(base.path, out)
     mended = mend_words(out)

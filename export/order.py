@@ -75,6 +75,18 @@ def check_experts(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], for
             )
 
 
+def check_floats(skeleton: Skeleton, order: Order) -> None:
+    """ValueError where a weight to be quantized is stored as integers or in 8 bits: without the scales that go with
+    them these are other numbers."""
+    source = skeleton.source
+    for name in (f"{linear}.weight" for linear in quantized_names(skeleton, order)):
+        if (name in source.metas or name in source.derived) and source.meta(name).dtype is None:
+            raise ValueError(
+                f"{order.base.name}: {name} is stored in fewer than 16 bits or as integers; mmq starts from a 16-bit "
+                "checkpoint"
+            )
+
+
 def quantized_names(skeleton: Skeleton, order: Order) -> Iterator[str]:
     """Checkpoint names, without `.weight`, of every linear that is quantized."""
     for index, groups in order.plan.items():

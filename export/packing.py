@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..quantize.grid import MIDDLE, Quantized
+from ..quantize.grid import LEVELS, MIDDLE, Quantized
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column AWQ_ORDER[i] of its eight
 SEQUENTIAL = tuple(range(8))
@@ -37,6 +37,24 @@ def unpack_last(words: Tensor, count: int, order: tuple[int, ...] = SEQUENTIAL) 
     return eight.flatten(-2)[..., :count].contiguous()
 
 
+def _matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """One of a linear's tensors. ValueError where it is missing or no matrix."""
+    found = tensors.get(name)
+    if found is None or found.ndim != 2 or not found.numel():
+        raise ValueError(f"its {name} is {'missing' if found is None else f'no matrix: {tuple(found.shape)}'}")
+    return found
+
+
+def _words(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """Packed int32 words. ValueError for others (bytes not packed, another layout's), which would be read as other
+    numbers and look like weights."""
+    found = _matrix(tensors, name)
+    if found.dtype != torch.int32 or found.shape != shape:
+        kind = str(found.dtype).removeprefix("torch.")
+        raise ValueError(f"its {name} is {kind} {tuple(found.shape)}, where this format has int32 {shape}")
+    return found
+
+
 def pack_awq(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """qweight int32 [in, out/8], qzeros int32 [in/g, out/8], scales fp16 [in/g, out]: nibbles along *out*, shuffled.
 
@@ -50,12 +68,12 @@ def pack_awq(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tens
 
 
 def unpack_awq(tensors: Mapping[str, Tensor]) -> Quantized:
-    """The inverse of `pack_awq`."""
-    scales = tensors["scales"]
-    out, group_size = scales.shape[1], tensors["qweight"].shape[0] // scales.shape[0]
-    q = unpack_last(tensors["qweight"], out, AWQ_ORDER).T.contiguous()
-    zero = unpack_last(tensors["qzeros"], out, AWQ_ORDER).T.contiguous()
-    return Quantized(q, scales.T.float().contiguous(), zero, group_size, bool((zero == MIDDLE).all()))
+    """The inverse of `pack_awq`. ValueError for tensors that are not this layout's."""
+    scales, width = _matrix(tensors, "scales"), _matrix(tensors, "qweight").shape[0]
+    groups, out = scales.shape
+    q = unpack_last(_words(tensors, "qweight", (width, -(-out // 8))), out, AWQ_ORDER).T.contiguous()
+    zero = unpack_last(_words(tensors, "qzeros", (groups, -(-out // 8))), out, AWQ_ORDER).T.contiguous()
+    return Quantized(q, scales.T.float().contiguous(), zero, width // groups, bool((zero == MIDDLE).all()))
 
 
 def pack_gptq(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
@@ -78,16 +96,19 @@ def pack_gptq(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Ten
 def unpack_gptq(tensors: Mapping[str, Tensor], *, stored_less: int = 1) -> Quantized:
     """The inverse of `pack_gptq`. `stored_less`: what zero points are stored short of, 0 in version 2 of the format.
 
-    ValueError where `g_idx` shuffles columns across groups: no engine loads such a layer.
+    ValueError where `g_idx` shuffles columns across groups, which no engine loads, for a zero point of 0 in version 1,
+    which its readers take for 0, for 16, or for a carry into the next one, and for tensors that are not this layout's.
     """
-    scales = tensors["scales"]
-    width, out = tensors["qweight"].shape[0] * 8, scales.shape[1]
-    size = width // scales.shape[0]
+    scales, rows = _matrix(tensors, "scales"), _matrix(tensors, "qweight").shape[0]
+    groups, out = scales.shape
+    width, size = rows * 8, rows * 8 // groups
     order = tensors.get("g_idx")
     if order is not None and not torch.equal(order.long().cpu(), torch.arange(width) // size):
         raise ValueError("its columns are in activation order across groups, which no engine loads; use static groups")
-    q = unpack_last(tensors["qweight"].T.contiguous(), width)
-    zero = (unpack_last(tensors["qzeros"], out) + stored_less).T.contiguous()
+    q = unpack_last(_words(tensors, "qweight", (rows, out)).T.contiguous(), width)
+    zero = (unpack_last(_words(tensors, "qzeros", (groups, -(-out // 8))), out) + stored_less).T.contiguous()
+    if int(zero.max()) > LEVELS:
+        raise ValueError("it has a zero point of 0, which version 1 of the format cannot hold; store it as gptq_v2")
     return Quantized(q, scales.T.float().contiguous(), zero, size, bool((zero == MIDDLE).all()))
 
 
@@ -106,15 +127,19 @@ def pack_ct(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tenso
 
 
 def unpack_ct(tensors: Mapping[str, Tensor]) -> Quantized:
-    """The inverse of `pack_ct`."""
-    out, width = (int(n) for n in tensors["weight_shape"])
-    scale = tensors["weight_scale"].float()
-    packed = tensors.get("weight_zero_point")
-    if packed is None:
+    """The inverse of `pack_ct`. ValueError for tensors that are not this layout's."""
+    if (shape := tensors.get("weight_shape")) is None or shape.numel() != 2:
+        raise ValueError("its weight_shape is missing or no two numbers")
+    out, width = (int(n) for n in shape)
+    scale, symmetric = _matrix(tensors, "weight_scale").float(), "weight_zero_point" not in tensors
+    groups = scale.shape[1]
+    if symmetric:
         zero = torch.full(scale.shape, MIDDLE, dtype=torch.uint8)
     else:
+        packed = _words(tensors, "weight_zero_point", (-(-out // 8), groups))
         zero = unpack_last(packed.T.contiguous(), out).T.contiguous()
-    return Quantized(unpack_last(tensors["weight_packed"], width), scale, zero, width // scale.shape[1], packed is None)
+    q = unpack_last(_words(tensors, "weight_packed", (out, -(-width // 8))), width)
+    return Quantized(q, scale, zero, width // groups, symmetric)
 
 
 @dataclass(frozen=True)

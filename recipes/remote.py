@@ -11,6 +11,8 @@ INDEX = "model.safetensors.index.json"
 # Configs, tokenizers, processors, chat templates; .py files are kept as data, nothing here runs them.
 SMALL = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+LEFT_BEHIND = (".safetensors", *PICKLES, ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
+LEGAL = ("LICENSE", "NOTICE")  # which go with whatever is made of the model, LICENSE.md too
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ def small(files: Iterable[RemoteFile]) -> list[RemoteFile]:
         if path.parts[:-1] == ("additional_chat_templates",):
             return path.suffix == ".jinja"
         top = len(path.parts) == 1
-        return (
-            top and (path.suffix in SMALL or path.name.startswith(("LICENSE", "NOTICE"))) and not _training(path.name)
-        )
+        return top and (path.suffix in SMALL or path.name.startswith(LEGAL)) and not _training(path.name)
 
     return [f for f in files if wanted(PurePosixPath(f.path))]
+
+
+def goes_along(name: str) -> bool:
+    """Whether a file at a checkpoint's top goes with what is made of it: not weights, the card, or what is hidden, of
+    the hub, of git, or of the user (a .env with a token)."""
+    return not name.startswith(".") and (not name.endswith(LEFT_BEHIND) or name.startswith(LEGAL))
 
 
 def weights(model: str, files: Iterable[RemoteFile], *, index: Mapping[str, Any] | None = None) -> list[RemoteFile]:

@@ -46,8 +46,9 @@ def test_names_are_the_checkpoints_own(artifact: Artifact, pebble: Path) -> None
     linears = packed_linears(packed.metas, "awq")
     restored = {n for n in packed.metas if n.rpartition(".")[0] not in linears or n.endswith(".bias")}
     assert restored | {f"{n}.weight" for n in linears} == set(base.metas)
-    index = json.loads((artifact("awq") / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(index) == set(packed.metas)
+    index = json.loads((artifact("awq") / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(packed.metas)
+    assert index["metadata"]["total_size"] == sum(m.nbytes for m in packed.metas.values())  # of tensors, not of files
 
 
 def test_what_stays_16_bit_is_untouched(artifact: Artifact, pebble: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import vlm
 
 from mmq.export.artifact import open_artifact
@@ -114,10 +115,25 @@ def test_a_group_size_that_does_not_divide(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_quantized_base_is_refused(part: str | None, tmp_path: Path) -> None:
     checkpoint = vlm("qwen2_vl", tmp_path / "base")
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    (config[part] if part else config)["quantization_config"] = {"quant_method": "awq"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
     recipe = Recipe(name="base", model=str(checkpoint), samples=2)
     with pytest.raises(ValueError, match="quantized already"):
         make(recipe, fetch(str(checkpoint)), tmp_path / "out", samples=drawn(2), calibration="drawn")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_base_in_8_bits_that_does_not_say_so_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoint = vlm("qwen2_vl", tmp_path / "base")
+    (file,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(n for n in tensors if n.endswith("down_proj.weight"))
+    save_file({**tensors, name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    recipe = Recipe(name="base", model=str(checkpoint), samples=2)
+    with pytest.raises(ValueError, match=r"down_proj.weight is stored in fewer than 16 bits"):
+        make(recipe, fetch(str(checkpoint)), tmp_path / "out", samples=drawn(2), calibration="drawn")
+    assert not (tmp_path / "out").exists()

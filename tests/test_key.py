@@ -84,9 +84,12 @@ def test_a_local_base_is_its_files(pebble: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     before = base_mark(fetch(str(tmp_path)), "")
     assert str(tmp_path) not in before  # manifests are published
+    (tmp_path / "README.md").write_text("no part of what is made")
     assert base_mark(fetch(str(tmp_path)), "") == before
+    (tmp_path / "chat_template.jinja").write_text((tmp_path / "chat_template.jinja").read_text() + "\n")
+    after = base_mark(fetch(str(tmp_path)), "")
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
-    assert base_mark(fetch(str(tmp_path)), "") != before
+    assert len({before, after, base_mark(fetch(str(tmp_path)), "")}) == 3
     assert key_of(PEBBLE, before, None)["digest"] != key_of(PEBBLE, before, "0")["digest"]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmq.export.packing import LAYOUTS, pack_last, unpack_last
+from mmq.export.packing import LAYOUTS, pack_last, unpack_gptq, unpack_last
 from mmq.quantize.grid import Quantized, dequantize
 
 
@@ -98,6 +98,40 @@ def test_golden_compressed_tensors() -> None:
 def test_gptq_refuses_asymmetric() -> None:
     with pytest.raises(ValueError, match="symmetric weights only"):
         LAYOUTS["gptq"].pack(ramp(), torch.bfloat16)
+
+
+WRONG = {  # layout, and what is done to the tensors of a weight [24, 256]
+    "AWQ's words along the input": ("awq", lambda t: t | {"qweight": torch.zeros(32, 24, dtype=torch.int32)}),
+    "fewer outputs than words": ("awq", lambda t: t | {"scales": t["scales"][:, :8]}),
+    "words of 64 bits": ("awq", lambda t: t | {"qweight": t["qweight"].long()}),
+    "no zero points": ("awq", lambda t: {k: v for k, v in t.items() if k != "qzeros"}),
+    "no scales": ("gptq", lambda t: {k: v for k, v in t.items() if k != "scales"}),
+    "scales of no group": ("gptq", lambda t: t | {"scales": t["scales"][:0]}),
+    "words in a row": ("gptq", lambda t: t | {"qweight": t["qweight"].flatten()}),
+    "zero points of another layout": ("gptq", lambda t: t | {"qzeros": t["qzeros"].T.contiguous()}),
+    "zero points in bytes": (
+        "compressed-tensors",  # as its older versions wrote them
+        lambda t: t | {"weight_zero_point": torch.zeros(24, 4, dtype=torch.int8)},
+    ),
+    "no shape": ("compressed-tensors", lambda t: {k: v for k, v in t.items() if k != "weight_shape"}),
+    "a shape of others": ("compressed-tensors", lambda t: t | {"weight_shape": torch.tensor([1 << 40, 256])}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_tensors_of_another_layout_are_not_read_as_weights(name: str) -> None:
+    layout, spoil = WRONG[name]
+    tensors = LAYOUTS[layout].pack(drawn(24, 256, 64, layout == "gptq", 1), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^its "):
+        LAYOUTS[layout].unpack(spoil(tensors))
+
+
+def test_a_zero_point_that_version_1_cannot_hold_is_refused() -> None:
+    tensors = LAYOUTS["gptq"].pack(drawn(24, 256, 64, True, 1), torch.bfloat16)
+    tensors["qzeros"][0, 0] |= 15  # 0, stored one short
+    with pytest.raises(ValueError, match="cannot hold"):
+        LAYOUTS["gptq"].unpack(tensors)
+    assert int(unpack_gptq(tensors, stored_less=0).zero.max()) == 15
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
