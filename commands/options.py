@@ -65,7 +65,10 @@ def safety_of(*, max_body: str | None = None, max_media: int | None = None, **le
     from ..serve.safety import Safety
 
     if max_body is not None:
-        let_in["max_body"] = parse_bytes(max_body)
+        try:
+            let_in["max_body"] = parse_bytes(max_body)
+        except ValueError:
+            raise ValueError(f"--max-body is {max_body!r}; write a number and its unit, as 64MiB") from None
     if max_media is not None:
         let_in["max_media"] = max_media
     return Safety(**let_in)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ def command(
     """
     from ..serve.engines import lines, plan
     from ..serve.machine import this_machine
+    from ..serve.ports import check_port
     from ..serve.safety import Safety
     from ..serve.supervise import foreground
     from ..serve.target import servable
@@ -92,21 +94,26 @@ def command(
             click.echo(f"# {where}\n{typed}" if (options["nodes"] or 1) > 1 else typed)
         options["node_rank"] = options["node_rank"] or (0 if (options["nodes"] or 1) > 1 else None)
     launch = plan(engine, folder, **options)
+    if launch.serves and not print_only:  # before the table, and before the log of whoever has the port is overwritten
+        check_port(launch.host, launch.port)
     show_table(["", ""], [[flag, why] for flag, why in launch.reasons], err=not print_only)
     if print_only:
         return
 
+    def say(text: str, color: str | None = None) -> None:
+        with suppress(OSError):  # a terminal that was closed, `| head`: the server goes on, and its log has all
+            click.secho(text, fg=color, err=True)
+
     def ready(server: Server) -> None:
         if not launch.serves:
-            click.secho(f"computing for {server.url} (Ctrl-C here ends this machine's part)", fg="green", err=True)
+            say(f"computing for {server.url} (Ctrl-C here ends this machine's part)", "green")
             return
         names = ", ".join([server.name, *(item.partition("=")[0] for item in options["lora"])])
-        line = f"ready after {server.startup_s:.0f} s: {server.url}/v1, model {names}"
-        click.secho(f"\n{line}", fg="green", err=True)
+        say(f"\nready after {server.startup_s:.0f} s: {server.url}/v1, model {names}", "green")
         for why in (why for _, why in launch.reasons if why.startswith("WARNING")):  # its row above is long gone
-            click.secho(why, fg="yellow", err=True)
-        next_step(f'mmq infer {server.url} "What is in the picture?" --image PICTURE   (Ctrl-C here ends the server)')
+            say(why, "yellow")
+        with suppress(OSError):
+            next_step(f'mmq infer {server.url} "What is in the picture?" --image FILE   (Ctrl-C here ends the server)')
 
-    log = Path.cwd() / f"mmq-serve-{launch.port}.log"
-    line, note = partial(click.echo, err=True), partial(click.secho, fg="yellow", err=True)
-    sys.exit(foreground(launch, log_path=log, on_line=line, on_ready=ready, on_note=note, restarts=restart))
+    log, note = Path.cwd() / f"mmq-serve-{launch.port}.log", partial(say, color="yellow")
+    sys.exit(foreground(launch, log_path=log, on_line=say, on_ready=ready, on_note=note, restarts=restart))

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,13 +62,23 @@ def healthy(url: str, *, timeout: float = 2.0) -> bool:
         return False
 
 
-def wait_healthy(process: subprocess.Popen[bytes], launch: Launch, log: Path, timeout: float, tell: Tell) -> float:
-    """Seconds until /health answered. RuntimeError when the engine died or `timeout` seconds passed."""
+def wait_healthy(
+    process: subprocess.Popen[bytes],
+    launch: Launch,
+    log: Path,
+    timeout: float,
+    tell: Tell,
+    *,
+    written: Callable[[], None] = lambda: None,
+) -> float:
+    """Seconds until /health answered. RuntimeError when the engine died (`written` is called before its log is read) or
+    `timeout` seconds passed."""
     begun = time.monotonic()
     while True:
         waited = time.monotonic() - begun
         code = process.poll()
         if code is not None:
+            written()
             raise RuntimeError(f"{DIED} at its start: {why_it_died(log, returncode=code)} (log: {log})")
         if not launch.serves or healthy(launch.url):  # only the first of several machines can be asked
             return waited

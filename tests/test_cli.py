@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +44,7 @@ def one_line(err: str) -> str:
         (["check", "."], "not an mmq artifact"),
         (["serve", "nowhere", "--print"], "no recipe, folder or hub id 'nowhere'"),
         (["serve", "pebble", "--print", "--engine", "triton"], "known engines are"),
+        (["serve", "pebble", "--max-body", "64"], "--max-body is '64'; write a number and its unit"),
         (["infer"], "name what to ask"),
         (["infer", "--url", "http://127.0.0.1:9", "hello", "--", "--max-model-len", "64"], "runs already"),
         (["infer", "--url", "http://127.0.0.1:9", "hello"], "no server answers at http://127.0.0.1:9"),
@@ -67,6 +70,28 @@ def test_bad_words(mmq: Run, words: list[str], message: str) -> None:
     code, _, err = mmq(*words)
     assert code == 2
     assert message in one_line(err)
+
+
+def test_a_folder_that_is_nearly_named(mmq: Run, tmp_path: Path) -> None:
+    (tmp_path / "out-awq").mkdir()
+    (tmp_path / "out-awq" / "config.json").write_text("{}")
+    for typed in ("out-aqw", tmp_path / "out_awq"):
+        code, _, err = mmq("serve", typed, "--print")
+        assert (code, f"no folder {typed}: did you mean" in one_line(err), "out-awq?" in err) == (2, True, True)
+    code, _, err = mmq("infer", "out-awq/config.json", "hello")
+    assert (code, "is a file; name the folder of the model" in one_line(err)) == (2, True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_port_that_is_taken(mmq: Run, tmp_path: Path) -> None:
+    """Told before anything else, and the log of the server that has it stays."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        log = tmp_path / f"mmq-serve-{port}.log"
+        log.write_text("of the other")
+        code, _, err = mmq("serve", "pebble", "--port", port)
+    assert (code, log.read_text(), err.count("\n")) == (2, "of the other", 1)
+    assert f"port {port} on 127.0.0.1 cannot be used" in one_line(err)
 
 
 def test_no_gpu_is_told(mmq: Run) -> None:

@@ -224,6 +224,34 @@ def test_what_never_ran_is_not_tried_again(tmp_path: Path) -> None:
     assert notes == []
 
 
+def test_last_words_that_are_read_slowly_are_told(tmp_path: Path) -> None:
+    says = "print('loading', flush=True); raise RuntimeError('no such card')"
+    with pytest.raises(RuntimeError, match="died at its start: RuntimeError: no such card"):
+        foreground(small(says), log_path=tmp_path / "log", on_line=lambda _: time.sleep(0.1), on_ready=lambda _: None)
+
+
+def test_an_engine_runs_on_where_nobody_reads(tmp_path: Path) -> None:
+    """The terminal is closed, or `| head` has left: more than a pipe holds is said, and the log has it all."""
+    launch = small(f"print('x' * 99 + chr(10), end='', flush=True)\nfor _ in range(5000): print('y' * 99)\n{SERVER}")
+
+    def left(line: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def ready(server: Server) -> None:
+        die(launch.port)
+
+    log = tmp_path / "log"
+    with pytest.raises(RuntimeError, match="died: MemoryError"):
+        foreground(launch, log_path=log, on_line=left, on_ready=ready, timeout=20)
+    assert log.read_text().count("y" * 99) == 5000
+
+
+def test_a_folder_that_takes_no_log(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    with pytest.raises(OSError, match=r"log .* cannot be written: Is a directory; start in another folder"):
+        foreground(small(), log_path=tmp_path / "log", on_line=lambda _: None, on_ready=lambda _: None)
+
+
 def test_an_engine_that_leaves_by_itself_died(tmp_path: Path) -> None:
     """vLLM's server ends with status 0 when its core is gone."""
     leaves = SERVER.replace("os._exit(1)", "os._exit(0)")
