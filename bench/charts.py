@@ -10,11 +10,27 @@ from dataclasses import dataclass
 
 from .colours import series
 from .show import times
-from .svg import BOLD, SIZE, Scale, element, fitted, hint, log_ticks, number, picture, spread, text_width, ticks, words
+from .svg import (
+    BOLD,
+    SIZE,
+    Scale,
+    element,
+    fitted,
+    fitted_apart,
+    hint,
+    log_ticks,
+    number,
+    picture,
+    spread,
+    text_width,
+    ticks,
+    words,
+)
 
 FAR = 3  # times beyond the farthest point: where an interval is cut off
 MANY = 20  # times the lowest value: from there a scale is logarithmic
 LEAD = 15  # pixels between two names, one over the other
+NAMED = 0.4  # of a plot's width, that a name in it may take
 CROWD = 16  # points of a line: of more, only the last has a mark
 
 
@@ -67,6 +83,7 @@ def line_chart(
     named = [one for one in lines if not one.dashed]
     names = max((text_width(one.name, BOLD) for one in named), default=0.0)
     right = min(names, width / 3.5)
+    shown = fitted_apart([one.name for one in named], right, BOLD)
     ys += _in_sight(ys, [end for one in lines for _, *ends in one.spans for end in ends])
     ys += [] if mark_at is None else [mark_at]
     log_y = min(ys) > 0 and (log_y or max(ys) > MANY * min(ys))
@@ -84,8 +101,8 @@ def line_chart(
     for place, one in enumerate(lines):
         aside = (place - (len(lines) - 1) / 2) * 6 if any(line.spans for line in lines) else 0.0
         drawn.append(_line(one, x, y, aside))
-    for one, end in zip(named, ends, strict=True):
-        name = words(x.end + 12, end + 4, fitted(one.name, right, BOLD), class_="own")
+    for one, said, end in zip(named, shown, ends, strict=True):
+        name = words(x.end + 12, end + 4, said, class_="own")
         lead = _leader(x.end + 5, y.at(one.points[-1][1]), x.end + 10, end)
         drawn.append(element("g", lead, name, class_=series(one.index)))
     return picture(drawn, width=width, height=height, label=label)
@@ -132,13 +149,17 @@ def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: s
     low, high = min(reach) / 1.08, max(reach) * 1.08
     narrow = width < 420
     left = 0.0 if narrow else max(text_width(name, BOLD) for name, _ in rows) + 12
-    right = max(text_width(f"{d.name} {times(d.x)}", BOLD) for d in dots) + 12
+    values = max(text_width(f" {times(d.x)}", BOLD) for d in dots)
+    longest = max(text_width(d.name, BOLD) for d in dots)
+    right = min(longest, width * NAMED - values) + values + 12
+    names = [d.name for d in dots]
+    shown = dict(zip(names, fitted_apart(names, right - values - 12, BOLD), strict=True))
     x = Scale(low, high, left + 8, width - right, log=True)
     heads = 18 if narrow else 0
     drawn, top = [], 24.0
     body = []
     for name, found in rows:
-        body.append(words(0, top + (13 if narrow else 15), fitted(name, width), class_="name"))
+        body.append(words(0, top + (13 if narrow else 15), fitted(name, width, BOLD), class_="name"))
         top += heads
         for dot in found:
             middle = top + 11
@@ -151,7 +172,7 @@ def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: s
                     "g",
                     element("line", x1=a, x2=b, y1=middle, y2=middle, class_="whisker"),
                     mark(x.at(dot.x), middle, dot.index, hint(said), hollow=doubtful),
-                    words(width - right + 10, middle + 4, f"{dot.name} {times(dot.x)}", class_="own"),
+                    words(width - right + 10, middle + 4, f"{shown[dot.name]} {times(dot.x)}", class_="own"),
                     class_=series(dot.index),
                 )
             )
@@ -165,7 +186,8 @@ def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: s
         free.append(at)
         drawn.append(element("line", x1=at, x2=at, y1=20, y2=top, class_="limit" if value == 1 else "grid"))
         drawn.append(words(at, 13, f"{number(value)}×", anchor="middle"))
-    drawn.append(words(x.at(1), top + 14, f"as {one}", anchor="middle"))
+    room = 2 * min(x.at(1), width - x.at(1))
+    drawn.append(words(x.at(1), top + 14, fitted(f"as {one}", room), anchor="middle"))
     return picture([*drawn, *body], width=width, height=top + 20, label=label)
 
 
@@ -192,9 +214,10 @@ def dot_chart(
         corners = " ".join(f"{x.at(d.x):.1f},{y.at(d.y):.1f}" for d in sorted(best, key=lambda d: d.x))
         drawn.append(element("polyline", points=corners, class_="front"))
     heights = spread([y.at(d.y) for d in dots], LEAD, y.end, y.start - 8)
-    for dot, at in zip(dots, heights, strict=True):
-        before = x.at(dot.x) + 12 + text_width(dot.name, BOLD) > width
-        name = words(x.at(dot.x) + (-11 if before else 11), at + 4, dot.name, class_="own",
+    names = fitted_apart([d.name for d in dots], width * NAMED, BOLD)
+    for dot, shown, at in zip(dots, names, heights, strict=True):
+        before = x.at(dot.x) + 12 + text_width(shown, BOLD) > width
+        name = words(x.at(dot.x) + (-11 if before else 11), at + 4, shown, class_="own",
                      anchor="end" if before else "start")  # fmt: skip
         said = hint(f"{dot.name}: {number(dot.x)}, {number(dot.y)}")
         lead = _leader(x.at(dot.x), y.at(dot.y), x.at(dot.x) + (-9 if before else 9), at)

@@ -2,8 +2,7 @@
 
 The page itself is page/report.html, a Jinja template that escapes every value: labels, paths and answers are other
 people's words. Its style is allowed by its hash alone, so that no markup of theirs could bring another. What stands in
-which section is here; the plots are plots.py's, the
-table field.py's, the answers beside.py's.
+which section is here; the plots are plots.py's, the table field.py's, the answers beside.py's.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .proof import rows as proof_rows
 from .proof import task_rows
 from .proof import unchecked as unchecked_lines
 from .report import Report
-from .show import amount, number_of
+from .show import amount, number_of, pictures
 from .table import MODES, budget_line, load_line, tails, warnings
 
 PAGE = "report.html"
@@ -146,10 +145,9 @@ def _stage_sizes(report: Report) -> str:
     sizes = report.settings.get("stages")
     if not isinstance(sizes, Mapping):
         return "One request alone on the server; under load the stages of several overlap."
-    height, width = sizes.get("picture", (0, 0))
-    pictures = f"{sizes['pictures']} picture(s) of {height} x {width}" if sizes.get("pictures") else "no picture"
+    asked = pictures(sizes.get("pictures", 0), sizes.get("picture", (0, 0)))
     return (
-        f"One request alone on the server, {pictures}, {sizes.get('prompt_tokens', '?')} tokens in with them and "
+        f"One request alone on the server, {asked}, {sizes.get('prompt_tokens', '?')} tokens in with them and "
         f"{sizes.get('output_tokens', '?')} out; the median of {sizes.get('rounds', '?')} rounds by "
         f"{sizes.get('clock', 'some')} clock. Under load the stages of several overlap."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .report import Figure, Ratio
 
 AMOUNTS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
@@ -32,6 +34,12 @@ def show(figure: Figure) -> str:
     if figure.unit in ("tokens", "sequences"):
         return f"{figure.value:,.0f}"
     return number_of(figure.value)
+
+
+def pictures(count: int, size: Sequence[int]) -> str:
+    """So many pictures of (height, width): no picture, one picture of 448 x 448, 3 pictures of 448 x 448."""
+    many = "one picture" if count == 1 else f"{count} pictures"
+    return f"{many} of {size[0]} x {size[1]}" if count else "no picture"
 
 
 def times(value: float) -> str:

@@ -16,11 +16,12 @@ from .plot import Plot
 from .plots import memory_plot, pareto_plot, ratio_plot, stage_plot
 from .proof import rows as proof_rows
 from .report import Report
-from .svg import element, fitted, number, picture, text_width, words, wrapped
+from .svg import element, fitted, fitted_apart, number, picture, text_width, words, wrapped
 from .table import warnings
 
 WIDTH, HEIGHT, MARGIN = 1600.0, 900.0, 72.0
 LEFT = 800.0  # where the plots begin
+COLUMNS = 4  # of the table
 NAME = "report.png"
 LETTER = "<text x='2' y='30'>M</text>"
 FONTS = '"Noto Sans", "DejaVu Sans", "Liberation Sans", Arial, Helvetica, "Segoe UI", "Noto Sans CJK SC", "PingFang SC"'
@@ -77,7 +78,9 @@ def slide(report: Report, *, dark: bool = False) -> str:
         more = f" (and {len(beware) - 1} more)" if len(beware) > 1 else ""
         line = fitted(f"Beware: {beware[0]}", WIDTH - 2 * MARGIN - 160, 16) + more
         drawn.append(element("g", words(MARGIN, HEIGHT - 62, line, class_="foot own"), class_="bad"))
-    told = f"{' · '.join(f'{n} {v}' for n, v in report.versions.items())}"
+    told = " · ".join(f"{n} {v}" for n, v in report.versions.items())
+    if more := list(report.numbers)[1 + COLUMNS :]:
+        told = f"in the report besides: {', '.join(more)} · {told}"
     drawn.append(words(MARGIN, HEIGHT - 36, fitted(told, WIDTH - 2 * MARGIN, 16), class_="foot"))
     return picture(drawn, width=WIDTH, height=HEIGHT, label=title(report))
 
@@ -93,12 +96,12 @@ def _left(report: Report, top: float) -> list[str]:
         top += 14
     top += 24
     first, *others = report.numbers
-    columns = (others or [first])[:4]
+    columns = (others or [first])[:COLUMNS]
     step = min(200.0, (room - 250) / len(columns))
-    for at, label in enumerate(columns):
+    for at, (label, name) in enumerate(zip(columns, fitted_apart(columns, step - 12, 28), strict=True)):
         x = MARGIN + room - step * (len(columns) - 1 - at)
-        name = words(x, top, fitted(label, step - 12, 24), class_="own big", anchor="end")
-        drawn.append(element("g", name, class_=series(list(report.numbers).index(label))))
+        text = words(x, top, name, class_="own big", anchor="end")
+        drawn.append(element("g", text, class_=series(list(report.numbers).index(label))))
     if others:
         drawn.append(words(MARGIN, top, fitted(f"compared with {first}", 240, 20), class_="head"))
     for heading, cells in _rows(report, columns):

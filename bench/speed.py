@@ -14,6 +14,7 @@ from typing import Any
 
 from ..serve.machine import this_machine
 from .report import Figure
+from .show import pictures
 
 TIMES = ("ttft", "tpot", "itl", "e2e")  # of a request: to the first token, a further token, between pieces, all of it
 TAILS = {"": 0.5, "_p90": 0.9, "_p99": 0.99}  # what is told of each: ending of its name, percentile
@@ -57,9 +58,8 @@ class Load:
     @property
     def words(self) -> str:
         """What is asked, for a reader."""
-        height, width = self.picture
-        pictures = f"{self.pictures} picture(s) of {height} x {width}" if self.pictures else "no picture"
-        asked = f"of {self.dataset}" if self.dataset else f"each {self.input_tokens} random tokens and {pictures} in"
+        drawn = f"each {self.input_tokens} random tokens and {pictures(self.pictures, self.picture)} in"
+        asked = f"of {self.dataset}" if self.dataset else drawn
         return f"{self.requests} requests, {self.concurrency} at once, {asked}, {self.output_tokens} tokens out"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .colours import part
-from .svg import BOLD, Scale, element, fitted, hint, picture, text_width, words
+from .svg import BOLD, Scale, element, fitted, fitted_apart, hint, picture, text_width, words
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ def bar_chart(
     x = Scale(0, longest, 0, width - (ends if longest in sums else 2))
     height = 48.0 * len(bars) + (20 if limit else 0)
     drawn = []
-    for row, (bar, total) in enumerate(zip(bars, sums, strict=True)):
+    names = fitted_apart([bar.name for bar in bars], width, BOLD)
+    for row, (bar, total, shown) in enumerate(zip(bars, sums, names, strict=True)):
         top = 48.0 * row + (20 if limit else 0)
-        drawn.append(words(0, top + 13, fitted(bar.name, width), class_="name"))
+        drawn.append(words(0, top + 13, shown, class_="name"))
         at = 0.0
         for name, value, said in bar.parts:
             start, end = x.at(at), x.at(at + value)

@@ -122,17 +122,3 @@ def _figure(seconds: Sequence[float]) -> Figure:
     """The median in ms. A difference below zero is noise and told as zero; its lowest round stays as it was."""
     middle = max(0.0, statistics.median(seconds))
     return Figure(1000 * middle, "ms", "measured", 1000 * min(seconds), 1000 * max(seconds))
-
-
-def sentence(found: Stages) -> str:
-    """The split as a reader would say it: each stage's share of one request, the largest first."""
-    whole = sum(figure.value for figure in found.figures.values())
-    ordered = sorted(found.figures.items(), key=lambda item: -item[1].value)
-    shares = ", ".join(f"{name.replace('_', ' ')} {f.value:.3g} ms ({f.value / whole:.0%})" for name, f in ordered)
-    sizes = found.settings
-    height, width = sizes["picture"]
-    pictures = f"{sizes['pictures']} picture(s) of {height} x {width}" if sizes["pictures"] else "no picture"
-    return (
-        f"one request alone ({pictures}, {sizes['prompt_tokens']} tokens in with them, {sizes['output_tokens']} out) "
-        f"takes {whole:.3g} ms: {shares}"
-    )

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import takewhile
 
 SIZE = 12.0  # of all text, pixels
 BOLD = SIZE * 1.14  # the size of plain letters as wide as bold ones
@@ -96,8 +97,9 @@ def picture(inside: Sequence[str], *, width: float, height: float, label: str) -
 
 
 def text_width(text: str, size: float = SIZE) -> float:
-    """About how many pixels a text takes: an em for a Chinese character, 0.58 for others. No font is asked."""
-    return size * sum(1.0 if unicodedata.east_asian_width(c) in WIDE else 0.58 for c in text)
+    """About how many pixels a text takes: an em for a Chinese character, 0.7 for a capital, 0.58 for others. No font
+    is asked."""
+    return size * sum(1.0 if unicodedata.east_asian_width(c) in WIDE else 0.7 if c.isupper() else 0.58 for c in text)
 
 
 def fitted(text: str, width: float, size: float = SIZE) -> str:
@@ -107,6 +109,25 @@ def fitted(text: str, width: float, size: float = SIZE) -> str:
     while text and text_width(text + "…", size) > width:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def fitted_apart(texts: Sequence[str], width: float, size: float = SIZE) -> list[str]:
+    """The texts as `fitted` has each; where that makes two alike, those that are too long are told without what they
+    all begin with: …AWQ-asym and …GPTQ-sym of two names of the same model."""
+    short = [fitted(text, width, size) for text in texts]
+    if len(set(short)) == len(set(texts)):
+        return short
+    cut = [text for text, kept in zip(texts, short, strict=True) if kept != text]
+    shared = "".join(c[0] for c in takewhile(lambda c: len(set(c)) == 1, zip(*cut, strict=False)))
+    word = re.match(r".*[^\w]|", shared)
+    for begun in (word.end() if word else 0, len(shared)):  # to the end of a word, if that is enough
+        without = [
+            kept if kept == text or len(text) == begun else fitted("…" + text[begun:], width, size)
+            for text, kept in zip(texts, short, strict=True)
+        ]
+        if begun and len(set(without)) == len(set(texts)):
+            return without
+    return short
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

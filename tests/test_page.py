@@ -49,6 +49,11 @@ OVERLAPS = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
         p.width && q.width && p.x + 1 < q.x + q.width && q.x + 1 < p.x + p.width &&
         p.y + 4 < q.y + q.height && q.y + 4 < p.y + p.height).map(([b]) => [a, b]));
 })"""
+OUTSIDE = """() => [...document.querySelectorAll('svg')].filter(s => s.checkVisibility()).flatMap(svg => {
+    const whole = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]).filter(([a, box]) =>
+        box.right > whole.right + 12 || box.left < whole.left - 12).map(([a]) => a);
+})"""  # a font may be wider than it was taken for, by a little
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "report"
 
 
@@ -356,6 +361,13 @@ def test_a_slide_tells_what_the_page_warns_of() -> None:
     assert "Beware: the fan was off (and 1 more)" in slide(noted)
 
 
+def test_a_slide_tells_whom_it_has_no_room_for() -> None:
+    report = full_report()
+    more = {f"v{number}": report.numbers["awq"] for number in range(3)}
+    assert "in the report besides" not in slide(report)
+    assert "in the report besides: v1, v2 ·" in slide(Report(**{**vars(report), "numbers": {**report.numbers, **more}}))
+
+
 @needs_resvg
 def test_a_slide_of_hostile_or_little_is_drawn_too() -> None:
     for report in (hostile(), bare_report(("fp16",)), hostile(bare_report)):
@@ -453,12 +465,24 @@ def test_a_browser_draws_every_plot_and_nothing_sticks_out(browser: Any, folder:
 @needs_browser
 @pytest.mark.parametrize("width", [1180, 360])
 def test_words_in_plots_do_not_lie_on_one_another(browser: Any, folder: Path, width: int) -> None:
-    """Of all pairs of words in each drawing, by the browser's own fonts: a page by hand, a noisy real one."""
-    tab, _ = opened(browser, write_page(full_report(), folder), viewport={"width": width, "height": 800})
-    pages = [tab, opened(browser, DOCS / "report.html", viewport={"width": width, "height": 800})[0]]
-    for tab in pages:
+    """Of all pairs of words in each drawing, by the browser's own fonts: a page by hand, a noisy real one, one of names
+    as the hubs have them."""
+    names = {label: f"Qwen2.5-VL-7B-Instruct-{label}-asym-g128-calibrated-on-my-own-invoices" for label in LABELS}
+    reports = {"plain": full_report(), "long": full_report(rename=names)}
+    paths = [write_page(report, folder, out=folder / name) for name, report in reports.items()]
+    for path in (*paths, DOCS / "report.html"):
+        tab, _ = opened(browser, path, viewport={"width": width, "height": 800})
         assert tab.evaluate(OVERLAPS) == []
+        assert tab.evaluate(OUTSIDE) == []
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
         tab.context.close()
+    tab, _ = opened(browser, paths[1], viewport={"width": width, "height": 800})
+    said = tab.evaluate("[...document.querySelectorAll('#load svg .own')].map(t => t.textContent)")
+    assert {name[:4] for name in said} == {"…fp1", "…awq", "…gpt", "…bnb"}  # not four times the same beginning
+    if width > 1000:
+        table = tab.evaluate("[...document.querySelectorAll('#table .scroll')].map(t => t.scrollWidth - t.clientWidth)")
+        assert not any(table)  # all of the table is seen
+    tab.context.close()
 
 
 @needs_browser

@@ -9,7 +9,7 @@ import pytest
 
 from mmq.bench.rounds import Asked, Round
 from mmq.bench.speed import Load
-from mmq.bench.stages import Stages, sentence, stages, told
+from mmq.bench.stages import stages, told
 from mmq.bench.stages import timed as timed_by_client
 from mmq.serve.running import Server
 
@@ -55,15 +55,6 @@ def test_a_server_without_a_clock_is_timed_from_outside() -> None:
     found = timed_by_client([Round(words, fresh, fresh, whole)])
     values = {name: round(figure.value, 6) for name, figure in found.items()}
     assert values == {"picture": 80.0, "prefill": 60.0, "decode": 510.0}
-
-
-def test_the_split_in_a_sentence() -> None:
-    sizes = {"pictures": 1, "picture": [448, 672], "prompt_tokens": 60, "output_tokens": 11}
-    said = sentence(Stages(told([Round(WORDS, FRESH, SEEN, WHOLE)]), sizes))
-    assert said.startswith(
-        "one request alone (1 picture(s) of 448 x 672, 60 tokens in with them, 11 out) takes 650 ms:"
-    )
-    assert "decode 500 ms (77%), image preprocessing 50 ms (8%)" in said
 
 
 @needs_vllm

@@ -15,10 +15,31 @@ from mmq.bench.colours import PARTS, ROLES, SERIES, part, resolved, series, ship
 from mmq.bench.report import Figure
 from mmq.bench.show import change, number_of, times
 from mmq.bench.stack import Bar, bar_chart
-from mmq.bench.svg import Scale, fitted, log_ticks, number, plain, spread, text_width, ticks, words, wrapped
+from mmq.bench.svg import (
+    Scale,
+    fitted,
+    fitted_apart,
+    log_ticks,
+    number,
+    plain,
+    spread,
+    text_width,
+    ticks,
+    words,
+    wrapped,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 amounts = st.floats(1e-9, 1e12)
+
+
+def test_names_that_begin_alike_are_told_apart() -> None:
+    names = ["Qwen2.5-VL-7B-Instruct-AWQ", "Qwen2.5-VL-7B-Instruct-GPTQ", "bnb"]
+    assert fitted_apart(names, 400) == names
+    assert fitted_apart(names, 90) == ["…AWQ", "…GPTQ", "bnb"]
+    assert fitted_apart(["one name", "another"], 40) == ["one…", "anot…"]  # they differ where they begin
+    assert fitted_apart(["a-long-name", "a-long-name-too"], 40)[1] == "…too"
+    assert len(set(fitted_apart(["四比特量化版本甲", "四比特量化版本乙"], 60))) == 2
 
 
 def test_a_scale_by_hand() -> None:
