@@ -1,4 +1,5 @@
-"""LoRA adapters beside a model: read by config and headers, held against the model's linears, put into vLLM's flags.
+"""LoRA adapters beside a model: read by config and headers, held against the model's linears and what an engine can do
+with them, put into vLLM's flags.
 
 vLLM leaves out in silence what an adapter has for modules that the model has not; here it is an error. PEFT's layout,
 safetensors only. Knows no torch.
@@ -7,12 +8,14 @@ safetensors only. Knows no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.names import SAME, VLLM
+from ..export.names import SAME, TRANSFORMERS, VLLM, Names
 from ..export.subject import HEADS, Subject
 from ..recipes.folder import headers
 from ..recipes.plain import check_entries, object_of, read_json
@@ -26,10 +29,12 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt")
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` takes (config/lora.py, MaxLoRARanks)
 SLOTS = 8  # adapters on the card at once; each takes the largest rank's memory, used or not
 PREFIX = "base_model.model."  # PEFT's wrapper around every name
-PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+EMBEDDED = (".lora_embedding_A", ".lora_embedding_B")
+PARTS = (".lora_A.weight", ".lora_B.weight", *EMBEDDED)
 ENCODER_FLAG = "--enable-tower-connector-lora"
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # beginnings that leave the base's weights alone
-# what vLLM does not compute (lora/peft_helper.py refuses the first six): key of adapter_config.json, what it is
+# what is more than B A beside a weight (the first six as vLLM's lora/peft_helper.py has them): key of
+# adapter_config.json, what it is
 UNKNOWN: Mapping[str, str] = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of its own",
@@ -46,32 +51,39 @@ UNKNOWN: Mapping[str, str] = {
 @dataclass(frozen=True)
 class Adapter:
     """One adapter. `rank` is the largest of its modules', `modules` their names as PEFT has them, without its prefix,
-    and each one's (inputs, outputs), 0 where the headers do not tell."""
+    and each one's (inputs, outputs), 0 where the headers do not tell; `factors` what B A is multiplied by in each."""
 
     name: str
     folder: Path
     rank: int
     modules: Mapping[str, tuple[int, int]]
+    factors: Mapping[str, float]
 
 
 def read_adapters(
-    wanted: Iterable[str], subject: Subject, *, taken: str = "", extra: Sequence[str] = ()
+    wanted: Iterable[str], subject: Subject, *, engine: str = "vllm", taken: str = "", extra: Sequence[str] = ()
 ) -> tuple[Adapter, ...]:
     """The adapters of `NAME=FOLDER` each, checked against the model; `taken`: the model's own name in requests.
 
-    ValueError for what vLLM could not compute or would leave out, OSError for a folder that holds no adapter.
+    ValueError for what the engine could not compute or would leave out, OSError for a folder that holds no adapter.
     """
     found: list[Adapter] = []
     for item in wanted:
-        name, equals, folder = item.partition("=")
-        if not (name and equals and folder):
-            raise ValueError(f"--lora {item}: give it as NAME=FOLDER; requests name the adapter as their model")
+        name, folder = split_name(item)
         if name == taken or name in [a.name for a in found]:
             raise ValueError(f"--lora {item}: {name} is the name of another model here; give each its own")
-        adapter = read_adapter(name, Path(folder).expanduser())
-        check_adapter(adapter, subject, encoder=given(extra, ENCODER_FLAG) is not None)
+        adapter = read_adapter(name, folder)
+        CHECKS[engine](adapter, subject, extra)
         found.append(adapter)
     return tuple(found)
+
+
+def split_name(item: str) -> tuple[str, Path]:
+    """Name and folder of NAME=FOLDER. ValueError where it is not that."""
+    name, _, folder = item.partition("=")
+    if not (name and folder):
+        raise ValueError(f"--lora {item}: give it as NAME=FOLDER; requests name the adapter as their model")
+    return name, Path(folder).expanduser()
 
 
 def read_adapter(name: str, folder: Path) -> Adapter:
@@ -91,15 +103,13 @@ def read_adapter(name: str, folder: Path) -> Adapter:
             raise ValueError(f"adapter {name}: {pickled} is a pickle, which can run code; {mend}")
         raise OSError(f"adapter {name}: {folder} has no {TENSORS}")
     ranks, modules = _modules(name, headers(folder / TENSORS))
-    if max(ranks) > RANKS[-1]:
-        raise ValueError(f"adapter {name} has rank {max(ranks)}; vLLM takes up to {RANKS[-1]}")
-    return Adapter(name, folder, max(ranks), modules)
+    return Adapter(name, folder, max(ranks.values()), modules, {m: _factor(name, config, m, ranks[m]) for m in modules})
 
 
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     """ValueError for what is no plain LoRA."""
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise ValueError(f"adapter {name} is {config['peft_type']}; vLLM takes LoRA")
+        raise ValueError(f"adapter {name} is {config['peft_type']}; the engines take LoRA")
     odd = [what for key, what in UNKNOWN.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         odd.append(f"bias {config['bias']!r}")
@@ -110,12 +120,23 @@ def _check_kind(name: str, config: Mapping[str, Any]) -> None:
         odd.append(f"a beginning ({start}) that changed the base's weights")
     if odd:
         raise ValueError(
-            f"adapter {name} has {' and '.join(odd)}, which vLLM does not compute; merge it into the model"
+            f"adapter {name} has {' and '.join(odd)}, which the engines do not compute; merge it into the model"
         )
 
 
-def _modules(name: str, header: Mapping[str, Any]) -> tuple[set[int], dict[str, tuple[int, int]]]:
-    """All ranks, and each module's inputs and outputs: A is [rank, inputs], B [outputs, rank]."""
+def _factor(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, as PEFT finds alpha; of rank-stabilized LoRA alpha / sqrt(rank) (arXiv 2312.03732)."""
+    try:
+        patterns = dict(config.get("alpha_pattern") or {})
+        own = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        alpha = float(config.get("lora_alpha", 8) if own is None else patterns[own])
+    except (TypeError, ValueError, re.error) as e:
+        raise ValueError(f"adapter {name}: {CONFIG} has no alpha for {module}: {e}") from None
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _modules(name: str, header: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Each module's rank, and its inputs and outputs: A is [rank, inputs], B [outputs, rank]."""
     sides: dict[str, dict[str, list[int]]] = {}
     for tensor, entry in header.items():
         if tensor == "__metadata__" or tensor.endswith(".base_layer.weight"):  # PEFT's copy of resized embeddings
@@ -123,7 +144,7 @@ def _modules(name: str, header: Mapping[str, Any]) -> tuple[set[int], dict[str, 
         part = next((p for p in PARTS if tensor.endswith(p)), None)
         if part is None:
             raise ValueError(
-                f"adapter {name}: {tensor} is no part of a LoRA that vLLM computes; merge it into the model"
+                f"adapter {name}: {tensor} is no part of a LoRA that the engines compute; merge it into the model"
             )
         module = tensor.removesuffix(part).removeprefix(PREFIX)
         sides.setdefault(module, {})[part.removesuffix(".weight")[-1]] = list(entry["shape"])
@@ -134,20 +155,15 @@ def _modules(name: str, header: Mapping[str, Any]) -> tuple[set[int], dict[str, 
     if broken or not sides:
         what = f"{first_of(broken)} without its other half" if broken else "no module at all"
         raise OSError(f"adapter {name}: {TENSORS} holds {what}; get the file again")
-    return {s["A"][0] for s in sides.values()}, {m: (s["A"][-1], s["B"][0]) for m, s in sides.items()}
+    return {m: s["A"][0] for m, s in sides.items()}, {m: (s["A"][-1], s["B"][0]) for m, s in sides.items()}
 
 
-def check_adapter(adapter: Adapter, subject: Subject, *, encoder: bool = False) -> None:
-    """ValueError where the model has not what the adapter changes, in these shapes, or vLLM would not change it.
-
-    `encoder`: whether vLLM is told to take adapters of the picture encoder.
-    """
-    if subject.architecture in NO_LORA:
-        raise ValueError(f"vLLM's {subject.architecture} takes no LoRA; merge adapter {adapter.name} into the model")
-    spelled = VLLM.get(subject.architecture, SAME).linear
-    here = {spelled(n): (x.inputs, x.outputs) for n, x in subject.linears.items()}
-    ends = {m for m in adapter.modules if EMBEDDINGS.search(f"{m}.weight") or HEADS.search(m)}
-    inner = {spelled(m): size for m, size in adapter.modules.items() if m not in ends}
+def _check_names(adapter: Adapter, subject: Subject, names: Names) -> list[str]:
+    """ValueError where the model has not the linears that the adapter changes, in these shapes; the embeddings and the
+    head among them, which are not held against anything here. `names`: how the engine spells both sides."""
+    here = {names.linear(n): (x.inputs, x.outputs) for n, x in subject.linears.items()}
+    ends = sorted(m for m in adapter.modules if EMBEDDINGS.search(f"{m}.weight") or HEADS.search(m))
+    inner = {names.linear(m): size for m, size in adapter.modules.items() if m not in ends}
     lost = [m for m in inner if m not in here and ".experts" not in m]  # a mixture's are spelled in several ways
     if lost:
         why = f"adapter {adapter.name} changes {first_of(lost)}, and the model has no such linear"
@@ -157,15 +173,45 @@ def check_adapter(adapter: Adapter, subject: Subject, *, encoder: bool = False) 
         had, has = inner[wrong[0]], here[wrong[0]]
         why = f"adapter {adapter.name}: {first_of(wrong)} is {had[0]} -> {had[1]} there and {has[0]} -> {has[1]} here"
         raise ValueError(f"{why}: it was trained for another model")
+    return ends
+
+
+def _check_vllm(adapter: Adapter, subject: Subject, extra: Sequence[str]) -> None:
+    """ValueError for what vLLM would not compute; adapters of the picture encoder it takes where `extra` says so."""
+    if adapter.rank > RANKS[-1]:
+        raise ValueError(f"adapter {adapter.name} has rank {adapter.rank}; vLLM takes up to {RANKS[-1]}")
+    if subject.architecture in NO_LORA:
+        raise ValueError(f"vLLM's {subject.architecture} takes no LoRA; merge adapter {adapter.name} into the model")
+    ends = _check_names(adapter, subject, VLLM.get(subject.architecture, SAME))
     if ends and subject.architecture in NO_HEAD_LORA:
-        why = f"adapter {adapter.name} changes {first_of(sorted(ends))}"
+        why = f"adapter {adapter.name} changes {first_of(ends)}"
         raise ValueError(f"{why}, which vLLM's {subject.architecture} cannot; merge it into the model")
     seen = [m for m in adapter.modules if part_of(f"{m}.weight") in ("vision tower", "projector")]
-    if seen and not encoder:
+    if seen and given(extra, ENCODER_FLAG) is None:
         can = subject.architecture in ENCODER_LORA
         way = f"`-- {ENCODER_FLAG}` makes it (experimental in vLLM)" if can else "merge it into the model"
         why = f"adapter {adapter.name} changes the picture encoder ({first_of(seen)}), which vLLM leaves as it is"
         raise ValueError(f"{why}; {way}")
+
+
+def _check_pytorch(adapter: Adapter, subject: Subject, extra: Sequence[str]) -> None:
+    """ValueError for what the PyTorch engine would not compute: it changes linears, and routed experts are none."""
+    if experts := [m for m in adapter.modules if ".experts" in m]:
+        why = f"adapter {adapter.name} changes routed experts ({first_of(experts)}), which transformers keeps as one"
+        raise ValueError(f"{why} tensor; --engine vllm computes it, or merge it into the model")
+    _check_names(adapter, subject, TRANSFORMERS.get(subject.architecture, SAME))
+
+
+# engine -> its check of an adapter against a model, and the engine's own flags
+CHECKS: Mapping[str, Callable[[Adapter, Subject, Sequence[str]], None]] = {
+    "vllm": _check_vllm,
+    "pytorch": _check_pytorch,
+}
+
+
+def held_bytes(adapters: Iterable[Adapter]) -> int:
+    """Bytes of the adapters in 16 bit, beside a model that is kept as it is."""
+    return sum(2 * a.rank * sum(inputs + outputs for inputs, outputs in a.modules.values()) for a in adapters)
 
 
 def rank_of(adapters: Sequence[Adapter]) -> int:

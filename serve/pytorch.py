@@ -18,6 +18,7 @@ from typing import Any
 from ..export.subject import Subject, read_subject
 from ..quantize.family import row_of
 from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .lora import held_bytes, read_adapters
 from .machine import GIB, Machine
 from .programs import find_program, packages_beside, python_of
 from .shape import Shape, is_mixture, read_shape, tokens_in, weight_bytes
@@ -41,6 +42,7 @@ def pytorch(
     max_model_len: int | None = None,
     served_model_name: str | None = None,
     trust_remote_code: bool = False,
+    lora: Sequence[str] = (),
     extra: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
     engine_bin: str | Path | None = None,
@@ -48,11 +50,13 @@ def pytorch(
 ) -> Launch:
     """The command that serves the checkpoint folder `target` by `transformers serve` on this machine.
 
-    Flags in `extra` win over ours. ValueError when the restored model does not fit; OSError when the environment lacks
-    a package, or the folder is no checkpoint.
+    `lora`: adapters as NAME=FOLDER. Flags in `extra` win over ours. ValueError when the restored model does not fit, or
+    an adapter is for another; OSError when the environment lacks a package, or the folder is no checkpoint.
     """
     if asked := [name for name, value in others.items() if value]:
         raise ValueError(f"the engine pytorch has no --{asked[0].replace('_', '-')}; --engine vllm has")
+    if given(extra, "--continuous-batching") is not None:
+        raise ValueError("--continuous-batching draws every answer as the first was asked for; leave it out")
     subject = read_subject(target)
     program = python_of(find_program("pytorch", environ, named=engine_bin))
     packages = packages_beside(program)
@@ -64,7 +68,9 @@ def pytorch(
     name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
     if max_model_len is not None and max_model_len < 1:
         raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
-    seat = _seat(subject, machine, packages, packed=given(extra, "--keep-packed") is not None)
+    adapters = read_adapters(lora, subject, engine="pytorch", taken=name)
+    packed = given(extra, "--keep-packed") is not None
+    seat = _seat(subject, machine, packages, packed=packed, beside=held_bytes(adapters))
     length, length_why = _context(read_shape(target), max_model_len, seat.room)
     flags = [
         Flag("--host", host, host_reason(host)),
@@ -76,6 +82,9 @@ def pytorch(
     if seat.packed:
         why = f"weights stay int4 and are restored at each use, which is slow: in 16 bit they do not fit; {FASTER}"
         flags.append(Flag("--keep-packed", None, why))
+    for adapter in adapters:
+        why = f"rank {adapter.rank}, beside the model: a request names it as its model"
+        flags.append(Flag("--lora", f"{adapter.name}={adapter.folder.resolve()}", why))
     if trust_remote_code:
         flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
     variables = {"HF_HUB_OFFLINE": ("1", "every file is in the folder; no hub is asked")}
@@ -127,14 +136,14 @@ class Seat:
     packed: bool = False
 
 
-def _seat(subject: Subject, machine: Machine, packages: Mapping[str, str], *, packed: bool) -> Seat:
+def _seat(subject: Subject, machine: Machine, packages: Mapping[str, str], *, packed: bool, beside: int) -> Seat:
     """The first that holds the model: a card, all cards, a card with packed weights; or the CPU. `packed`: it is asked
-    for. ValueError where it fits nowhere."""
+    for; `beside`: bytes of what is kept besides. ValueError where it fits nowhere."""
     gpu = bool(machine.gpus) and not packages.get("torch", "").endswith("+cpu")
     small = subject.method in RESTORED and row_of(subject.config) is None and not is_mixture(subject.config)
     if packed and not small:
         raise ValueError("--keep-packed is for dense AWQ, GPTQ and compressed-tensors of transformers' own classes")
-    size = weight_bytes(subject.folder) if packed else restored_bytes(subject)
+    size = beside + (weight_bytes(subject.folder) if packed else restored_bytes(subject))
     how = f"{subject.method} restored to 16 bit as it is loaded" if subject.method in RESTORED else "weights as stored"
     how = f"{subject.method} as stored" if packed else how
     if row_of(subject.config) is not None:
@@ -153,7 +162,7 @@ def _seat(subject: Subject, machine: Machine, packages: Mapping[str, str], *, pa
         if need <= every:
             why = f"{said}: more than one card has, so layers are spread over {len(machine.gpus)}; {LACKS}"
             return Seat("auto", why, every - need)
-        left = first.free - weight_bytes(subject.folder) - RUNTIME
+        left = first.free - weight_bytes(subject.folder) - beside - RUNTIME
         if small and left > 0:
             return Seat("cuda:0", f"{said}, and {first.free / GIB:.1f} are free; {LACKS}", left, packed=True)
         room, where = every, "this machine's cards have"

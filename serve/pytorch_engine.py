@@ -1,8 +1,8 @@
 """The PyTorch engine's program, `python -m mmq.serve.pytorch_engine FOLDER --served-model-name NAME ...`.
 
-It is `transformers serve` of one folder under one name, with packed weights restored to 16 bit as they are loaded, and
-with requests and errors as the other engines have them (pytorch_requests.py). serve starts it and never imports it:
-this program, of three files, is all of this room that knows torch.
+It is `transformers serve` of one folder under one name, with packed weights restored to 16 bit as they are loaded, LoRA
+adapters beside them (pytorch_lora.py), and requests, answers and errors as the other engines have them
+(pytorch_requests.py). serve starts it and never imports it: this program alone, of this room, knows torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from transformers.cli.serving import model_manager, server
 from transformers.cli.serving.utils import Modality
 from transformers.cli.transformers import app
@@ -29,19 +31,25 @@ from ..quantize.classes import open_processor
 from ..quantize.family import row_of
 from ..quantize.skeleton import read_config
 from .inside.mmq_guard import Guard
+from .lora import Adapter, read_adapter, split_name
+from .pytorch_lora import Choice, attach
 from .pytorch_own import load_own
-from .pytorch_requests import Bounded, Checked
+from .pytorch_replies import failure
+from .pytorch_requests import Endpoint, heeding
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")  # no other is opened
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2"}  # of videos: transformers' name, the package's
 
 
 class OneModel(model_manager.ModelManager):
-    """The model of one folder under the name `force_model`; both are set before the server makes its manager."""
+    """The model of one folder under the name `force_model`, its adapters under theirs; all but `choice`, which comes
+    with the model, are set before the server makes its manager."""
 
     folder: Path
     context: int
     packed: bool
+    adapters: tuple[Adapter, ...]
+    choice: Choice
 
     def process_model_name(self, model_id: str) -> str:  # pyright: ignore
         return model_id
@@ -78,14 +86,16 @@ class OneModel(model_manager.ModelManager):
                 **more,
             )
         )
-        # a temperature above 0 samples and 0 does not, as in other engines, whatever the checkpoint's own file says
-        model.generation_config.do_sample = True
+        classes = read_config(self.folder).get("architectures") or [""]
+        classes = read_config(self.folder).get("architectures") or [""]
+        self.choice = attach(model, self.adapters, architecture=classes[0])
         return model
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # pyright: ignore
         now = int(time.time())
         facts = {"owned_by": "mmq", "object": "model", "created": now, "max_model_len": self.context}
-        return [{"id": self.force_model, **facts}]
+        base = {"id": self.force_model, **facts, "parent": None}
+        return [base, *({**base, "id": adapter.name, "parent": self.force_model} for adapter in self.adapters)]
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:  # pyright: ignore
         """Without ears a model is asked for no sound, which transformers would otherwise take from each video."""
@@ -111,24 +121,26 @@ def fetch_videos(videos: Any, sample_indices_fn: Any = None) -> Any:
         return load_video(file.name, backend=there[0], sample_indices_fn=sample_indices_fn)  # pyright: ignore
 
 
-def built(build: Callable[..., Any], name: str, context: int) -> Callable[..., Any]:
-    """transformers' `build_server`: the face put before its handlers, the routes that load other models taken out, the
-    guard before it all."""
+def built(build: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `build_server`: its handlers within ours, the routes that load other models taken out, the guard
+    before it all."""
 
-    def build_server(manager: Any, chat: Any, *, completion_handler: Any, generation_state: Any, **more: Any) -> Any:
-        # of a video the frames that its processor takes by itself: a short one has not the 32 of transformers serve
-        chat.chat_template_kwargs.setdefault("num_frames", None)
-        managers = generation_state.get_manager
-        generation_state.get_manager = lambda *args, **kwargs: Bounded(managers(*args, **kwargs), context)
+    def build_server(manager: OneModel, chat: Any, *, completion_handler: Any, **more: Any) -> Any:
+        names = (manager.force_model, *(adapter.name for adapter in manager.adapters))
+        shared = {"names": names, "context": manager.context, "choice": manager.choice}
         made = build(
             manager,
-            Checked(chat, name),
-            completion_handler=Checked(completion_handler, name),
-            generation_state=generation_state,
+            Endpoint(chat, chat=True, **shared),
+            completion_handler=Endpoint(completion_handler, chat=False, **shared),
             **more,
         )
         made.router.routes = [route for route in made.router.routes if getattr(route, "path", "") in ROUTES]
-        return Guard(made)
+
+        @made.exception_handler(RequestValidationError)
+        async def no_object(request: Any, error: Any) -> JSONResponse:
+            return JSONResponse(failure("the request's body must be a JSON object", 400), 400)
+
+        return Guard(heeding(made))
 
     return build_server
 
@@ -140,10 +152,12 @@ def main() -> None:
     parser.add_argument("--served-model-name", required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--keep-packed", action="store_true")
+    parser.add_argument("--lora", action="append", default=[], metavar="NAME=FOLDER")
     own, words = parser.parse_known_args()
     OneModel.folder, OneModel.context, OneModel.packed = own.folder, own.max_model_len, own.keep_packed
+    OneModel.adapters = tuple(read_adapter(*split_name(item)) for item in own.lora)
     model_manager.ModelManager = OneModel  # what Serve takes from these two modules when it is called
-    server.build_server = built(server.build_server, own.served_model_name, own.max_model_len)
+    server.build_server = built(server.build_server)
     app(["serve", own.served_model_name, *words])
 
 

@@ -1,23 +1,19 @@
-"""The PyTorch engine's face: a request as other engines take it, as `transformers serve` takes it; errors as OpenAI's.
-
-What transformers would leave out without a word is refused here, by name. Knows neither torch nor a model.
+"""The PyTorch engine's face: what a request to it may say, in the words of OpenAI and vLLM. What this engine has not is
+refused by name, never left out without a word. Knows neither torch nor a model.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .pytorch_sampling import sampling
+from .pytorch_sampling import TAKEN, Sampling, sampling
 
 MAX_LOGPROBS = 20  # as OpenAI and vLLM have it
-# transformers serve ignores these; what they are worth when they ask for nothing
-ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
+# what other engines have and this has not -> what asks for nothing
+ASKS_NOTHING: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "presence_penalty": (0,),
     "echo": (False,),
     "suffix": ("",),
     "audio": (),
@@ -32,10 +28,9 @@ MEDIA = {  # a part's type as people write it -> as transformers has it
     **dict.fromkeys(("image_url", "image", "input_image"), "image_url"),
     **dict.fromkeys(("video_url", "video"), "video_url"),
 }
-# ours and other servers' that only say how the answer is sent, and whose
+# what says whose a request is, and nothing of its answer
 LEFT_OUT = frozenset(
     {
-        "stream_options",
         "user",
         "store",
         "metadata",
@@ -46,64 +41,146 @@ LEFT_OUT = frozenset(
         "prompt_cache_key",
     }
 )
+BOTH = TAKEN | {"model", "stream", "stream_options", "logprobs"}
+CHAT = BOTH | {
+    "messages",
+    "tools",
+    "top_logprobs",
+    "prompt_logprobs",
+    "add_generation_prompt",
+    "chat_template_kwargs",
+    "media_io_kwargs",
+}
+COMPLETION = BOTH | {"prompt"}
+# words to a template that are the engine's own to say: which template, and what comes of it
+TEMPLATES_OWN = frozenset(
+    {
+        "chat_template",
+        "conversation",
+        "add_generation_prompt",
+        "continue_final_message",
+        "documents",
+        "load_audio_from_video",
+        "max_length",
+        "padding",
+        "processor_kwargs",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as transformers takes it; `logprobs`: None, or how many of the likeliest tokens go with each;
-    `ignore_eos`: the answer is as long as it may be, which is for measuring. `prompt_logprobs`: those of the prompt's
-    tokens are all that is wanted, the assistant's turn `opened` behind it or not."""
+    """A request: a conversation, or `prompts` (texts, or tokens) to be completed. `logprobs`: None, or how many of the
+    likeliest tokens go with each. `usage`: a stream tells it. `prompt_logprobs`: those of the prompt's tokens are all
+    that is wanted, the assistant's turn `opened` behind it or not."""
 
-    body: dict[str, Any]
+    model: str
+    how: Sampling
+    messages: Sequence[Mapping[str, Any]] = ()
+    prompts: Sequence[str | list[int]] = ()
+    tools: list[Any] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
     logprobs: int | None = None
-    ignore_eos: bool = False
+    stream: bool = False
+    usage: bool = False
     prompt_logprobs: bool = False
     opened: bool = True
 
+    @property
+    def chat(self) -> bool:
+        """Whether it is a conversation."""
+        return not self.prompts
 
-def asked(body: Mapping[str, Any], *, name: str) -> Asked:
-    """The request as transformers takes it. LookupError for another model; ValueError for what this engine has not,
-    and for a medium that is no data URL (the guard before this has made every other one)."""
-    if body.get("model") not in (None, name):
-        raise LookupError(f"the model {body['model']!r} does not exist; this server has {name!r}")
-    for key, nothing in ASKS_NOTHING.items():
-        if body.get(key) is not None and body[key] not in nothing:
-            raise ValueError(f"the pytorch engine has no {key}; serve with --engine vllm, or leave it out")
-    kept = {k: v for k, v in body.items() if k not in ASKS_NOTHING and k not in LEFT_OUT and v is not None}
-    kept["model"] = name
-    if "max_completion_tokens" in kept:
-        kept["max_tokens"] = kept.pop("max_completion_tokens")
-    chat = "messages" in kept
-    if not chat and "prompt" not in kept:
-        raise ValueError("the request has neither messages (chat) nor a prompt (completions)")
-    kept = sampling(kept, chat=chat)
-    top = kept.pop("top_logprobs", 0)
-    wanted = kept.pop("logprobs", None)
-    if wanted in (None, False):
-        count = None
-    elif not chat:
-        raise ValueError("the pytorch engine gives logprobs of chat completions alone; ask /v1/chat/completions")
-    elif kept.get("stream"):
-        raise ValueError("the pytorch engine gives logprobs of whole answers, not in a stream; leave out one of both")
-    elif isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MAX_LOGPROBS:
-        raise ValueError(f"top_logprobs is {top!r}; it must be 0 to {MAX_LOGPROBS}")
-    else:
-        count = top
-    endless = bool(kept.pop("ignore_eos", False))
-    prompt = kept.pop("prompt_logprobs", None)
-    opened = kept.pop("add_generation_prompt", True) is not False
-    if prompt is not None and (prompt != 0 or isinstance(prompt, bool) or not chat or kept.get("stream")):
+
+def asked(body: Mapping[str, Any], *, names: Sequence[str], chat: bool) -> Asked:
+    """The request to the chat's endpoint, or to that of completions. `names`: the model's and those of its adapters.
+    LookupError for another model; ValueError for what this engine has not, and for a medium that is no data URL (the
+    guard before this has made every other one)."""
+    said = {key: value for key, value in body.items() if value is not None and key not in LEFT_OUT}
+    model = said.get("model", names[0])
+    if model not in names:
+        raise LookupError(f"the model {model!r:.200} does not exist; this server has {', '.join(names)}")
+    for key, value in said.items():
+        if value not in ASKS_NOTHING.get(key, ()) and key not in (CHAT if chat else COMPLETION):
+            why = f"the pytorch engine has no {key:.60} in {'chats' if chat else 'completions'}"
+            raise ValueError(f"{why}; serve with --engine vllm, or leave it out")
+    how, stream = sampling(said, chat=chat), bool(said.get("stream"))
+    usage = bool(_object(said, "stream_options").get("include_usage"))
+    told = {"model": model, "how": how, "stream": stream, "usage": usage, "logprobs": _logprobs(said, chat=chat)}
+    if not chat:
+        return Asked(**told, prompts=_prompts(said.get("prompt")))
+    messages = said.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("the request must have messages, at least one")
+    tools = said.get("tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("tools must be a list of objects, as OpenAI has them")
+    prompt, opened = said.get("prompt_logprobs"), said.get("add_generation_prompt", True) is not False
+    if prompt is not None and (prompt != 0 or isinstance(prompt, bool) or stream):
         raise ValueError("the pytorch engine gives prompt_logprobs: 0 of whole chat requests, and no other")
     if not opened and prompt is None:
         raise ValueError("add_generation_prompt: false goes with prompt_logprobs: 0 alone")
-    loaded = (kept.pop("media_io_kwargs", None) or {}).get("video") or {}
-    frames = {key: loaded[key] for key in ("fps", "num_frames") if loaded.get(key) is not None}
-    if frames:  # vLLM's words; transformers takes one of the two
-        first = "fps" if "fps" in frames else "num_frames"
-        kept["chat_template_kwargs"] = {**(kept.get("chat_template_kwargs") or {}), first: frames[first]}
-    if chat:
-        kept["messages"] = [plain_message(message) for message in kept["messages"]]
-    return Asked(kept, count, endless, prompt is not None, opened)
+    return Asked(
+        **told,
+        messages=[plain_message(message) for message in messages],
+        tools=tools,
+        template=_template(said),
+        prompt_logprobs=prompt is not None,
+        opened=opened,
+    )
+
+
+def _object(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = said.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {value!r:.60}; it must be an object")
+    return value
+
+
+def _logprobs(said: Mapping[str, Any], *, chat: bool) -> int | None:
+    """How many of the likeliest tokens go with each; a completion's `logprobs` is the number itself."""
+    wanted = said.get("logprobs")
+    count, key = (said.get("top_logprobs", 0), "top_logprobs") if chat else (wanted, "logprobs")
+    if chat and not wanted:
+        if count:
+            raise ValueError("top_logprobs goes with logprobs: true")
+        return None
+    if count is None or (not chat and count is False):
+        return None
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_LOGPROBS:
+        raise ValueError(f"{key} is {count!r:.60}; it must be 0 to {MAX_LOGPROBS}")
+    return count
+
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    """A completion's prompts: one, or several in a list; each a text or a list of tokens."""
+    several = given if isinstance(given, list) and not all(_is_token(item) for item in given) else [given]
+    for prompt in several:
+        tokens = isinstance(prompt, list) and all(_is_token(item) for item in prompt)
+        if not prompt or not (tokens or isinstance(prompt, str)):
+            raise ValueError(f"prompt is {given!r:.60}; it must be a text or tokens, or a list of such, none empty")
+    return several
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+
+
+def _template(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Words to the chat's template; vLLM's words for a video's frames among them, of which transformers takes one."""
+    words = dict(_object(said, "chat_template_kwargs"))
+    if own := sorted(words.keys() & TEMPLATES_OWN):
+        raise ValueError(f"chat_template_kwargs has {own[0]}, which the server alone says; leave it out")
+    loaded = _object(_object(said, "media_io_kwargs"), "video")
+    frames = [key for key in ("fps", "num_frames") if loaded.get(key) is not None]
+    return {**words, frames[0]: loaded[frames[0]]} if frames else words
 
 
 def plain_message(message: Any) -> dict[str, Any]:
@@ -113,9 +190,11 @@ def plain_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError("a message must have a role and a content")
     content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": [plain_part(part) for part in content]}
+    if isinstance(content, list):
+        return {**message, "content": [plain_part(part) for part in content]}
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"the content of a message is {content!r:.60}; it must be a text or a list of parts")
+    return message
 
 
 def plain_part(part: Any) -> dict[str, Any]:
@@ -135,26 +214,3 @@ def plain_part(part: Any) -> dict[str, Any]:
     if not isinstance(url, str) or not url.startswith("data:"):
         raise ValueError(f"a part of type {name} must have a url of this medium, {{'{name}': {{'url': ...}}}}")
     return {"type": name, name: {"url": url}}
-
-
-def failure(why: str, status: int) -> dict[str, Any]:
-    """OpenAI's form of an error."""
-    kind = {404: "NotFoundError"}.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    return {"error": {"message": why, "type": kind, "param": None, "code": status}}
-
-
-def unsaid(name: str, request_id: str, prompt_logprobs: list[Any]) -> dict[str, Any]:
-    """A chat completion in which nothing was generated, with vLLM's key beside OpenAI's."""
-    choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": ""}}
-    usage = {"prompt_tokens": len(prompt_logprobs), "completion_tokens": 0, "total_tokens": len(prompt_logprobs)}
-    said = {"id": request_id, "object": "chat.completion", "created": int(time.time()), "model": name}
-    return {**said, "choices": [choice], "usage": usage, "prompt_logprobs": prompt_logprobs}
-
-
-def token_entry(token: str, logprob: float, others: list[tuple[str, float]]) -> dict[str, Any]:
-    """OpenAI's record of one token, with others that were likely in its place."""
-
-    def one(text: str, value: float) -> dict[str, Any]:
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
-
-    return {**one(token, logprob), "top_logprobs": [one(text, value) for text, value in others]}

@@ -20,7 +20,7 @@ ROOMS = ("recipes", "quantize", "export", "serve", "bench", "commands")  # a roo
 HEAVY = {"torch", "torchvision", "transformers", "accelerate", "vllm", "modelscope"}
 TRAINER = "recipes.pebble.train"
 # the PyTorch engine itself, which serve starts as a program of its own, and its parts
-PROGRAM = ("serve.pytorch_engine", "serve.pytorch_requests", "serve.pytorch_prompt", "serve.pytorch_own")
+PROGRAM = tuple(f"serve.pytorch_{part}" for part in ("engine", "requests", "answer", "prompt", "lora", "own"))
 
 
 @dataclass(frozen=True)

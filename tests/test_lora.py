@@ -1,5 +1,5 @@
-"""LoRA: what is refused before a start, the flags and the memory; and in the real vLLM, adapters over 16 bit and AWQ
-that say what the merged weights say."""
+"""LoRA: what is refused before a start, the flags and the memory; and in the real vLLM and PyTorch engines, adapters
+over 16 bit, AWQ and NF4 that say what the merged weights say, to all who ask at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ from mmq.serve.media import user_message
 from mmq.serve.running import free_port, running
 
 LIMIT = 0.05  # nats, the mean difference of the answer tokens' logprobs; random changes make a small model touchy
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +116,8 @@ def pair(module: str, inputs: int, outputs: int, rank: int = 8) -> dict[str, tup
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"peft_type": "IA3"}, GOOD, "is IA3; vLLM takes LoRA"),
-        ({"use_dora": True}, GOOD, "has DoRA, which vLLM does not compute; merge it"),
+        ({"peft_type": "IA3"}, GOOD, "is IA3; the engines take LoRA"),
+        ({"use_dora": True}, GOOD, "has DoRA, which the engines do not compute; merge it"),
         ({"bias": "all"}, GOOD, "has bias 'all'"),
         ({"modules_to_save": ["embed_tokens"]}, GOOD, r"whole modules \(embed_tokens\)"),
         ({"init_lora_weights": "pissa"}, GOOD, r"a beginning \(pissa\) that changed the base's weights"),
@@ -160,9 +164,17 @@ def test_names_are_told_apart(pebble: Path, colour: Path) -> None:
 # in the engine
 
 
-@needs_vllm
-@pytest.mark.parametrize("kind", ["awq", pytest.param("16 bit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        pytest.param("vllm", "awq", marks=needs("vllm")),
+        pytest.param("vllm", "16 bit", marks=[needs("vllm"), pytest.mark.slow]),
+        pytest.param("pytorch", "awq", marks=needs("fastapi")),
+        pytest.param("pytorch", "bnb", marks=[needs("bitsandbytes"), pytest.mark.slow]),
+    ],
+)
 def test_an_adapter_says_what_the_merged_weights_say(
+    engine: str,
     kind: str,
     mmq: Run,
     artifact: Callable[..., Path],
@@ -171,7 +183,7 @@ def test_an_adapter_says_what_the_merged_weights_say(
     shape: Path,
     tmp_path: Path,
 ) -> None:
-    base = artifact("awq") if kind == "awq" else pebble
+    base = pebble if kind == "16 bit" else artifact(kind)
     asked = list(samples("test", 6, tasks=["describe", "word", "text"]))
     assert {bool(s.images) for s in asked} == {True, False}
     adapters = {"colour": colour, "shape": shape}
@@ -180,13 +192,13 @@ def test_an_adapter_says_what_the_merged_weights_say(
         for name, adapter in adapters.items()
     }
     launch = plan(
-        "vllm",
+        engine,
         base,
         machine=this_machine(),
         port=free_port(),
         max_model_len=1024,
         lora=[f"{name}={folder}" for name, folder in adapters.items()],
-        extra=("--dtype", "float16"),  # eight times less noise than bfloat16
+        extra=("--dtype", "float16" if engine == "vllm" else "float32"),  # eight times less noise than bfloat16; none
     )
     said: dict[str, list[list[float]]] = {}
     with running(launch, timeout=300, log_path=tmp_path / "log") as server, connect(server.url, retries=0) as client:
@@ -201,6 +213,12 @@ def test_an_adapter_says_what_the_merged_weights_say(
         talk = [user_message(words)]
         answers = {name: ask(client, talk, model=name, max_tokens=16).text for name in (server.name, *adapters)}
         assert len(set(answers.values())) == 3
+        with ThreadPoolExecutor(12) as pool:  # all at once, none hears another's
+            order = [*answers] * 8
+            at_once = pool.map(lambda name: ask(client, talk, model=name, max_tokens=16).text, order)
+            assert list(at_once) == [answers[name] for name in order]
+        with pytest.raises(ValueError, match=r"\(404\): .*size. does not exist"):
+            ask(client, talk, model="size")
         asked_for = Client(server.url, model="colour")
         assert asked_for.infer([InferRequest(words)], RequestConfig(max_tokens=16)).texts == [answers["colour"]]
         code, out, err = mmq("infer", server.url, words, "--model", "shape", "--max-tokens", "16")

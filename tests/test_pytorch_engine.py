@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import importlib.util
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +32,9 @@ from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.samples import Sample, as_openai
 from mmq.serve.engines import plan
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
-from mmq.serve.pytorch_face import asked, failure, plain_part
+from mmq.serve.pytorch_face import asked, plain_part
+from mmq.serve.pytorch_replies import failure
+from mmq.serve.pytorch_sampling import Sampling, cut, sampling
 from mmq.serve.rules.rule import Setting, judge
 from mmq.serve.rules.verdicts import PLACES
 from mmq.serve.running import Server, free_port, running
@@ -222,7 +227,7 @@ def picture(data: bytes) -> list[dict[str, object]]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
 
 
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 @needs_server
@@ -231,7 +236,13 @@ HELLO = [{"role": "user", "content": "hello"}]
     ("body", "status", "why"),
     [
         ({"model": "another"}, 404, "does not exist"),
-        ({"n": 2}, 400, "has no n;"),
+        ({"n": 2, "temperature": 0}, 400, "which gives one answer"),
+        ({"n": 0}, 400, "n is 0; it must be a whole number from 1 to 128"),
+        ({"top_logprobs": 2}, 400, "top_logprobs goes with logprobs"),
+        ({"generation_config": "{}"}, 400, "has no generation_config in chats"),
+        ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, 400, "which the server alone says"),
+        ({"messages": []}, 400, "must have messages, at least one"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "must be a text or a list of parts"),
         ({"response_format": {"type": "json_object"}}, 400, "has no response_format"),
         ({"max_tokens": 10**6}, 400, "context is 4096 tokens"),
         ({"messages": [{"role": "user", "content": "hello " * 5000}]}, 400, "context is 4096 tokens"),
@@ -242,10 +253,11 @@ HELLO = [{"role": "user", "content": "hello"}]
         ({"logit_bias": {"999999": 1}}, 400, "logit_bias names token 999999; the model has 2048"),
         ({"logit_bias": {"the": 1}}, 400, "logit_bias has 'the': 1"),
         ({"top_p": 1.5}, 400, "top_p is 1.5; it must be a number from 0 to 1"),
-        ({"frequency_penalty": -2}, 400, "frequency_penalty is -2"),
+        ({"temperature": 3}, 400, "temperature is 3; it must be a number from 0 to 2"),
+        ({"frequency_penalty": -3}, 400, "frequency_penalty is -3"),
         ({"stop": [""]}, 400, "none of them empty"),
         ({"seed": 2**70}, 400, "seed is"),
-        ({"no_such_field": 1}, 422, "no_such_field"),
+        ({"no_such_field": 1}, 400, "has no no_such_field"),
     ],
 )
 def test_bad_requests_are_told_in_plain_words(
@@ -259,6 +271,133 @@ def test_bad_requests_are_told_in_plain_words(
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["message"]
     assert said(server, with_pictures()[0])  # it lives
+
+
+@needs_server
+@only_awq
+def test_an_answer_ends_before_a_stop(served_as: tuple[Path, Server]) -> None:
+    """Whole, in pieces and of completions, and the stop itself is not told; as vLLM has it."""
+    server = served_as[1]
+    with client_of(server) as client:
+        ask: Any = partial(client.chat.completions.create, model=server.name, messages=HELLO, temperature=0)
+        plain = ask(max_tokens=40)
+        said = plain.choices[0].message.content
+        assert plain.choices[0].finish_reason == "stop"
+        assert ask(max_tokens=plain.usage.completion_tokens).choices[0].finish_reason == "stop"  # its end token fits
+        assert ask(max_tokens=3).choices[0].finish_reason == "length"
+        stop = said[len(said) // 2 :][:3]
+        cut_off = ask(max_tokens=40, stop=[stop, "no such text"])
+        assert cut_off.choices[0].message.content == said[: said.index(stop)]
+        assert cut_off.choices[0].finish_reason == "stop"
+        assert cut_off.usage.completion_tokens < plain.usage.completion_tokens
+        chunks = list(ask(max_tokens=40, stop=stop, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == said[: said.index(stop)]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        complete: Any = partial(client.completions.create, model=server.name, prompt="The picture", temperature=0)
+        text = complete(max_tokens=40).choices[0].text
+        assert complete(max_tokens=40, stop=text[5:9]).choices[0].text == text[: text.index(text[5:9])]
+
+
+@needs_server
+@only_awq
+def test_a_stream_is_an_openai_stream(served_as: tuple[Path, Server]) -> None:
+    """The role first, log-probabilities with their tokens, one reason at the end, usage for who asked, [DONE]."""
+    server = served_as[1]
+    body = {"model": server.name, "messages": HELLO, "max_tokens": 6, "temperature": 0, "stream": True}
+    with client_of(server) as client:
+        ask: Any = client.chat.completions.create
+        whole = ask(**body | {"stream": False}, logprobs=True, top_logprobs=2)
+        chunks = list(ask(**body, logprobs=True, top_logprobs=2, stream_options={"include_usage": True}))
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+        assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+        told = [entry for c in chunks[:-1] if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
+        assert told == whole.choices[0].logprobs.content
+        assert all(c.usage is None for c in ask(**body))
+        raw = client.post("/chat/completions", body=body, cast_to=str)
+        assert raw.endswith("data: [DONE]\n\n")
+
+
+@needs_server
+@only_awq
+def test_several_prompts_and_several_answers(served_as: tuple[Path, Server]) -> None:
+    server = served_as[1]
+    with client_of(server) as client:
+        ask: Any = partial(client.completions.create, model=server.name, max_tokens=4, temperature=0, logprobs=1)
+        alone = [ask(prompt=prompt) for prompt in ("The picture", "A red")]
+        both = ask(prompt=["The picture", "A red"])
+        assert [c.text for c in both.choices] == [a.choices[0].text for a in alone]
+        assert [c.index for c in both.choices] == [0, 1]
+        assert both.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone)
+        first = both.choices[0].logprobs
+        assert "".join(first.tokens) == both.choices[0].text
+        assert first.text_offset == [sum(map(len, first.tokens[:at])) for at in range(4)]
+        streamed: dict[int, str] = {0: "", 1: ""}
+        for chunk in ask(prompt=["The picture", "A red"], stream=True):
+            streamed[chunk.choices[0].index] += chunk.choices[0].text
+        assert list(streamed.values()) == [c.text for c in both.choices]
+        assert ask(prompt=[5, 6, 7]).usage.prompt_tokens == 3
+        drawn: Any = partial(ask, prompt="A", temperature=1.5, n=3, max_tokens=8)
+        three = drawn(seed=5)
+        assert len({c.text for c in three.choices}) > 1
+        assert [c.text for c in three.choices] == [c.text for c in drawn(seed=5).choices]
+        assert three.usage.completion_tokens <= 24
+        for wrong in ("", [], [[]], [10**6]):
+            with pytest.raises(openai.BadRequestError, match="prompt"):
+                ask(prompt=wrong)
+
+
+@needs_server
+@only_awq
+def test_a_seed_holds_among_other_requests(served_as: tuple[Path, Server]) -> None:
+    """The generator is the process's: a seed set when a request comes in would be used up by whoever samples before."""
+    server = served_as[1]
+    with client_of(server) as client, ThreadPoolExecutor(8) as pool:
+
+        def draw(seed: int | None) -> str:
+            ask: Any = client.completions.create
+            more = {} if seed is None else {"seed": seed}
+            return ask(model=server.name, prompt="A", max_tokens=12, temperature=1.5, **more).choices[0].text
+
+        alone = draw(7)
+        assert set(pool.map(draw, [7, None, 7, None, 7, 7])) > {alone}
+        assert {*pool.map(draw, [7] * 4)} == {alone}
+        assert len({draw(None) for _ in range(3)}) > 1
+
+
+@needs_server
+@only_awq
+@pytest.mark.parametrize(("penalty", "each"), [("frequency_penalty", True), ("presence_penalty", False)])
+def test_a_penalty_is_openais(served_as: tuple[Path, Server], penalty: str, each: bool) -> None:
+    """Taken from the logits of what the answer has already, for each time or once; transformers serve makes a
+    repetition penalty of the first, which divides the prompt's too."""
+    server = served_as[1]
+    with client_of(server) as client:
+        ask: Any = partial(client.completions.create, model=server.name, prompt="The picture", temperature=0)
+        plain, told = (ask(max_tokens=12, logprobs=20, **{penalty: p}).choices[0].logprobs for p in (0, 2))
+        assert plain.tokens != told.tokens
+        for at, likely in enumerate(told.top_logprobs):
+            seen = Counter(told.tokens[:at])
+            left = {text: p - 2 * (seen[text] if each else min(seen[text], 1)) for text, p in likely.items()}
+            assert told.tokens[at] == max(left, key=left.__getitem__)
+
+
+@needs_server
+@only_awq
+def test_what_nobody_waits_for_is_not_drawn(served_as: tuple[Path, Server]) -> None:
+    """A client that leaves a whole answer, and one that leaves a queue, do not keep the others waiting."""
+    server = served_as[1]
+    endless: Any = {"model": server.name, "max_tokens": 4000, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    with client_of(server) as client, ThreadPoolExecutor(3) as pool:
+
+        def leave(_: int) -> None:
+            with pytest.raises(openai.APITimeoutError):
+                client.chat.completions.create(messages=HELLO, **endless, timeout=1)  # pyright: ignore
+
+        list(pool.map(leave, range(3)))
+        begun = time.monotonic()
+        assert client.completions.create(model=server.name, prompt="A", max_tokens=1).usage
+        assert time.monotonic() - begun < 3  # one alone takes many times that
 
 
 @needs_server
@@ -285,42 +424,69 @@ def test_no_other_route_is_open(served_as: tuple[Path, Server], path: str) -> No
 
 
 def test_what_is_asked_in_other_words() -> None:
-    body = {
-        "messages": HELLO,
-        "max_completion_tokens": 5,
-        "stream_options": {"include_usage": True},
-        "n": 1,
-        "user": "x",
-    }
-    assert asked(body, name="it").body == {"messages": HELLO, "max_tokens": 5, "model": "it"}
-    assert asked(body | {"logprobs": True}, name="it").logprobs == 0
-    prompt = asked(body | {"prompt_logprobs": 0, "add_generation_prompt": False}, name="it")
+    body = {"messages": HELLO, "max_completion_tokens": 5, "n": 1, "user": "x", "best_of": 1}
+    chat = partial(asked, names=("it", "colour"), chat=True)
+    plain = chat(body)
+    assert (plain.model, plain.messages, plain.how) == ("it", HELLO, Sampling(max_tokens=5))
+    assert chat(body | {"max_tokens": 9}).how.max_tokens == 5
+    assert chat(body | {"model": "colour"}).model == "colour"
+    assert chat(body | {"stream": True, "stream_options": {"include_usage": True}}).usage
+    assert chat(body | {"logprobs": True}).logprobs == 0
+    assert chat(body | {"logprobs": True, "top_logprobs": 3, "stream": True}).logprobs == 3
+    prompt = chat(body | {"prompt_logprobs": 0, "add_generation_prompt": False})
     assert (prompt.prompt_logprobs, prompt.opened) == (True, False)
     for wrong in ({"prompt_logprobs": 5}, {"prompt_logprobs": 0, "stream": True}, {"add_generation_prompt": False}):
         with pytest.raises(ValueError, match="prompt_logprobs: 0"):
-            asked(body | wrong, name="it")
-    for wrong in ({"stream": True}, {"top_logprobs": 50}, {"messages": None, "prompt": "x"}):
+            chat(body | wrong)
+    for wrong in ({"logprobs": True, "top_logprobs": 50}, {"top_logprobs": 2}):
         with pytest.raises(ValueError, match="logprobs"):
-            asked(body | {"logprobs": True} | wrong, name="it")
+            chat(body | wrong)
     sampled = {"media_io_kwargs": {"video": {"fps": 1.0, "max_frames": 8, "num_frames": 8}}}
-    assert asked(body | sampled, name="it").body["chat_template_kwargs"] == {"fps": 1.0}
-    with pytest.raises(ValueError, match="neither messages"):
-        asked({}, name="it")
-    assert asked(body | {"logit_bias": {"5": 1}}, name="it").body["logit_bias"] == {"5": 1.0}
-    assert "logit_bias" not in asked(body | {"logit_bias": {}}, name="it").body
-    for wrong in (
-        {"logit_bias": [5]},
-        {"logit_bias": {"-1": 1}},
-        {"logit_bias": {"1": 101}},
-        {"logit_bias": {"1": True}},
-    ):
+    assert chat(body | sampled).template == {"fps": 1.0}
+    with pytest.raises(LookupError, match="this server has it, colour"):
+        chat(body | {"model": "shape"})
+    with pytest.raises(ValueError, match="no suffix in completions"):
+        asked({"prompt": "x", "suffix": "y"}, names=["it"], chat=False)
+
+
+def test_prompts_to_be_completed() -> None:
+    def prompts(given: object) -> object:
+        return asked({"prompt": given}, names=["it"], chat=False).prompts
+
+    assert prompts("a") == ["a"]
+    assert prompts(["a", "b"]) == ["a", "b"]
+    assert prompts([5, 6]) == [[5, 6]]
+    assert prompts([[5, 6], "a"]) == [[5, 6], "a"]
+    for wrong in (None, "", [], [""], [[]], 5, [5, "a"], [-1], [True]):
+        with pytest.raises(ValueError, match="prompt is"):
+            prompts(wrong)
+    completed = asked({"prompt": "a", "logprobs": 2}, names=["it"], chat=False)
+    assert (completed.chat, completed.logprobs, completed.how.max_tokens) == (False, 2, 16)
+
+
+def test_how_answers_are_drawn() -> None:
+    chat = partial(sampling, chat=True)
+    assert chat({"logit_bias": {"5": 1}, "stop": "END"}) == Sampling(bias={5: 1.0}, stop=("END",))
+    assert chat({"logit_bias": {}, "stop": []}) == Sampling()
+    for wrong in ([5], {"-1": 1}, {"1": 101}, {"1": True}, {"the": 1}):
         with pytest.raises(ValueError, match="logit_bias"):
-            asked(body | wrong, name="it")
-    with pytest.raises(ValueError, match="logit_bias of chat completions alone"):
-        asked({"prompt": "x", "logit_bias": {"5": 1}}, name="it")
+            chat({"logit_bias": wrong})
     for key, value in (("temperature", math.nan), ("max_tokens", 4.5), ("seed", True), ("stop", 5), ("top_p", -0.1)):
         with pytest.raises(ValueError, match=key):
-            asked({"prompt": "x", key: value}, name="it")
+            chat({key: value})
+
+
+def test_a_stop_is_held_back_until_it_is_none() -> None:
+    stops = ("END", "\n\n")
+    assert cut("the E", stops) == ("the ", "E", False)
+    assert cut("the EN", stops) == ("the ", "EN", False)
+    assert cut("the ENvy", stops) == ("the ENvy", "", False)
+    assert cut("a\n", stops) == ("a", "\n", False)
+    assert cut("a\n\nb END", stops) == ("a", "", True)
+    assert cut("all", ()) == ("all", "", False)
+
+
+def test_media_in_other_words() -> None:
     for url in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1/x.png", 7):
         with pytest.raises(ValueError, match="must have a url"):
             plain_part({"type": "image_url", "image_url": {"url": url}})
@@ -340,8 +506,10 @@ def test_where_it_runs(artifact: Callable[..., Path], pebble: Path) -> None:
     ):
         plan("pytorch", artifact("awq"), machine=replace(LAPTOP, available=GIB))
     assert "--device cpu" in dict(plan("pytorch", artifact("awq"), machine=LAPTOP).reasons)
-    with pytest.raises(ValueError, match="the engine pytorch has no --lora"):
-        plan("pytorch", pebble, machine=LAPTOP, lora=("a=b",))
+    with pytest.raises(ValueError, match="the engine pytorch has no --pp"):
+        plan("pytorch", pebble, machine=LAPTOP, pp=2)
+    with pytest.raises(ValueError, match="--continuous-batching draws"):
+        plan("pytorch", pebble, machine=LAPTOP, extra=("--continuous-batching",))
     with pytest.raises(OSError, match="MMQ_PYTORCH names /nowhere"):
         plan("pytorch", pebble, machine=LAPTOP, environ={"MMQ_PYTORCH": "/nowhere"})
 
