@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,91 +18,19 @@ from torch import Tensor
 from ..quantize.family import Group
 from ..quantize.grid import MIDDLE, Grid, Quantized
 from ..quantize.plan import linears
-from ..quantize.skeleton import Skeleton, build, checkpoint_names, read_config
-from ..quantize.source import Meta, Source, open_source
+from ..quantize.skeleton import Skeleton, build, checkpoint_names
+from ..quantize.source import Meta
 from ..recipes.hub import Base
-from ..recipes.plain import object_of, read_json
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe
 from .artifact import Artifact, check_disk, finish
 from .beside import copy_small_files, write_config, write_index
 from .order import Order, address, expected_bytes, files_of, quantized_names, versions
-from .packing import LAYOUTS, unpack_gptq
-from .view import packed_linears, packed_shape
+from .packed_folder import Packed, open_packed
+from .packing import pack_lossless
+from .view import packed_shape
 from .words import mend_words
 from .writer import Writer
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A folder of another package: its tensors, mmq's name for its format, and the names of the linears packed in it.
-
-    `stored_less` is what its GPTQ zero points are stored short of: 1 in version 1, 0 in version 2.
-    """
-
-    source: Source
-    format: str
-    linears: frozenset[str]
-    stored_less: int = 1
-
-    def get(self, linear: str) -> Quantized:
-        """One packed linear on its grid. ValueError where its tensors do not make one."""
-        suffixes = LAYOUTS[self.format].suffixes
-        found = {s: self.source.get(f"{linear}.{s}") for s in suffixes if f"{linear}.{s}" in self.source.metas}
-        try:
-            if self.format == "gptq":
-                return unpack_gptq(found, stored_less=self.stored_less)
-            return LAYOUTS[self.format].unpack(found)
-        except (KeyError, ValueError) as e:
-            raise ValueError(f"{self.source.folder}: {linear}: {e}") from None
-
-    def owner(self, name: str) -> str | None:
-        """The packed linear that tensor `name` is a part of."""
-        head, _, leaf = name.rpartition(".")
-        return head if leaf in LAYOUTS[self.format].suffixes and head in self.linears else None
-
-
-def open_packed(folder: Path) -> Packed:
-    """Read the headers and the config of a folder that AutoAWQ, AutoGPTQ, GPTQModel, llm-compressor or AutoRound wrote.
-
-    ValueError where it is in no layout that mmq reads, or holds no packed linear; OSError as its files give it.
-    """
-    beside = folder / "quantize_config.json"  # where AutoGPTQ wrote it before transformers had a place for it
-    declared = read_config(folder).get("quantization_config")
-    if declared is None and beside.is_file():
-        declared = {"quant_method": "gptq", **object_of(read_json(beside), where=str(beside))}
-    format, stored_less = _layout(declared or {}, folder)
-    source = open_source(folder)
-    found = packed_linears(source.metas, format)
-    if not found:
-        raise ValueError(f"{folder}: its config says {format}, but no linear in it is packed so")
-    return Packed(source, format, frozenset(found), stored_less)
-
-
-def _layout(declared: Mapping[str, Any], folder: Path) -> tuple[str, int]:
-    """(format, what zero points are stored short of) from a `quantization_config`."""
-    method = str(declared.get("quant_method")).removeprefix("intel/")
-    kind = declared.get("checkpoint_format") or declared.get("version") or declared.get("format")
-    if method == "auto-round":  # its own form, around one of the two others
-        packing = str(declared.get("packing_format"))
-        method, kind = ("awq", "gemm") if "awq" in packing else ("gptq", "gptq")
-    bits = {declared.get("bits", 4)}
-    if method == "compressed-tensors":
-        groups = (declared.get("config_groups") or {}).values()
-        bits = {(g.get("weights") or {}).get("num_bits") for g in groups}
-        kind = next((g["format"] for g in groups if g.get("format")), declared.get("format"))
-    known = {
-        ("awq", "gemm"): ("awq", 1),
-        ("gptq", "gptq"): ("gptq", 1),
-        ("gptq", None): ("gptq", 1),
-        ("gptq", "gptq_v2"): ("gptq", 0),
-        ("compressed-tensors", "pack-quantized"): ("compressed-tensors", 1),
-    }
-    key = (method, str(kind).lower() if kind else None)
-    if key not in known or bits != {4}:
-        readable = ", ".join(f"{m} {k}" for m, k in known if k)
-        raise ValueError(f"{folder}: packed as {method} {kind}, {bits} bits; mmq brings home 4 bits in {readable}")
-    return known[key]
 
 
 def adopt(
@@ -247,13 +174,3 @@ def _on_grid(x: Quantized, grid: Grid, name: str) -> Quantized:
     if grid.symmetric and not bool((x.zero == MIDDLE).all()):
         raise ValueError(f"{name} is not symmetric: zero points from {int(x.zero.min())} to {int(x.zero.max())}, not 8")
     return dataclasses.replace(x, symmetric=grid.symmetric)
-
-
-def pack_lossless(x: Quantized, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Packed without loss: a scale that the format's usual dtype does not hold is kept in float32."""
-    tensors = LAYOUTS[format].pack(x, dtype)
-    scale = "weight_scale" if format == "compressed-tensors" else "scales"
-    whole = x.scale if format == "compressed-tensors" else x.scale.T
-    if not torch.equal(tensors[scale].float(), whole):
-        tensors[scale] = whole.contiguous()
-    return tensors

@@ -11,75 +11,26 @@ import dataclasses
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..quantize.grid import MIDDLE, Quantized
+from ..quantize.grid import Quantized
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe
-from .adopt import Packed, open_packed, pack_lossless
 from .artifact import MANIFEST, Artifact, check_disk, finish, open_artifact, prepare, write_json
 from .beside import copy_small_files, write_index
-from .config import CONFIGS, Packing, check_head
+from .config import CONFIGS, Packing
+from .move import Move, settle
 from .order import REST_SHARD, versions
-from .packing import LAYOUTS
+from .packing import LAYOUTS, pack_lossless
 from .skips import skip_lists
-from .subject import Subject, read_config, read_subject, text_config
+from .subject import text_config
 from .words import mend_words
 from .writer import Writer
 
-FORMATS = ("awq", "gptq", "compressed-tensors")
 OLD_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")  # of the format that was
-
-
-@dataclass(frozen=True)
-class Move:
-    """A conversion settled: what is read, what it becomes, and whether its tensors stay as they are."""
-
-    subject: Subject
-    packed: Packed
-    format: str
-    group_size: int
-    symmetric: bool
-    copied: bool
-    dtype: torch.dtype
-
-
-def settle(folder: Path, format: str | None) -> Move:
-    """Look at `folder` and say what it can become. `format` None is its own. ValueError for a move that would lose
-    something or that no engine loads, OSError as the folder's files give it."""
-    subject = read_subject(folder)
-    if subject.method == "bitsandbytes":
-        raise ValueError(f"{folder}: bitsandbytes' code book is no grid of integers; quantize the base again")
-    if not subject.method:
-        raise ValueError(f"{folder} is not quantized; `mmq quantize` makes an int4 artifact of it")
-    packed = open_packed(folder)
-    target = format or packed.format
-    if target not in FORMATS:
-        raise ValueError(f"no format {target!r} to convert to; it can be {', '.join(FORMATS)}")
-    sizes = {x.group or x.inputs for x in subject.packed}
-    if len(sizes) > 1:
-        raise ValueError(f"{folder} has groups of {', '.join(map(str, sorted(sizes)))}; a format's config names one")
-    if target != packed.format and (uneven := [x.name for x in subject.packed if x.outputs % 8]):
-        raise ValueError(f"{folder}: {uneven[0]} has outputs that are no multiple of 8; {target} packs whole words")
-    if ordered := [n for n in subject.tensors if n.endswith(".weight_g_idx")]:
-        raise ValueError(f"{folder}: {ordered[0]}: columns in activation order, which no other format holds")
-    skewed = [n for n in sorted(packed.linears) if not _is_middle(packed, n)]
-    if target == "gptq" and skewed:
-        raise ValueError(
-            f"{folder} is asymmetric ({skewed[0]} has zero points other than 8), and no engine loads GPTQ so; "
-            "it can be awq or compressed-tensors"
-        )
-    if subject.head is not None and subject.head.packed:
-        check_head(target, not skewed, subject.head.outputs)
-    dtype = torch.float16 if subject.dtype == "float16" else torch.bfloat16
-    copied = target == packed.format and packed.stored_less == 1
-    zeros_stored = any(n.endswith(".weight_zero_point") for n in subject.tensors)  # though every one may be 8
-    return Move(subject, packed, target, sizes.pop(), not (skewed or (copied and zeros_stored)), copied, dtype)
 
 
 def convert(
@@ -148,16 +99,6 @@ def _digest(x: Quantized) -> str:
     return found.hexdigest()
 
 
-def _is_middle(packed: Packed, linear: str) -> bool:
-    """Whether every zero point of a linear is 8. Reads the zero points alone."""
-    name = f"{linear}.weight_zero_point" if packed.format == "compressed-tensors" else f"{linear}.qzeros"
-    if name not in packed.source.metas:
-        return True
-    nibble = MIDDLE - (packed.stored_less if packed.format == "gptq" else 0)
-    word = torch.tensor([nibble * 0x11111111], dtype=torch.int64).to(torch.int32)
-    return bool((packed.source.get(name) == word).all())
-
-
 def _pieces(move: Move) -> Iterator[list[str]]:
     """What each new file holds: packed linears and other tensors, in the order in which they lie, a gigabyte a file."""
     seen: set[str] = set()
@@ -192,7 +133,7 @@ def _config(move: Move) -> dict[str, Any]:
     dtype = str(move.dtype).removeprefix("torch.")
     head = move.subject.head.name if move.subject.head is not None and move.subject.head.packed else None
     packing = Packing(move.format, move.group_size, move.symmetric, prefixes, names, dtype, head)
-    config = dict(read_config(move.subject.folder))
+    config = dict(move.subject.config)
     text = text_config(config)
     for key in ("text_config", "llm_config", "language_config"):
         if config.get(key) is text and "quantization_config" in text:

@@ -41,7 +41,7 @@ def _matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """One of a linear's tensors. ValueError where it is missing or no matrix."""
     found = tensors.get(name)
     if found is None or found.ndim != 2 or not found.numel():
-        raise ValueError(f"its {name} is {'missing' if found is None else f'no matrix: {tuple(found.shape)}'}")
+        raise ValueError(f"its tensor {name} is {'missing' if found is None else f'no matrix: {tuple(found.shape)}'}")
     return found
 
 
@@ -51,7 +51,7 @@ def _words(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> 
     found = _matrix(tensors, name)
     if found.dtype != torch.int32 or found.shape != shape:
         kind = str(found.dtype).removeprefix("torch.")
-        raise ValueError(f"its {name} is {kind} {tuple(found.shape)}, where this format has int32 {shape}")
+        raise ValueError(f"its tensor {name} is {kind} {tuple(found.shape)}, where this format has int32 {shape}")
     return found
 
 
@@ -129,7 +129,7 @@ def pack_ct(x: Quantized, dtype: torch.dtype = torch.float16) -> dict[str, Tenso
 def unpack_ct(tensors: Mapping[str, Tensor]) -> Quantized:
     """The inverse of `pack_ct`. ValueError for tensors that are not this layout's."""
     if (shape := tensors.get("weight_shape")) is None or shape.numel() != 2:
-        raise ValueError("its weight_shape is missing or no two numbers")
+        raise ValueError("its tensor weight_shape is missing or no two numbers")
     out, width = (int(n) for n in shape)
     scale, symmetric = _matrix(tensors, "weight_scale").float(), "weight_zero_point" not in tensors
     groups = scale.shape[1]
@@ -185,3 +185,13 @@ def pack_blocks(
     if "weight_shape" in parts[0]:
         whole["weight_shape"] = torch.tensor(x.q.shape, dtype=torch.int64)
     return {**parts[0], **whole}
+
+
+def pack_lossless(x: Quantized, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Packed without loss: a scale that the format's usual dtype does not hold is kept in float32."""
+    tensors = LAYOUTS[format].pack(x, dtype)
+    scale = "weight_scale" if format == "compressed-tensors" else "scales"
+    whole = x.scale if format == "compressed-tensors" else x.scale.T
+    if not torch.equal(tensors[scale].float(), whole):
+        tensors[scale] = whole.contiguous()
+    return tensors

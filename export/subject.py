@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..recipes.folder import check_beside, headers, shard_names
-from ..recipes.folder import read_config as folder_config
+from ..recipes.folder import check_beside, headers, read_config, shard_names
 from ..recipes.plain import check_entries, object_of, read_json
 from ..recipes.sizes import check_quantization
 
@@ -23,13 +22,6 @@ LOOKUPS = re.compile(r"(embed_tokens|wte|wpe|embeddings?|embeddings?_table|pos_e
 HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out)$")
 MAPPED = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 NF4 = "quant_state.bitsandbytes__nf4"
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. OSError where there is none, or none that can be one."""
-    if not (folder / "config.json").is_file():
-        raise OSError(f"{folder}: no config.json; give the folder of an artifact or of a Hugging Face checkpoint")
-    return folder_config(folder)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -132,7 +124,7 @@ def read_subject(folder: Path) -> Subject:
         for name, item in headers(folder / shard).items():
             if name != "__metadata__":
                 tensors[name] = Tensor(item["dtype"], tuple(item["shape"]))
-    quantization = _quantization(folder, config)
+    quantization = quantization_of(folder, config)
     linears = _linears(tensors, _checkpoint_layout(quantization))
     heads = [name for name in linears if HEADS.search(name) and linears[name].outputs != linears[name].inputs]
     head = min(heads, key=len, default=None)
@@ -141,8 +133,9 @@ def read_subject(folder: Path) -> Subject:
     return Subject(folder, config, quantization, tensors, linears, found, files)
 
 
-def _quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`quantization_config`, where config.json or its text part has it, else in the file that older packages wrote."""
+def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`quantization_config`, where config.json or its text part has it, else in the file that older packages wrote;
+    empty where nothing is packed. OSError and ValueError as that file gives it."""
     declared = config.get("quantization_config") or text_config(config).get("quantization_config")
     if declared:
         return declared

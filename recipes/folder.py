@@ -24,8 +24,6 @@ LONGEST = 32 << 20  # bytes of a header; 200,000 tensors take about 22 MB
 
 def check(folder: Path) -> None:
     """OSError where a file is missing, cut off or a Git LFS pointer; ValueError where there are no safetensors."""
-    if not (folder / "config.json").is_file():
-        raise OSError(f"{folder} has no config.json; give the folder that holds the model, or a hub id")
     check_entries(folder)
     read_config(folder)
     check_beside(folder)
@@ -54,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     has, which would keep whoever builds it busy for ever."""
     path = folder / "config.json"
     if not path.is_file():
-        raise OSError(f"{folder}: no config.json; it is not a model checkpoint")
+        raise OSError(f"{folder} has no config.json; give the folder that holds the model, or a hub id")
     config = _json(path)
     try:
         check_sizes(object_of(config, where=str(path)), where=str(path))

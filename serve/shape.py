@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.subject import read_config, text_config
-from ..recipes.folder import shard_names
+from ..export.subject import text_config
+from ..recipes.folder import read_config, shard_names
 
 # layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
 CACHED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")

@@ -27,8 +27,9 @@ from mmq.bench.backends import BACKENDS, Backend, settle
 from mmq.bench.check import check
 from mmq.bench.environments import clean, environment, find_uv, follow, state
 from mmq.bench.peer import PEERS, quantize_with, run_script, write_samples
-from mmq.export.adopt import adopt, open_packed
+from mmq.export.adopt import adopt
 from mmq.export.artifact import UNFINISHED, Artifact, open_artifact, prepare
+from mmq.export.packed_folder import open_packed
 from mmq.export.packing import LAYOUTS
 from mmq.export.view import view
 from mmq.quantize.grid import Grid, dequantize, quantize
@@ -198,7 +199,10 @@ def with_bias(tensors: dict[str, Tensor]) -> None:
     [
         (spoil("model.language_model.layers.0.mlp.up_proj.g_idx", lambda t: t.flip(0)), "activation order"),
         (spoil("model.language_model.layers.0.mlp.up_proj.qzeros", lambda t: t + 1), "not symmetric: zero points from"),
-        (spoil("model.language_model.layers.0.mlp.up_proj.scales", lambda t: None), "up_proj: 'scales'"),
+        (
+            spoil("model.language_model.layers.0.mlp.up_proj.scales", lambda t: None),
+            "up_proj: its tensor scales is missing",
+        ),
         (spoil("model.language_model.embed_tokens.weight", lambda t: t * 2), "embed_tokens.weight differs"),
         (spoil("model.language_model.norm.weight", lambda t: None), "no tensor for"),
         (unpacked, "up_proj is not packed, but what engines fuse it with is"),

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from test_owners import asked
 from mmq.bench.backends import settle
 from mmq.bench.environments import environment
 from mmq.bench.peer import run_script
-from mmq.export.adopt import open_packed
 from mmq.export.artifact import base_of, open_artifact
 from mmq.export.convert import convert
+from mmq.export.packed_folder import open_packed
 from mmq.export.packing import pack_last
 from mmq.export.view import packed_linears, view
 from mmq.quantize.source import open_source
@@ -154,6 +155,62 @@ def test_asymmetric_gptq_becomes_what_engines_load(artifact: Callable[..., Path]
         convert(source, tmp_path / "same")
     made = convert(source, tmp_path / "out", format="awq")
     same(artifact("awq"), made.path)
+
+
+def group_of(config: dict[str, Any]) -> dict[str, Any]:
+    return config["quantization_config"]["config_groups"]["group_0"]
+
+
+EIGHT_BITS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+MORE = {  # what a config says besides, of compressed-tensors, and what of it is told
+    "activations": (lambda c: group_of(c).update(input_activations=EIGHT_BITS), "has input_activations"),
+    "a cache": (lambda c: c["quantization_config"].update(kv_cache_scheme=EIGHT_BITS), "has kv_cache_scheme"),
+    "rotations": (
+        lambda c: c["quantization_config"].update(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
+        "has transform_config",
+    ),
+    "no integers": (lambda c: group_of(c)["weights"].update(type="float"), "has weights of type float"),
+    "another grid": (lambda c: group_of(c)["weights"].update(symmetric=True), "the config says symmetric"),
+}
+
+
+def foreigner(artifact: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """An artifact's files as a folder of somebody else's, with another config."""
+    shutil.copytree(artifact, to, ignore=shutil.ignore_patterns("mmq.json"))
+    config = json.loads((to / "config.json").read_text(encoding="utf-8"))
+    change(config)
+    (to / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return to
+
+
+@pytest.mark.parametrize("format", [None, "awq"])
+@pytest.mark.parametrize("more", MORE)
+def test_what_a_config_says_besides_is_not_left_out(
+    artifact: Callable[..., Path], tmp_path: Path, more: str, format: str | None
+) -> None:
+    change, told = MORE[more]
+    folder = foreigner(artifact("awq", "compressed-tensors"), tmp_path / "theirs", change)
+    with pytest.raises(ValueError, match=told):
+        convert(folder, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_is_found_where_older_packages_put_it(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    def nested(config: dict[str, Any]) -> None:
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+
+    folder = foreigner(artifact("awq"), tmp_path / "nested", nested)
+    made = convert(folder, tmp_path / "out", format="compressed-tensors")
+    config = json.loads((made.path / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert "quantization_config" not in config["text_config"]
+    same(convert(made.path, tmp_path / "back", format="awq").path, artifact("awq"))
+
+    folder = foreigner(artifact("awq"), tmp_path / "beside", lambda config: config.pop("quantization_config"))
+    (folder / "quant_config.json").write_text(
+        '{"zero_point": true, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}'
+    )
+    assert convert(folder, tmp_path / "again", format="compressed-tensors").manifest["grid"] == made.manifest["grid"]
 
 
 def test_zero_points_that_are_all_8_stay_where_they_are_stored(artifact: Callable[..., Path], tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ WRONG = {  # layout, and what is done to the tensors of a weight [24, 256]
 def test_tensors_of_another_layout_are_not_read_as_weights(name: str) -> None:
     layout, spoil = WRONG[name]
     tensors = LAYOUTS[layout].pack(drawn(24, 256, 64, layout == "gptq", 1), torch.bfloat16)
-    with pytest.raises(ValueError, match=r"^its "):
+    with pytest.raises(ValueError, match=r"^its tensor "):
         LAYOUTS[layout].unpack(spoil(tensors))
 
 
