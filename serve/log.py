@@ -20,7 +20,9 @@ _PYDANTIC = re.compile(
     r"(?:\S*ValidationError: \d+ validation errors? for \w+ )?(?:Value error, )?(.*?)(?: \[type=.*)?$"
 )
 _LOADED = re.compile(r"Model loading took ([\d.]+) GiB")
+_ANSWERED = re.compile(r'"[A-Z]+ \S+ HTTP/[\d.]+" [1-4]\d\d\b.*')  # a request that did not fail for the server
 _SILENT = "a process of the engine went without an error; most often the machine's memory was full, and it was killed"
+TAIL = 4 << 20  # bytes of a log's end that are looked at
 LONGEST = 400  # characters of one message; vLLM lists all its 300 architectures in one
 SIGNALS = {
     -4: "an illegal instruction (SIGILL): this build of the engine uses instructions that the processor lacks",
@@ -66,17 +68,28 @@ def useful_lines(text: str, *, most: int = 4) -> list[str]:
 
 
 def why_it_died(path: Path, *, returncode: int | None = None) -> str:
-    """One line that says why the engine whose log is at `path` died. `returncode` as Popen's: negative is a signal."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
+    """One line that says why the engine whose log is at `path` died. `returncode` as Popen's: negative is a signal.
+
+    What stands before the last request that was answered, or refused, is older: an error there was that request's own.
+    """
+    text = _tail(path)
+    if answered := list(_ANSWERED.finditer(text)):
+        text = text[answered[-1].end() :]
     if returncode in SIGNALS and not any(_ERROR.match(line) for line in plain_lines(text)):
         return SIGNALS[returncode]
     said = " ".join(useful_lines(text))
     tidy = _PYDANTIC.match(said)
     said = tidy.group(1) if tidy else said
     return said if len(said) <= LONGEST else said[:LONGEST] + " ..."
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            return file.read(TAIL).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def loaded_bytes(text: str) -> int | None:

@@ -61,7 +61,7 @@ def _group_alive(pgid: int) -> bool:
 # ends the engine as we would have.
 _WATCH = """
 read -r nothing
-: > "$4/closed"
+mkdir -p "$4/busy" && touch "$4/closed"
 busy() { for mark in "$4"/busy/*; do [ -e "$mark" ] && return; done; return 1; }
 wait_while() { while "$@" && [ "$left" -gt 0 ]; do sleep 0.2; left=$((left - 1)); done; }
 left=$2
@@ -80,7 +80,7 @@ rm -rf "$4/closed" "$4/busy" && rmdir "$4"
 def started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The engine's process, which is ended with its whole group where the `with` ends, or where we are killed (by
     SIGKILL, by a closed terminal): a watch waits for that. Requests under way have the launch's grace."""
-    with tempfile.TemporaryDirectory(prefix="mmq-serve-") as place:
+    with tempfile.TemporaryDirectory(prefix="mmq-serve-", ignore_cleanup_errors=True) as place:
         door = Path(place)
         (door / "busy").mkdir()  # the guard's files, one for each process that has requests under way
         process = _spawn(launch, stdout, door)
@@ -91,7 +91,9 @@ def started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
             try:
                 yield process
             finally:
-                (door / "closed").touch()
+                with contextlib.suppress(OSError):
+                    (door / "busy").mkdir(parents=True, exist_ok=True)  # temporary files are swept away, after days
+                    (door / "closed").touch()
                 try:  # what a dead engine left behind would answer nobody
                     alive = process.poll() is None
                     end(process, grace=GRACE if alive else LEFT_BEHIND, busy=door / "busy", patience=launch.grace)
@@ -111,7 +113,7 @@ def end(
     """
     try:
         until = time.monotonic() + patience
-        while busy is not None and any(busy.iterdir()) and process.poll() is None and time.monotonic() < until:
+        while busy is not None and _marked(busy) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
         until = time.monotonic() + grace
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -128,6 +130,14 @@ def end(
     finally:
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _marked(busy: Path) -> bool:
+    """Whether requests are under way; no folder has none."""
+    try:
+        return any(busy.iterdir())
+    except OSError:
+        return False
 
 
 def _signal_group(pgid: int, number: signal.Signals) -> None:

@@ -9,13 +9,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
 
 from ..recipes.progress import Tell, silent
 from .flags import Launch
+from .lines import begin, keep
 from .log import why_it_died
 from .ports import listening
 from .process import started
@@ -90,35 +89,28 @@ def _once(
     tell: Tell,
 ) -> None:
     """One life of the engine, which returns when a signal to us ended it. RuntimeError when it ends by itself."""
+    begin(log_path)
     reader = None
-    with _opened(log_path) as log:
-        try:
-            with started(launch, subprocess.PIPE) as process:
-                reader = threading.Thread(target=_pump, args=(process, log, on_line), daemon=True)
-                reader.start()
-                last_words = partial(reader.join, 1)  # children that it left may hold the pipe open
-                try:
-                    startup = wait_healthy(process, launch, log_path, timeout, tell, written=last_words)
-                    on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
-                    code = process.wait() if launch.serves else _waited(process, launch)
-                except (KeyboardInterrupt, SystemExit):
-                    if launch.grace:
-                        on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off")
-                    raise
-                last_words()
-                raise RuntimeError(f"{DIED}: {why_it_died(log_path, returncode=code)} (log: {log_path})")
-        except (KeyboardInterrupt, SystemExit):
-            return
-        finally:
-            if reader is not None:
-                reader.join(5)
-
-
-def _opened(log_path: Path) -> TextIO:
     try:
-        return log_path.open("w", encoding="utf-8")
-    except OSError as e:
-        raise OSError(f"the engine's log {log_path} cannot be written: {e.strerror}; start in another folder") from None
+        with started(launch, subprocess.PIPE) as process:
+            reader = threading.Thread(target=keep, args=(process.stdout, log_path, on_line, on_note), daemon=True)
+            reader.start()
+            last_words = partial(reader.join, 1)  # children that it left may hold the pipe open
+            try:
+                startup = wait_healthy(process, launch, log_path, timeout, tell, written=last_words)
+                on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
+                code = process.wait() if launch.serves else _waited(process, launch)
+            except (KeyboardInterrupt, SystemExit):
+                if launch.grace:
+                    on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off")
+                raise
+            last_words()
+            raise RuntimeError(f"{DIED}: {why_it_died(log_path, returncode=code)} (log: {log_path})")
+    except (KeyboardInterrupt, SystemExit):
+        return
+    finally:
+        if reader is not None:
+            reader.join(5)
 
 
 def _waited(process: subprocess.Popen[bytes], launch: Launch) -> int:
@@ -137,16 +129,3 @@ def _waited(process: subprocess.Popen[bytes], launch: Launch) -> int:
                 raise RuntimeError(
                     f"the first machine is gone: nothing has answered at {there} for {GONE:g} s"
                 ) from None
-
-
-def _pump(process: subprocess.Popen[bytes], log: Any, on_line: Callable[[str], None]) -> None:
-    """Copy the engine's lines to the log and to `on_line` until its last process closes its end. It is read on though
-    neither takes them (a full disk, a closed terminal): an engine that nobody reads would stand still."""
-    assert process.stdout is not None
-    for raw in process.stdout:
-        line = raw.decode("utf-8", "replace").rstrip("\n")
-        with suppress(OSError):
-            log.write(line + "\n")
-            log.flush()
-        with suppress(OSError):
-            on_line(line)

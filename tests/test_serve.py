@@ -259,6 +259,18 @@ def test_the_cause_is_found_in_a_log(tmp_path: Path) -> None:
     assert len(why_it_died(log)) < 500
 
 
+def test_an_error_that_a_request_had_is_not_what_the_engine_died_of(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    error = "(APIServer pid=7) ERROR 11-21 17:34:10 [serving.py:79] ValueError: no such picture\n"
+    refused = 'INFO:     127.0.0.1:48098 - "POST /v1/chat/completions HTTP/1.1" 400 Bad Request\n'
+    failed = 'INFO:     127.0.0.1:48110 - "POST /v1/chat/completions HTTP/1.1" 500 Internal Server Error\n'
+    log.write_text(error + refused + "INFO:     Shutting down\n")
+    assert why_it_died(log, returncode=-9).startswith("it was killed")
+    assert why_it_died(log, returncode=1) == "INFO:     Shutting down"
+    log.write_text(error + refused + error.replace("no such picture", "the card is gone") + failed)
+    assert why_it_died(log, returncode=-9) == why_it_died(log, returncode=1) == "ValueError: the card is gone"
+
+
 # the life of a server, with a server of this file's own: what starts and ends them knows no engine
 
 SERVER = """

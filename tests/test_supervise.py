@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from mmq.serve import supervise
+from mmq.serve import lines, supervise
 from mmq.serve.flags import Launch, Secret
 from mmq.serve.log import why_it_died
 from mmq.serve.running import Server, free_port, healthy, running
@@ -244,6 +245,47 @@ def test_an_engine_runs_on_where_nobody_reads(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="died: MemoryError"):
         foreground(launch, log_path=log, on_line=left, on_ready=ready, timeout=20)
     assert log.read_text().count("y" * 99) == 5000
+
+
+def test_a_full_disk_stops_the_log_and_nothing_else(tmp_path: Path) -> None:
+    log, notes = tmp_path / "log", []
+    log.symlink_to("/dev/full")
+    launch = small(f"for _ in range(5000): print('y' * 99)\n{SERVER}")  # more than a pipe holds
+    with pytest.raises(RuntimeError, match="the engine died"):
+        foreground(
+            launch,
+            log_path=log,
+            on_line=lambda _: None,
+            on_ready=lambda _: die(launch.port),
+            on_note=notes.append,
+            timeout=20,
+        )
+    assert [note.partition(":")[0] for note in notes] == ["the engine's lines are shown and not kept"]
+
+
+def test_a_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LONGEST", 1000)
+    shown: list[str] = []
+    lines.begin(tmp_path / "a.log")
+    lines.keep((b"%99d\n" % n for n in range(25)), tmp_path / "a.log", shown.append, pytest.fail)
+    assert [int(line) for line in shown] == list(range(25))
+    assert (tmp_path / "a.old.log").read_text().split() == [str(n) for n in range(10, 20)]
+    assert (tmp_path / "a.log").read_text().split() == [str(n) for n in range(20, 25)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_engine_outlives_a_sweep_of_temporary_files(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process, _, engine, child = started("foreground", tmp_path)
+    (door,) = tmp_path.glob("mmq-serve-*")
+    shutil.rmtree(door)
+    process.send_signal(number)
+    assert process.wait(30) == (0 if number == signal.SIGTERM else -number)
+    assert gone(engine, child)
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 def test_a_folder_that_takes_no_log(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ class Guard:
         try:
             if self.under_way == 1:
                 with contextlib.suppress(OSError):
+                    os.makedirs(os.path.dirname(mark), exist_ok=True)  # temporary files are swept away, after days
                     open(mark, "wb").close()
             yield
         finally:
