@@ -49,6 +49,11 @@ def _spawn(launch: Launch, stdout: Any, door: Path) -> subprocess.Popen[bytes]:
 
 
 def _group_alive(pgid: int) -> bool:
+    """Whether the group of a leader that has ended has processes. What they left to us is reaped: as the first process
+    of a container we inherit them."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-pgid, os.WNOHANG)[0]:
+            pass
     try:
         os.killpg(pgid, 0)
     except (ProcessLookupError, PermissionError):
@@ -130,6 +135,7 @@ def end(
     finally:
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
+        _group_alive(process.pid)
 
 
 def _marked(busy: Path) -> bool:

@@ -116,6 +116,25 @@ def test_no_engine_outlives_us(how: str, number: signal.Signals, tmp_path: Path)
     assert gone(*watches)  # and it goes itself
 
 
+def test_the_first_process_of_a_container_reaps_what_an_engine_left() -> None:
+    code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    first = f"""
+import ctypes, os, subprocess, sys, time
+from mmq.serve.flags import Launch
+from mmq.serve.process import started
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become our children, as process 1's do
+argv = (sys.executable, "-c", {code!r})
+with started(Launch(argv, {{}}, (), "", "x", "127.0.0.1", 1, "cpu", serves=False), subprocess.DEVNULL) as process:
+    process.wait()
+    begun = time.monotonic()
+print(time.monotonic() - begun)
+print(os.waitpid(-1, os.WNOHANG))
+"""
+    done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, check=False)
+    assert "ChildProcessError" in done.stderr  # no child is left
+    assert float(done.stdout) < 2
+
+
 def test_a_second_machine_ends_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it saw the first listen, and not before: machines start in any order."""
     monkeypatch.setattr(supervise, "LOOK", 0.1)
