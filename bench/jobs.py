@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..export.remote import parse_target
 from ..recipes.recipe import METHODS, Recipe, recipe_for
 from .produce import settle
 
@@ -30,30 +31,34 @@ class Job:
         return f"{self.recipe.name if self.recipe else Path(self.source).stem}-{self.method}"
 
 
-def matrix(sources: Sequence[str], methods: Sequence[str] = (), *, trust: bool = False) -> list[Job]:
-    """Every recipe by every method (none: the recipe's own), in their order. ValueError for an unknown method, and for
-    two jobs of one name."""
+def matrix(
+    sources: Sequence[str], methods: Sequence[str] = (), *, trust: bool = False, publish: Sequence[str] = ()
+) -> list[Job]:
+    """Every recipe by every method (none: the recipe's own), in their order; one that cannot be published at `publish`
+    is a problem of its own. ValueError for an unknown method, and for two jobs of one name."""
     if unknown := [m for m in methods if m not in METHODS]:
         raise ValueError(f"no method {unknown[0]!r}; --methods takes {', '.join(METHODS)}, with commas between them")
     found: dict[str, Job] = {}
     for source in sources:
         for method in methods or (None,):
-            job = _job(source, method, trust)
+            job = _job(source, method, trust, publish)
             if before := found.get(job.name.lower()):
                 raise ValueError(f"{before.source} and {source} would both make {job.name}; give them other names")
             found[job.name.lower()] = job
     return list(found.values())
 
 
-def _job(source: str, method: str | None, trust: bool) -> Job:
+def _job(source: str, method: str | None, trust: bool, publish: Sequence[str]) -> Job:
     try:
         allowed = trust and recipe_for(source).trust_remote_code  # of those that ask for it
         recipe = settle(source, method=method, trust_remote_code=allowed or None).recipe
         if not re.fullmatch(r"\w[\w.-]*", recipe.name):
             raise ValueError(f"{source}: name {recipe.name!r} is no folder's; letters, digits, '-', '_' and '.' are")
+        job = Job(source, recipe.method, recipe)
+        addresses(publish, job)
+        return job
     except (ValueError, OSError) as e:
         return Job(source, method or "awq", None, " ".join(str(e).split()))
-    return Job(source, recipe.method, recipe)
 
 
 def as_matrix(jobs: Sequence[Job]) -> dict[str, list[dict[str, str]]]:
@@ -62,7 +67,7 @@ def as_matrix(jobs: Sequence[Job]) -> dict[str, list[dict[str, str]]]:
 
 
 def check_addresses(templates: Sequence[str]) -> None:
-    """ValueError for an address with other braces than `FIELDS`, or one that two jobs would share."""
+    """ValueError for an address with other braces than `FIELDS`, or that is none with any name in them."""
     for template in templates:
         try:
             used = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
@@ -71,17 +76,19 @@ def check_addresses(templates: Sequence[str]) -> None:
         if unknown := [field for field in used if field not in FIELDS]:
             known = ", ".join(f"{{{field}}}" for field in FIELDS)
             raise ValueError(f"--publish {template}: {{{unknown[0]}}} is unknown; known are {known}")
+        parse_target(template.format_map({"name": "name", "method": "awq", "version": 1}))
 
 
 def addresses(templates: Sequence[str], job: Job) -> list[str]:
-    """Where the job's artifact is published: `hf:org/{name}-{method}` with the recipe's name in it."""
+    """Where the job's artifact is published: `hf:org/{name}-{method}` with the recipe's name in it. ValueError where
+    that makes no address, as with a name that no hub takes."""
     assert job.recipe is not None
     facts = {"name": job.recipe.name, "method": job.method, "version": job.recipe.version}
-    return [template.format_map(facts) for template in templates]
+    return [str(parse_target(template.format_map(facts))) for template in templates]
 
 
 def check_apart(templates: Sequence[str], jobs: Sequence[Job]) -> None:
-    """ValueError where two jobs would be published at one address."""
+    """ValueError where two jobs would be published at one address, in whatever letters: to a hub they are the same."""
     seen: dict[str, str] = {}
     for job in jobs:
         for address in addresses(templates, job) if job.recipe else ():

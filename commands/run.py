@@ -12,6 +12,7 @@ import click
 
 from ..recipes.sets import CHECKED
 from .options import device_option, hub_options, json_option
+from .publish import command as publisher
 from .terminal import progress, show_table
 
 if TYPE_CHECKING:
@@ -65,14 +66,16 @@ def command(
     What is there already, of the same recipe, base, calibration and quantizer, is kept; what was interrupted goes on;
     what fails does not stop the others. Flags after `--` go to `mmq publish`. Exit code: the worst job's.
     """
-    from ..bench.jobs import as_matrix, check_addresses, check_apart, matrix
+    from ..bench.jobs import addresses, as_matrix, check_addresses, check_apart, matrix
 
     flags = next((i for i, word in enumerate(recipes) if word.startswith("-")), len(recipes))
     recipes, rest = recipes[:flags], recipes[flags:]
     if rest and not publish:
         raise ValueError(f"{' '.join(rest)} is for `mmq publish`; give --publish, or leave it out")
     check_addresses(publish)
-    jobs = matrix(recipes, [word.strip() for word in methods.split(",")] if methods else (), trust=trust)
+    check_flags(rest)
+    each = [word.strip() for word in methods.split(",")] if methods else ()
+    jobs = matrix(recipes, each, trust=trust, publish=publish)
     check_apart(publish, jobs)
     if listed:
         if as_json:
@@ -84,7 +87,10 @@ def command(
     from ..bench.run import run
     from ..bench.run_page import markdown
     from ..bench.steps import Settings
+    from ..export.remote import parse_target
+    from ..export.upload import check_logins
 
+    check_logins(parse_target(place) for job in jobs if job.recipe for place in addresses(publish, job))
     settings = Settings(publish=publish, publish_flags=rest, **how)
     results: list[Done] = []
 
@@ -108,6 +114,13 @@ def command(
         elif results:
             show(results, settings.out)
     sys.exit(worst(results))
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """click's own error for what is no flag of `mmq publish`, which would be known hours later otherwise."""
+    with publisher.make_context("mmq publish", ["ARTIFACT", "hf:owner/name", *flags]) as context:
+        if more := context.params["targets"][1:]:
+            raise ValueError(f"{more[0]} stands among the flags for `mmq publish`; addresses are --publish {more[0]}")
 
 
 def show(results: Sequence[Done], out: Path) -> None:

@@ -37,6 +37,12 @@ DOORS = {
 }
 
 
+def check_logins(targets: Iterable[Target]) -> None:
+    """OSError where there is no token for a hub of `targets`. Asks nobody."""
+    for hub in dict.fromkeys(target.hub for target in targets):
+        DOORS[hub].check_login()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one target lacks: `there` is None where the repository is still to be made; `tagged` says whether the tag

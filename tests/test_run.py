@@ -94,6 +94,16 @@ def test_addresses_take_the_recipes_name() -> None:
     for wrong in ("hf:me/{nam}", "hf:me/{0}", "hf:me/{", "hf:me/{name.__class__}"):
         with pytest.raises(ValueError, match="--publish"):
             check_addresses([wrong])
+    for wrong in ("hub:me/{name}", "me/{name}", "hf:{name}", "hf:me/{name}/{method}", "hf:me/{name} "):
+        with pytest.raises(ValueError, match="is no place to publish to"):
+            check_addresses([wrong])
+
+
+def test_a_name_that_no_hub_takes_is_that_jobs_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: 配方\nmodel: pebble\n", encoding="utf-8")
+    mine, pebble = matrix([str(tmp_path / "mine.yaml"), "pebble"], publish=["hf:me/{name}"])
+    assert pebble.recipe
+    assert "'hf:me/配方' is no place to publish to" in mine.problem
 
 
 # what comes out
@@ -170,10 +180,27 @@ def test_the_command_lists_and_refuses(tmp_path: Path) -> None:
     for words, said in (
         (("pebble", "--", "--public"), "--public is for `mmq publish`; give --publish, or leave it out"),
         (("pebble", "--publish", "hf:me/{nme}"), "{nme} is unknown; known are {name}, {method}, {version}"),
+        (("pebble", "--publish", "hf:me/{name}", "--", "--pubic"), "--pubic"),
+        (("pebble", "--publish", "hf:me/{name}", "--", "--public", "hf:me/x"), "addresses are --publish hf:me/x"),
     ):
         refused = mmq(*words, folder=tmp_path)
         assert refused.returncode == 2
         assert said in refused.stderr
+    assert not (tmp_path / "mmq-run").exists()
+
+
+@pytest.mark.parametrize(("hub", "told"), [("hf", "log in with `hf auth login`"), ("modelscope", "`modelscope login`")])
+def test_without_a_token_nothing_is_made_to_be_published(
+    hub: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HOME", "MODELSCOPE_HOME", "MODELSCOPE_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    refused = mmq("pebble", "--publish", f"{hub}:me/{{name}}", folder=tmp_path)
+    assert refused.returncode == 2
+    assert "needs a token" in refused.stderr
+    assert told in refused.stderr
     assert not (tmp_path / "mmq-run").exists()
 
 
