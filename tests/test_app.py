@@ -187,7 +187,9 @@ def test_stop_a_refusal_and_text_that_is_no_html(served: Server, browser: Any) -
         tab.click("#send")
         tab.wait_for_selector(".wrong", timeout=60_000)
         assert "context length" in tab.inner_text(".wrong")
-        assert tab.input_value("#text").startswith("word word")  # the question is given back
+        expect = importlib.import_module("playwright.sync_api").expect
+        expect(tab.locator("#text")).to_have_value(re.compile("^word word"))  # the question is given back
+        expect(tab.locator(".wrong p")).to_be_in_viewport(ratio=1)  # and does not cover why
         # without it the model would be done before anybody can stop it
         endless = {"ignore_eos": True}
         tab.route("**/completions", lambda r: r.continue_(post_data={**r.request.post_data_json, **endless}))
@@ -197,7 +199,6 @@ def test_stop_a_refusal_and_text_that_is_no_html(served: Server, browser: Any) -
         tab.fill("#system", "Go on and on.")
         tab.fill("#text", "<b>Draw</b> me <img src=x onerror=alert(1)>")
         tab.click("#send")
-        expect = importlib.import_module("playwright.sync_api").expect
         expect(tab.locator(".assistant").nth(1)).to_have_text(re.compile(r"[\s\S]{40}"), timeout=60_000)
         assert tab.inner_text("#send") == "Stop"
         tab.click("#send")

@@ -53,6 +53,13 @@ function turn(role, text, shown = []) {
   return { box, words };
 }
 
+function following(change) { // what is below the last line comes into view; who reads further up is left there
+  const log = at("log");
+  const below = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  change();
+  if (below) log.scrollTop = log.scrollHeight;
+}
+
 async function attach(files) {
   for (const file of files) {
     const kind = file.type.split("/")[0];
@@ -136,10 +143,7 @@ async function answer() {
       if (!piece) continue;
       first = first || performance.now();
       text += piece;
-      const log = at("log");
-      const below = log.scrollHeight - log.scrollTop - log.clientHeight < 60; // who reads further up is left there
-      shown.textContent = text;
-      if (below) box.scrollIntoView({ block: "end" });
+      following(() => { shown.textContent = text; });
     }
     if (!finish) throw new Error(words.broken);
   } catch (error) {
@@ -151,7 +155,7 @@ async function answer() {
     note = `${usage.completion_tokens} ${words.tokens}, ${((usage.completion_tokens - 1) / seconds).toFixed(0)}/${words.second}`;
   }
   if ((text || finish) && signal.reason !== CLEARED) conversation.push({ role: "assistant", content: text });
-  if (note) box.append(Object.assign(document.createElement("small"), { textContent: note }));
+  if (note) following(() => box.append(Object.assign(document.createElement("small"), { textContent: note })));
   if (wrong) {
     if (text) turn("assistant wrong", wrong);
     else { shown.textContent = wrong; box.classList.add("wrong"); }
@@ -177,6 +181,7 @@ async function send() {
   if (!(await answer())) { // a question without an answer is taken back, to be mended
     conversation.pop();
     if (!at("text").value && !media.length) { at("text").value = asked.text; media = asked.media; showMedia(); fit(); }
+    at("log").scrollTop = at("log").scrollHeight; // why it has none, above the question that takes its room back
   }
   at("text").focus();
 }
