@@ -183,23 +183,44 @@ def test_the_requirements_name_no_place():
         assert " @ " not in text, path
 
 
+def test_the_core_requirements_are_the_packages(bootstrap):
+    """requirements/core.in has a line for every dependency of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    lines = [line.partition("#")[0].strip() for line in (PINS / "core.in").read_text(encoding="utf-8").splitlines()]
+    assert asked <= {canonicalize_name(Requirement(line).name) for line in lines if line}
+
+
 def test_the_wheel_has_the_package_and_nothing_else(tmp_path):
-    """Every module, recipe and weight, and neither tests nor tools; built as `pip install .` builds it."""
-    source = tmp_path / "source"
-    for room in ("recipes", "quantize", "export", "serve", "bench", "commands"):
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("__init__.py", "__main__.py", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Every module, recipe and weight, and neither tests nor tools: built from the source distribution, which is built
+    of all that git has, as `pip install` does."""
+    source, unpacked = tmp_path / "source", tmp_path / "unpacked"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("docs/", "tests/data/")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    built("build_sdist", source, tmp_path)
+    (sdist,) = tmp_path.glob("mmq_toolkit-*.tar.gz")
+    shutil.unpack_archive(sdist, unpacked)
+    (unpacked,) = unpacked.iterdir()
+    assert not {p.name for p in unpacked.iterdir()} & {"tests", "tools", "docs", ".github"}
+    built("build_wheel", unpacked, tmp_path)
     (wheel,) = tmp_path.glob("mmq_toolkit-*-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name.removeprefix("mmq/") for name in archive.namelist() if name.startswith("mmq/")}
         others = {name.split("/")[0] for name in archive.namelist()} - {"mmq"}
-    kinds = ("*.py", "recipes/bundled/*.yaml", "recipes/pebble/model/*", "serve/page/*", "bench/page/*")
-    wanted = {path.relative_to(source).as_posix() for kind in kinds for path in source.rglob(kind) if path.is_file()}
-    built = {name for name in wanted if name.startswith("build/")}
-    assert packed == wanted - built
+    kinds = ("recipes/bundled/*.yaml", "recipes/pebble/model/*", "serve/page/*", "bench/page/*", "*.py", "py.typed")
+    kinds += tuple(f"{room}/**/*.py" for room in ("recipes", "quantize", "export", "serve", "bench", "commands"))
+    kinds += ("requirements/backends/*.txt",)
+    assert packed == {p.relative_to(source).as_posix() for kind in kinds for p in source.glob(kind) if p.is_file()}
     assert others == {wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
+    assert f"-{version_of('mmq-toolkit')}-" in wheel.name
+
+
+def built(how: str, source: Path, to: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.{how}({str(to)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
