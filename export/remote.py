@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..recipes.remote import LEGAL
 from .artifact import MANIFEST, hash_file
 
 KEPT = (".gitattributes", ".gitignore", "configuration.json")  # the hubs' own, which no publish takes away
@@ -90,10 +91,12 @@ def git_hash(file: Path) -> str:
 
 
 def differences(items: Iterable[Item], there: There) -> tuple[list[Item], list[str]]:
-    """(what the hub lacks or has otherwise, names that it has and we have not)."""
+    """(what the hub lacks or has otherwise, names that it has and we have not). A licence that somebody has put beside
+    what mmq published stays; the one that a new repository was made with may be any."""
     ours = {one.path: one for one in items}
     lacking = [one for one in ours.values() if not same(one, there.files.get(one.path))]
-    return lacking, sorted(n for n in there.files if n not in ours and n not in KEPT)
+    kept = (*KEPT, *(n for n in there.files if n.startswith(LEGAL) and MANIFEST in there.files))
+    return lacking, sorted(n for n in there.files if n not in ours and n not in kept)
 
 
 def first_of(names: Sequence[str]) -> str:

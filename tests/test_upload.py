@@ -188,6 +188,19 @@ def test_a_repository_as_its_hub_makes_it_is_as_good_as_an_empty_one(
 
 
 @pytest.mark.parametrize("hub", HUBS)
+def test_a_licence_that_somebody_put_there_stays(hub: str, keeper: HubKeeper, tmp_path: Path) -> None:
+    put(Target(hub, "me/model"), written(tmp_path / "one", small()))
+    first = keeper.files("me/model")
+    keeper.create(
+        "me/licensed", files={**first, "LICENSE.txt": b"terms", "NOTICE": b"built with", "notes.txt": b"mine"}
+    )
+    done = put(Target(hub, "me/licensed"), written(tmp_path / "two", small(**{"config.json": b"{}"})))
+    assert done.dropped == ("notes.txt",)
+    assert keeper.files("me/licensed", "v1")["LICENSE.txt"] == b"terms"
+    assert put(Target(hub, "me/licensed"), written(tmp_path / "two", small(**{"config.json": b"{}"}))).sent == ()
+
+
+@pytest.mark.parametrize("hub", HUBS)
 def test_who_sees_it_is_as_asked_or_nothing_happens(hub: str, keeper: HubKeeper, tmp_path: Path) -> None:
     items = written(tmp_path / "model", small())
     put(Target(hub, "me/open"), items, public=True)
