@@ -20,6 +20,7 @@ from ..quantize.family import row_of
 from .flags import Flag, Launch, given, host_reason, launch_of, number
 from .lora import held_bytes, read_adapters
 from .machine import GIB, Machine
+from .planner import MIN_CONTEXT
 from .programs import find_program, packages_beside, python_of
 from .shape import Shape, is_mixture, read_shape, tokens_in, weight_bytes
 from .weights import ITEM
@@ -117,13 +118,16 @@ def restored_bytes(subject: Subject) -> int:
 def _context(shape: Shape, wanted: int | None, room: int) -> tuple[int, str]:
     """(tokens, why): the longest sequence, of those that leave a part of `room` bytes to a step's own tensors."""
     if wanted is not None:
-        return min(
-            wanted, shape.context
-        ), "you asked for it" if wanted <= shape.context else "the model's whole context"
+        return (wanted, "you asked for it") if wanted <= shape.context else (shape.context, "the model's whole context")
     fits = tokens_in(int(CACHE * room), shape.kv_token)
     if fits >= shape.context:
         return shape.context, "the model's whole context fits"
-    return max(1, fits), f"of {shape.context} tokens this many fit beside the weights"
+    if fits < MIN_CONTEXT:
+        raise ValueError(
+            f"beside the weights {room / GIB:.2f} GiB are left, room for {fits} tokens of context; free memory, use a "
+            "larger machine, or --engine vllm, which keeps int4 weights packed"
+        )
+    return fits, f"of {shape.context} tokens this many fit beside the weights"
 
 
 @dataclass(frozen=True)

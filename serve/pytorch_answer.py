@@ -167,7 +167,8 @@ def draw(model: Any, inputs: Mapping[str, Any], config: Any, drawing: Drawing, *
         processors.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
         config.repetition_penalty = 1.0  # else it would come before `note`
     options: dict[str, Any] = {"generation_mode": "text"} if hasattr(model, "has_talker") else {}
-    with torch.random.fork_rng(enabled=seed is not None):  # what other requests sample stays chance
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None):  # what other requests sample stays chance
         if seed is not None:
             torch.manual_seed(seed)
         with contextlib.suppress(Ended):

@@ -36,6 +36,8 @@ class OwnProcessor:
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Inputs:
         """The prompt of one conversation; its pictures are data URLs. ValueError for what the family does not take."""
+        if options.get("tools"):
+            raise ValueError("of this family the pytorch engine takes no tools; --engine vllm may")
         images: list[Image.Image] = []
         said = []
         for message in messages:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from .pytorch_prompt import prompt_logprobs
 from .pytorch_replies import Answer, Form, Piece, event, failure
 
 GONE: ContextVar[threading.Event] = ContextVar("gone")  # set when the client of the request under way is gone
+READER = ThreadPoolExecutor(1, "mmq-reader")  # pictures become tensors here, while the server goes on answering
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Endpoint:
         except ValueError as e:
             return refusal(str(e), 400)
         try:
-            ready = self._ready(wanted)
+            ready = await asyncio.get_running_loop().run_in_executor(READER, self._ready, wanted)
         except Exception as e:  # templates and processors raise whatever they like
             return refusal(str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}", 400)
         form = Form(request_id, wanted.model, self.chat, wanted.logprobs is not None)

@@ -30,17 +30,18 @@ def write_adapter(
     seed: int = 0,
     strength: float = 0.2,
     prefix: str = "base_model.model.model.language_model.",
+    stored: str = "model.",
     **config: Any,
 ) -> Path:
-    """An adapter of the decoder's linears called `targets`, by the names of transformers 5. `strength`: how large the
-    change is beside a weight of unit rows."""
+    """An adapter of the decoder's linears called `targets`, by the names of transformers 5; `stored`: how the
+    checkpoint's begin before `layers`. `strength`: how large the change is beside a weight of unit rows."""
     random = torch.Generator().manual_seed(seed)
     targets = tuple(targets)
     tensors: dict[str, Tensor] = {}
     for name, linear in read_subject(base).linears.items():
-        if not name.startswith("model.layers.") or name.rpartition(".")[2] not in targets:
+        if not name.startswith(f"{stored}layers.") or name.rpartition(".")[2] not in targets:
             continue
-        module = prefix + name.removeprefix("model.")
+        module = prefix + name.removeprefix(stored)
         scale = strength * rank / alpha / math.sqrt(rank * linear.inputs)
         tensors[f"{module}.lora_A.weight"] = torch.randn(rank, linear.inputs, generator=random)
         tensors[f"{module}.lora_B.weight"] = torch.randn(linear.outputs, rank, generator=random) * scale

@@ -506,6 +506,8 @@ def test_where_it_runs(artifact: Callable[..., Path], pebble: Path) -> None:
     ):
         plan("pytorch", artifact("awq"), machine=replace(LAPTOP, available=GIB))
     assert "--device cpu" in dict(plan("pytorch", artifact("awq"), machine=LAPTOP).reasons)
+    with pytest.raises(ValueError, match=r"left, room for \d+ tokens of context"):
+        plan("pytorch", artifact("awq"), machine=replace(LAPTOP, available=GIB + (12 << 20)))
     with pytest.raises(ValueError, match="the engine pytorch has no --pp"):
         plan("pytorch", pebble, machine=LAPTOP, pp=2)
     with pytest.raises(ValueError, match="--continuous-batching draws"):

@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 import zoo
+from adapters import merge, write_adapter
 from test_minicpmv import quantized, tiny  # noqa: F401
 
 from mmq.bench.generate import answers
@@ -30,14 +31,22 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, rea
 
 
 def test_minicpmv_by_mmqs_own_class(tiny: Callable[[str], Path], tmp_path: Path) -> None:  # noqa: F811
-    """An AWQ artifact with Python files that raise when run: the same words as the walk, streamed too."""
+    """An AWQ artifact with Python files that raise when run: the same words as the walk, streamed too, and under an
+    adapter those of its merged weights."""
     folder = quantized(tiny("2.6"), tmp_path / "art")
     questions = [s for s in samples("test", 60) if s.images and not s.videos][:2]
     skeleton = build(folder, source=view(folder))
     with torch.no_grad():
         prompts = [encode(skeleton, s, prompt_only=True) for s in questions]
         own = [skeleton.words.decode(ids) for ids in answers(skeleton, prompts, max_new_tokens=8)]
-    launch = plan("pytorch", folder, machine=this_machine(), port=free_port())
+    prefix = "base_model.model.llm.model."  # as PEFT has it over the family's own class
+    adapter = write_adapter(
+        tmp_path / "adapter", folder, ["q_proj", "down_proj"], rank=4, prefix=prefix, stored="llm.model."
+    )
+    merged = build(merge(folder, adapter, tmp_path / "merged"))
+    with torch.no_grad():
+        changed = [merged.words.decode(ids) for ids in answers(merged, prompts, max_new_tokens=8)]
+    launch = plan("pytorch", folder, machine=this_machine(), port=free_port(), lora=[f"it={adapter}"])
     with (
         running(launch, timeout=120, log_path=tmp_path / "log") as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
@@ -46,6 +55,8 @@ def test_minicpmv_by_mmqs_own_class(tiny: Callable[[str], Path], tmp_path: Path)
         sent = [as_openai(s.question) for s in questions]
         replies = [client.chat.completions.create(messages=m, **options) for m in sent]  # pyright: ignore
         assert [r.choices[0].message.content for r in replies] == own
+        under = [client.chat.completions.create(messages=m, **options | {"model": "it"}) for m in sent]  # pyright: ignore
+        assert [r.choices[0].message.content for r in under] == changed != own
         chunks = client.chat.completions.create(messages=sent[0], stream=True, **options)  # pyright: ignore
         streamed = "".join(c.choices[0].delta.content or "" for c in chunks)
         assert len(streamed) > 3
@@ -72,3 +83,6 @@ def test_a_text_model(tmp_path: Path) -> None:
         assert reply.usage is not None
         assert reply.usage.completion_tokens >= 1
         assert client.completions.create(prompt="hello", **options).usage.prompt_tokens >= 1  # pyright: ignore
+        seen = next(as_openai(s.question) for s in samples("test", 20) if s.images)
+        with pytest.raises(openai.BadRequestError, match="takes words alone, and the request has a part of type image"):
+            client.chat.completions.create(messages=seen, **options)  # pyright: ignore

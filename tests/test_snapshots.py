@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from adapters import ATTENTION, write_adapter
 
 from mmq.bench.hollow import write
 from mmq.serve.engines import ENGINES, plan
@@ -39,8 +40,8 @@ PACKAGES = (
 HEAD = """\
 # The command lines of `mmq serve`
 
-Pebble in each format and Qwen2.5-VL-7B (its shape, hollow) in two, under each engine; flags and variables with the
-reason that `--print` gives, refusals in their words.
+Pebble in each format and with LoRA adapters, Qwen2.5-VL-7B (its shape, hollow) in two formats, under each engine; flags
+and variables with the reason that `--print` gives, refusals in their words.
 Written by `make accept`, compared by tests/test_snapshots.py.
 """
 
@@ -76,19 +77,22 @@ def test_command_lines(
     artifact: Callable[..., Path], pebble: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folders = {kind: artifact(*how) if how else pebble for kind, how in KINDS.items()}
+    loras = [f"{n}={write_adapter(tmp_path / n, pebble, ATTENTION, rank=r)}" for n, r in (("colour", 4), ("shape", 12))]
     large = {f"7B {kind}": write("qwen2.5-vl-7b", tmp_path / kind, packed=kind == "awq") for kind in ("fp16", "awq")}
     sections = [HEAD]
     for engine in ENGINES:
         for place, machine in MACHINES.items():
-            for kind, folder in (folders | (large if machine.gpus else {})).items():
+            kinds = folders | {"awq with two adapters": folders["awq"]} | (large if machine.gpus else {})
+            for kind, folder in kinds.items():
                 name = folder.name if folder in large.values() else "pebble" if kind == "fp16" else None
                 try:
                     options = {"machine": machine, "environ": environment, "served_model_name": name}
+                    options |= {"lora": loras} if "adapters" in kind else {}
                     text = shown(plan(engine, folder, **options))
                 except (ValueError, OSError) as e:
                     text = f"    refused: {str(e).replace(str(folder), 'ARTIFACT')}"
                 sections.append(f"\n## {engine}, {kind}, {place}\n\n{text}\n")
-    found = "".join(sections)
+    found = "".join(sections).replace(str(tmp_path), "ADAPTERS")
     if os.environ.get("MMQ_ACCEPT"):
         SNAPSHOT.parent.mkdir(exist_ok=True)
         SNAPSHOT.write_text(found, encoding="utf-8")
