@@ -80,7 +80,7 @@ def lmdeploy(
     ]
     if trust_remote_code:
         flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))
-    variables = {"HF_HUB_OFFLINE": ("1", "every file is in the folder; no hub is asked")}
+    variables = {"HF_HUB_OFFLINE": ("1", "every file is in the folder; no hub is asked"), **machine.order}
     if backend == "turbomind" and (libraries := _libraries(program, environ)):
         variables["LD_LIBRARY_PATH"] = (libraries, "the CUDA libraries that TurboMind is linked to")
     head = (str(python_of(program)), "-m", "mmq_lmdeploy", "serve", "api_server", str(target.resolve()))

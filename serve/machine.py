@@ -6,7 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 GIB = 1 << 30
@@ -20,6 +21,7 @@ class Gpu:
     memory: int
     free: int
     capability: float
+    uuid: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ class Machine:
             first = self.gpus[0]
             return f"{len(self.gpus)} x {first.name}, {first.memory / GIB:.0f} GiB"
         return f"{self.cpu}, {self.cores} cores, {self.memory / GIB:.0f} GiB, no GPU"
+
+    @property
+    def order(self) -> dict[str, tuple[str, str]]:
+        """The variable (name -> value, reason) by which CUDA counts unlike cards as they are counted here."""
+        if len({(gpu.name, gpu.memory) for gpu in self.gpus}) < 2:
+            return {}
+        return {
+            "CUDA_DEVICE_ORDER": ("PCI_BUS_ID", "cards as nvidia-smi counts them; CUDA would begin with the fastest")
+        }
 
 
 def _read(path: str) -> str:
@@ -67,49 +78,64 @@ def _memory(meminfo: str) -> tuple[int, int]:
     return total, found.get("MemAvailable", total)
 
 
-def _container(total: int, available: int) -> tuple[int, int]:
-    """A container's limit (cgroup v2, then v1) where it is lower than the machine's memory."""
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+def _container(total: int, available: int, root: str = "/sys/fs/cgroup") -> tuple[int, int]:
+    """A container's limit (cgroup v2, then v1) where it is lower than the machine's memory. What it uses counts files
+    that were read, a model just downloaded above all: those the kernel lets go of when memory is wanted."""
+    for limit_file, used_file, stat_file, prefix in (
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
     ):
-        limit, used = _read(limit_file).strip(), _read(used_file).strip()
+        limit, used = (_read(f"{root}/{name}").strip() for name in (limit_file, used_file))
         if limit.isdigit() and int(limit) < total:
-            left = int(limit) - (int(used) if used.isdigit() else 0)
+            stat = dict(line.split(" ", 1) for line in _read(f"{root}/{stat_file}").splitlines() if " " in line)
+            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            left = int(limit) - max(0, (int(used) if used.isdigit() else 0) - files)
             return int(limit), max(0, min(available, left))
     return total, available
 
 
 def parse_gpus(csv: str) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's `name,memory.total,memory.free,compute_cap` lines (MiB, no units); odd lines are left out."""
+    """Read nvidia-smi's `name,memory.total,memory.free,compute_cap,uuid` lines (MiB, no units); odd lines are left
+    out."""
     gpus = []
     for line in csv.splitlines():
-        cells = [cell.strip() for cell in line.rsplit(",", 3)]
+        cells = [cell.strip() for cell in line.rsplit(",", 4)]
         try:
-            name, total, free, capability = cells
-            gpus.append(Gpu(name, int(total) << 20, int(free) << 20, float(capability)))
+            name, total, free, capability, uuid = cells
+            gpus.append(Gpu(name, int(total) << 20, int(free) << 20, float(capability), uuid))
         except ValueError:
             continue
     return tuple(gpus)
+
+
+def visible(gpus: Sequence[Gpu], chosen: str | None) -> tuple[Gpu, ...]:
+    """Those that CUDA_VISIBLE_DEVICES chooses, by number or by the beginning of an id, up to the first that there is
+    not, as CUDA reads it; all where it is not set. A slice of a card (MIG) counts as the first card: whose it is, and
+    how large, is not told."""
+    if chosen is None:
+        return tuple(gpus)
+    found: list[Gpu] = []
+    for item in map(str.strip, chosen.split(",")):
+        named = [gpu for at, gpu in enumerate(gpus) if str(at) == item or (item and gpu.uuid.startswith(item))]
+        if item.startswith("MIG-"):
+            named = list(gpus[:1])
+        if not named:
+            break
+        found.append(named[0])
+    return tuple(found)
 
 
 def _gpus() -> tuple[Gpu, ...]:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return ()
-    query = [smi, "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits"]
+    query = [smi, "--query-gpu=name,memory.total,memory.free,compute_cap,uuid", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     gpus = parse_gpus(done.stdout) if done.returncode == 0 else ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return gpus
-    chosen = [item.strip() for item in visible.split(",")]
-    if not all(item.isdigit() for item in chosen):  # a UUID or a MIG name: trust that it names one card
-        return gpus[: len(chosen)] if visible.strip() not in ("", "-1") else ()
-    return tuple(gpus[int(item)] for item in chosen if int(item) < len(gpus))
+    return visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def this_machine() -> Machine:

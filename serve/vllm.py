@@ -83,7 +83,7 @@ def vllm(
     variables: dict[str, tuple[str, str]] = {}
     if device == "cuda":
         flags += _cuda_flags(target, machine, max_model_len, extra, spread, adapters)
-        variables = _runner(shape, packages)
+        variables = {**_runner(shape, packages), **machine.order}
     else:
         beside = lora_bytes(subject, rank=rank_of(adapters), slots=slots_of(adapters))
         held = replace(shape, weights=shape.weights + beside)

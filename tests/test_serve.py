@@ -26,7 +26,8 @@ from mmq.serve.engines import ENGINES, plan
 from mmq.serve.flags import Launch, shell_line
 from mmq.serve.footprint import footprint, group_members
 from mmq.serve.log import loaded_bytes, useful_lines, why_it_died
-from mmq.serve.machine import GIB, Gpu, Machine, parse_gpus, this_machine
+from mmq.serve.machine import GIB, Gpu, Machine, parse_gpus, this_machine, visible
+from mmq.serve.machine import _container as container
 from mmq.serve.media import image_url, user_message
 from mmq.serve.metrics import cache_tokens, metrics, parse_metrics
 from mmq.serve.planner import planned
@@ -206,11 +207,44 @@ def test_errors_before_any_start(pebble: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_nvidia_smi_is_read() -> None:
-    said = "NVIDIA GeForce RTX 4090, 24564, 24000, 8.9\nNVIDIA H100 80GB HBM3, 81559, 81001, 9.0\n[N/A], x, y, z\n"
-    assert parse_gpus(said) == (RTX_4090, Gpu("NVIDIA H100 80GB HBM3", 81559 << 20, 81001 << 20, 9.0))
+    said = "NVIDIA GeForce RTX 4090, 24564, 24000, 8.9, GPU-4a\nNVIDIA H100 80GB HBM3, 81559, 81001, 9.0, GPU-7b\n"
+    gpus = parse_gpus(said + "[N/A], x, y, z, GPU-9\n")
+    assert gpus == (RTX_4090, Gpu("NVIDIA H100 80GB HBM3", 81559 << 20, 81001 << 20, 9.0))
+    for chosen, numbers in (
+        (None, [0, 1]),
+        ("1, 0", [1, 0]),
+        ("GPU-7", [1]),
+        ("0,-1,1", [0]),
+        ("7", []),
+        ("", []),
+        ("NoDevFiles", []),
+        ("MIG-1", [0]),
+    ):
+        assert visible(gpus, chosen) == tuple(gpus[at] for at in numbers)
+    assert "CUDA_DEVICE_ORDER" in Machine("x", 8, GIB, GIB, False, gpus).order
+    assert Machine("x", 8, GIB, GIB, False, (RTX_4090, RTX_4090)).order == {}
     here = this_machine()
     assert here.cores >= 1
     assert 0 < here.available <= here.memory
+
+
+def test_files_that_were_read_do_not_fill_a_container(tmp_path: Path) -> None:
+    """As a kernel tells it after `cat` of a file of 900 MiB: read pages are used, and can be had back."""
+    (tmp_path / "memory").mkdir()
+    for name, value in (
+        ("limit_in_bytes", "1073741824\n"),
+        ("usage_in_bytes", "970641408\n"),
+        ("stat", "active_file 0\ntotal_rss 540672\ntotal_inactive_file 208896\ntotal_active_file 943730688\n"),
+    ):
+        (tmp_path / "memory" / f"memory.{name}").write_text(value)
+    assert container(24 * GIB, 20 * GIB, str(tmp_path)) == (GIB, GIB - (970641408 - 208896 - 943730688))
+    for name, value in (("max", "2147483648"), ("current", "1073741824"), ("stat", "inactive_file 73741824\nfile 5\n")):
+        (tmp_path / f"memory.{name}").write_text(value)
+    assert container(24 * GIB, 20 * GIB, str(tmp_path)) == (2 * GIB, 2 * GIB - 1_000_000_000)
+    assert container(24 * GIB, GIB // 2, str(tmp_path)) == (2 * GIB, GIB // 2)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container(24 * GIB, 20 * GIB, str(tmp_path))[0] == GIB
+    assert container(GIB, GIB // 2, str(tmp_path)) == (GIB, GIB // 2)
 
 
 def test_kv_bytes_by_kind_of_layer(pebble: Path) -> None:
