@@ -194,7 +194,7 @@ async def ask_async(
         async with chunks:
             async for chunk in chunks:
                 usage = chunk.usage or usage
-                for choice in chunk.choices[:1]:
+                for choice in _first(chunk):
                     finish = choice.finish_reason or finish
                     if choice.logprobs and choice.logprobs.content:
                         logprobs += [token.model_dump() for token in choice.logprobs.content]
@@ -211,6 +211,11 @@ def _with_logprobs(answer: Answer, options: Mapping[str, Any]) -> Answer:
     if options.get("logprobs") and answer.logprobs is None and answer.text:
         raise ValueError("the server gives no log-probabilities; vLLM does (--engine vllm)")
     return answer
+
+
+def _first(chunk: Any) -> list[Any]:
+    """What a piece of a stream has of the first answer, where several (`n`, beams) come in one stream."""
+    return [choice for choice in chunk.choices if choice.index == 0]
 
 
 def stream(
@@ -234,5 +239,6 @@ def stream(
         )
         with chunks:
             for chunk in chunks:
-                if chunk.choices and chunk.choices[0].delta.content:
-                    yield chunk.choices[0].delta.content
+                for choice in _first(chunk):
+                    if choice.delta.content:
+                        yield choice.delta.content

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,21 @@ def test_one_prompt_streams_or_comes_whole(served: Server, dataset: Path) -> Non
     assert whole == ["".join(pieces)] == [facts["answer"]]
     assert facts["tokens"] > 1
     assert "logprobs" not in facts
+
+
+@needs_vllm
+@pytest.mark.parametrize("extra", [{"n": 3, "top_k": 50}, {"n": 3, "use_beam_search": True}])
+def test_of_several_answers_the_first(served: Server, extra: dict, tmp_path: Path) -> None:
+    """Streamed and whole, of one prompt and of a dataset: three that come in one stream are not mixed."""
+    options = short(12, temperature=0.0 if "use_beam_search" in extra else 1.0, seed=1, extra=extra)
+    question = InferRequest("你好").as_openai()
+    with answering(served.url, options) as answer:
+        whole = "".join(answer(question))
+    with answering(served.url, replace(options, stream=True)) as answer:
+        assert "".join(answer(question)) == whole
+    (tmp_path / "one.jsonl").write_text('{"query": "你好"}\n', encoding="utf-8")
+    infer_dataset(served.url, [tmp_path / "one.jsonl"], out := tmp_path / "out.jsonl", replace(options, stream=True))
+    assert [record["answer"] for record in records(out)] == [whole]
 
 
 @needs_vllm
