@@ -9,6 +9,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
+from .intervals import unsure
 from .report import Figure, Ratio, Report
 from .show import better, change, interval, show, times
 
@@ -79,5 +80,6 @@ def ratio_cell(key: str, figure: Figure | None, base: Figure | None, known: Rati
         sure = key in SURE and abs(known.value - 1) >= 0.005
     else:
         sure = known.low is not None and known.high is not None and not known.low <= 1 <= known.high
+        sure = sure and not unsure(known)
     way = better(key) * (known.value > 1 or -1)
     return {"value": times(known.value), "detail": interval(known), "class": {1: "good", -1: "bad"}.get(way * sure, "")}

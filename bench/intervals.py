@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from .report import Ratio
 
 LEVEL = 0.95
+LOUD = 2.0  # highest over lowest of any interval: with more, runs differ by more than Student's t is to be believed
 NARROW = 1.10  # highest over lowest of an interval that holds 1: less is no difference, more is noise
 
 
@@ -48,10 +49,11 @@ def ratio(
 
 
 def unsure(found: Ratio) -> bool:
-    """Whether the machine was too noisy to say which is more: the interval holds 1, and is wide."""
+    """Whether the machine was too noisy to say which is more: the interval holds 1 and is wide, or is so wide that runs
+    of one load had little in common."""
     if found.low is None or found.high is None:
         return False
-    return found.low <= 1 <= found.high and found.high > NARROW * found.low
+    return found.high > (NARROW if found.low <= 1 <= found.high else LOUD) * found.low
 
 
 def t_quantile(share: float, degrees: int) -> float:

@@ -119,8 +119,9 @@ def fitted_apart(texts: Sequence[str], width: float, size: float = SIZE) -> list
         return short
     cut = [text for text, kept in zip(texts, short, strict=True) if kept != text]
     shared = "".join(c[0] for c in takewhile(lambda c: len(set(c)) == 1, zip(*cut, strict=False)))
-    word = re.match(r".*[^\w]|", shared)
-    for begun in (word.end() if word else 0, len(shared)):  # to the end of a word, if that is enough
+    word = re.match(r".*\W", shared)
+    whole = word.end() if word and shared not in cut else len(shared)
+    for begun in (whole, len(shared)):  # to the end of a word, if that is enough
         without = [
             kept if kept == text or len(text) == begun else fitted("…" + text[begun:], width, size)
             for text, kept in zip(texts, short, strict=True)

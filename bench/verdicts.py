@@ -1,7 +1,8 @@
 """The verdict in sentences: where int4 helps, at which batch size it stops, what it costs, what was too noisy to say.
 
 Reads a finished report and measures nothing. A difference counts where the whole interval lies on one side; an interval
-that holds 1 is called no difference where it is narrow, and noise where it is wide.
+that holds 1 is called no difference where it is narrow, and noise where it is wide; noise is also one whose ends are
+twofold apart.
 """
 
 from __future__ import annotations
@@ -32,11 +33,9 @@ def word_of(ratio: Ratio) -> str:
     """What a ratio of rates says, with its interval."""
     if ratio.low is None or ratio.high is None:
         return UNKNOWN
-    if ratio.low > 1:
-        return FASTER
-    if ratio.high < 1:
-        return SLOWER
-    return NOISY if unsure(ratio) else SAME
+    if unsure(ratio):
+        return NOISY
+    return FASTER if ratio.low > 1 else SLOWER if ratio.high < 1 else SAME
 
 
 def steps(first: Sequence[Level], other: Sequence[Level], *, measure: str = "output_rate") -> list[Step]:

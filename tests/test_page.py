@@ -7,6 +7,7 @@ import base64
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
@@ -115,6 +116,8 @@ def test_a_full_page_has_every_section_and_figure(folder: Path) -> None:
     text = page(full_report(), folder)
     read = Read(text)
     assert len(text) < 400_000
+    outline = [int(level) for level in re.findall(r"<h([1-6])", text)]
+    assert all(after - before <= 1 for before, after in itertools.pairwise([0, *outline]))  # no level is left out
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
         *("Side by side", "Latency against load", "Memory", "Quality", "Where the time goes", "Answers"),
         *("What carries over", "How it was measured"),

@@ -46,6 +46,8 @@ BASE = levels(**RATES)
         (0.6, 0.9, "slower"),
         (0.97, 1.03, "the same"),
         (0.8, 1.3, "noisy"),
+        (0.18, 0.81, "noisy"),  # of runs of one load that took from one to nine seconds
+        (1.4, 3.1, "noisy"),
         (None, None, "unknown"),
     ],
 )
