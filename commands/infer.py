@@ -172,6 +172,7 @@ def command(
                 read=line_reader(),
                 write=write,
                 note=lambda text: click.secho(shown(text), dim=True, err=True),
+                patient="://" in target and sys.stdin.isatty(),  # started again there, by --restart or by hand
             )
         elif as_json:
             whole = stack.enter_context(asking(address, config, **who))(chat.messages)

@@ -174,14 +174,17 @@ def talk(
     read: Callable[[str], str],
     write: Callable[[str], None],
     note: Callable[[str], None],
+    patient: bool = False,
 ) -> Chat:
     """Read, answer and write until `quit` or the end of the input (EOFError of `read`); returns the chat as it ended.
 
     `read(prompt)` gives a line, `write` gets pieces of answers, `note` whole lines for the user. Ctrl-C ends the
     answer under way and keeps what came of it, or drops the message that is being written; where there is neither, a
     second one ends the chat, for the first may have been meant for a line half typed. A question that the server
-    refuses is told and taken back. OSError when the server is gone.
+    refuses is told and taken back. OSError when the server is gone, unless `patient`: it may come back, and the
+    conversation is kept for that.
     """
+    failures = (ValueError, RuntimeError, OSError) if patient else (ValueError, RuntimeError)
     leaving = False
     while True:
         try:
@@ -207,10 +210,16 @@ def talk(
         if then == "quit":
             return chat
         if then == "answer":
-            chat = _answer(chat, answer, write, note)
+            chat = _answer(chat, answer, write, note, failures)
 
 
-def _answer(chat: Chat, answer: Any, write: Callable[[str], None], note: Callable[[str], None]) -> Chat:
+def _answer(
+    chat: Chat,
+    answer: Any,
+    write: Callable[[str], None],
+    note: Callable[[str], None],
+    failures: tuple[type[Exception], ...],
+) -> Chat:
     pieces: list[str] = []
     told = ""
     try:
@@ -222,7 +231,9 @@ def _answer(chat: Chat, answer: Any, write: Callable[[str], None], note: Callabl
     except KeyboardInterrupt:
         told = "stopped" if pieces else "stopped before an answer; the question is taken back"
         chat = answered(chat, "".join(pieces)) if pieces else dropped(chat)
-    except (ValueError, RuntimeError) as e:
+    except BrokenPipeError:  # of `write`, whose reader has left
+        raise
+    except failures as e:
         told = f"{e}; the question is taken back"
         chat = dropped(chat)
     write("\n")

@@ -138,7 +138,7 @@ def ask(
 ) -> Answer:
     """One whole answer. Further options go to `chat.completions.create` (seed, logprobs, extra_body, ...)."""
     begun = time.perf_counter()
-    with plain_errors(str(client.base_url)):
+    with plain_errors(root(str(client.base_url))):
         reply = client.chat.completions.create(
             model=model,
             messages=list(messages),  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ async def ask_async(
     """As `ask`, among others; with `on_piece` streamed, each piece handed to it as it comes. ValueError where logprobs
     are asked for and the server leaves them out."""
     begun = time.perf_counter()
-    with plain_errors(str(client.base_url)):
+    with plain_errors(root(str(client.base_url))):
         if on_piece is None:
             reply = await client.chat.completions.create(
                 model=model,
@@ -228,7 +228,7 @@ def stream(
     **options: Any,
 ) -> Iterator[str]:
     """One answer as it comes, piece by piece; closing the iterator ends the request."""
-    with plain_errors(str(client.base_url)):
+    with plain_errors(root(str(client.base_url))):
         chunks = client.chat.completions.create(
             model=model,
             messages=list(messages),  # type: ignore[arg-type]

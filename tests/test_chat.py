@@ -183,6 +183,28 @@ def test_a_stop_and_a_refusal_leave_the_chat_usable() -> None:
     assert "(400); the question is taken back" in played.notes[1]
 
 
+def test_a_server_that_comes_back_finds_the_chat() -> None:
+    def answer(messages: Sequence) -> Iterator[str]:
+        if messages[-1]["content"] == "gone":
+            raise ConnectionError("no server answers")
+        yield f"{len(messages)}"
+
+    def left(piece: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    played = Played("one", "gone", "two")
+    reads = {"read": played.read, "note": played.notes.append}
+    chat = talk(begin(), answer, write=played.write, patient=True, **reads)
+    assert [t["content"] for t in chat.turns] == ["one", "1", "two", "3"]
+    assert played.notes == ["no server answers; the question is taken back"]
+    played.lines = ["gone"]
+    with pytest.raises(ConnectionError):  # where nobody types
+        talk(begin(), answer, write=played.write, **reads)
+    played.lines = ["one"]
+    with pytest.raises(BrokenPipeError):  # who reads has left, not the server
+        talk(begin(), answer, write=left, patient=True, **reads)
+
+
 def test_ctrl_c_drops_a_message_and_twice_ends_the_chat() -> None:
     def answer(messages: Sequence) -> Iterator[str]:
         yield "yes"
@@ -265,6 +287,7 @@ def test_in_a_terminal(served: Server, square: Path) -> None:
         until("<<< ")
         os.write(ours, b"half a li")
         until("half a li")
+        time.sleep(1.0)  # what readline is still busy with it would not be interrupted in
         process.send_signal(signal.SIGINT)
         until("Ctrl-C again, or quit, ends the chat")
         until("<<< ")
