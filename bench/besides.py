@@ -50,8 +50,10 @@ def besides_of(
     """Settle what is asked before a server starts: `answers` sample questions, `limit` questions of each of `tasks`.
 
     ValueError for a task that is not there, and for numbers below 0 (answers) or 1 (limit)."""
-    if answers < 0 or (limit is not None and limit < 1):
-        raise ValueError(f"{answers} answers and {limit} questions of a task: 0 or more, and 1 or more, can be asked")
+    if answers < 0:
+        raise ValueError(f"{answers} answers were asked for; it must be 0 or more")
+    if limit is not None and (limit < 1 or not tasks):
+        raise ValueError(f"the first {limit} questions of each task: it must be 1 or more, of tasks that are named")
     eyeless = [s.label for s in subjects if not read_shape(s.path).vision]
     blind = f"no sample questions were asked: {', '.join(eyeless)} takes no pictures" if answers and eyeless else ""
     samples = tuple(held_out(subjects, answers)) if answers and not eyeless else ()

@@ -119,6 +119,7 @@ def compare(
     journal = open_journal(out, asked, created=created, labels=labels, fresh=fresh)
     if mode != "off":
         forget_unpaired(journal, labels)
+    earlier = len(journal.found("run"))
     nvml, dark = open_card() if budget.enforced else (None, "")
     bench = Bench(
         load=load,
@@ -148,7 +149,7 @@ def compare(
         raise RuntimeError("; ".join(bench.failed.values()))
     told = {v.label: subjects_told[v.label] for v in measured}
     done: dict[str, Any] = {"load": load, "context": context, "mode": mode, "failed": bench.failed, "dark": dark}
-    made = {"created": created, "machine": describe(machine)}
+    made = {"created": created, "machine": describe(machine), "earlier": earlier}
     found = outcome.report(journal, measured, told, engine=engine, budget=budget, **done, **made)
     return complete(found, beside, journal, [v.subject for v in measured], machine), journal.place
 

@@ -146,16 +146,21 @@ def report(
     mode: str,
     failed: Mapping[str, str],
     dark: str,
+    earlier: int,
     created: str,
     machine: Mapping[str, Any],
 ) -> Report:
     """The report of the variants that were measured. `mode` is how they took turns, `failed` has the reason of each
-    that failed, `dark` why the card tells nothing."""
+    that failed, `dark` why the card tells nothing, `earlier` is how many runs were taken up from a run that broke off.
+    """
     labels = [v.label for v in variants]
     sweep = {label: sweep_of(journal, label, labels[0], mode=mode) for label in labels}
     numbers: dict[str, dict[str, Figure]] = {}
     ratios: dict[str, Mapping[str, Ratio]] = {}
-    parts, notes = {}, []
+    parts: dict[str, Mapping[str, Figure]] = {}
+    notes = [f"{earlier} runs were made before this command, which took them up; --fresh measures all anew"] * bool(
+        earlier
+    )
     for v in variants:
         found, parts[v.label], said = memory_of(journal, v, engine=engine, budget=budget, context=context)
         own = next(level for level in sweep[v.label] if level.concurrency == load.concurrency)

@@ -157,7 +157,9 @@ def read_report(path: Path) -> Report:
     """The report in `path`, a report.json or its folder. OSError where there is none, ValueError for another JSON."""
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
-        raise OSError(f"no report {file}; `mmq bench --compare` writes one")
+        below = max(path.glob("*/report.json"), default=None)
+        there = f"the newest below it is {below.parent}" if below else "`mmq bench --compare` writes one"
+        raise OSError(f"no report {file}; {there}")
     try:
         return report_of(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as e:

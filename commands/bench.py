@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import bin_option, json_option
+from .options import bin_option, heeded, json_option
 from .report import show_history
 from .terminal import next_step, progress, show_table
 
@@ -117,6 +117,7 @@ def command(
     if past is not None:
         if names:
             raise ValueError("--history measures nothing: give it no NAMES, or leave it out")
+        heeded("--history", "as_json")
         show_history(Path(past), as_json=as_json)
         return
     from ..bench.compare import compare as measure
@@ -152,4 +153,6 @@ def command(
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
     if not as_json:
-        next_step("mmq serve " + str(next((s["path"] for s in report.subjects.values() if "method" in s), names[-1])))
+        *_, last = report.subjects.values()
+        made = next((told for told in report.subjects.values() if "method" in told), last)
+        next_step(f"mmq serve {made['path']}")

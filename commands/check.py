@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..recipes.sets import CHECKED
-from .options import bin_option, device_option, json_option
+from .options import bin_option, device_option, heeded, json_option
 from .terminal import exit_past_limits, next_step, progress, show_table
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("check")
@@ -41,8 +38,11 @@ def command(
     With --engines ask instead whether engines would load it; exit 1 where one named would not.
     """
     if engines is not None:
+        heeded("--engines", "tp", "as_json")
         check_engines(artifact, engines, tp, as_json=as_json)
         return
+    if tp != 1:
+        raise ValueError("--tp is of --engines, which reads headers alone: name the engines too")
     from ..export.artifact import base_of, open_artifact
     from ..quantize.device import load_torch, pick_device
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from ..serve.safety import Safety
@@ -72,6 +73,16 @@ def safety_of(*, max_body: str | None = None, max_media: int | None = None, **le
     if max_media is not None:
         let_in["max_media"] = max_media
     return Safety(**let_in)
+
+
+def heeded(mode: str, *names: str) -> None:
+    """ValueError where options were typed that the option `mode` makes mean nothing: all but it and those of `names`,
+    by their parameters."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        said = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if said and isinstance(option, click.Option) and option.name not in names and mode not in option.opts:
+            raise ValueError(f"{option.opts[-1]} means nothing beside {mode}: leave one of them out")
 
 
 def several(options: Sequence[Any]) -> Any:

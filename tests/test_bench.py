@@ -379,9 +379,11 @@ def test_a_report_is_made_of_a_journal(pebble: Path, artifact: Callable[..., Pat
         journal.add("footprint", label=label, footprint=dataclasses.asdict(held))
     told = {label: {"path": label, "digest": "d", "command": "c"} for label in paths}
     how: dict[str, Any] = {"engine": "vllm", "budget": budget, "load": load, "context": 2048, "mode": "together"}
-    how |= {"failed": {}, "dark": "", "created": "now", "machine": {"words": "a machine", "system": "Linux"}}
+    how |= {"failed": {}, "dark": "", "earlier": 3, "created": "now"}
+    how |= {"machine": {"words": "a machine", "system": "Linux"}}
     report = outcome.report(journal, variants, told, **how)
     fp16, awq = report.numbers["fp16"], report.numbers["awq"]
+    assert "3 runs were made before this command, which took them up; --fresh measures all anew" in warnings(report)
     assert fp16["max_batch"] == Figure(26, "sequences", "measured")
     assert awq["max_batch"] == Figure(60_000 // 2048, "sequences", "computed")
     assert "awq: 25 x 2048 tokens met 3 preemptions; its max batch is the cache's size only" in warnings(report)
@@ -701,7 +703,11 @@ def test_fp16_against_awq(folder: Path, tmp_path: Path) -> None:
     assert (place / "journal.jsonl").read_text(encoding="utf-8") == before
     assert again.numbers == report.numbers
     assert again.answers == report.answers
+    assert [line.startswith("8 runs were made before") for line in warnings(again)].count(True) == 1
+    assert not any("were made before" in line for line in warnings(report))
     data, text = write_report(report, place, markdown=markdown(report))
+    with pytest.raises(OSError, match=rf"no report .*; the newest below it is .*{place.name}"):
+        read_report(place.parent)
     kept = json.loads(data.read_text(encoding="utf-8"))
     assert kept["numbers"]["awq"]["ttft"]["value"] == numbers["awq"]["ttft"].value
     assert kept["versions"]["mmq"]

@@ -229,3 +229,14 @@ def test_prefix_and_loops() -> None:
     assert repeats([9, 1, 2, 1, 2, 1, 2, 1, 2])
     assert repeats([5, 7, 7, 7, 7])
     assert not repeats([1, 2, 3, 1, 2, 3, 4])
+
+
+def test_options_that_would_mean_nothing_are_told(mmq: Callable[..., tuple[int, str, str]]) -> None:
+    for words, why in (
+        (("check", "out", "--tp", "2"), "--tp is of --engines"),
+        (("check", "out", "--engines", "vllm", "--samples", "3"), "--samples means nothing beside --engines"),
+        (("bench", "--history", "--card", "4090"), "--card means nothing beside --history"),
+    ):
+        code, _, said = mmq(*words)
+        assert code == 2
+        assert why in said

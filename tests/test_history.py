@@ -227,6 +227,9 @@ def test_the_command_exits_1_for_a_regression(tmp_path: Path) -> None:
     assert (nothing.returncode, nothing.stdout) == (2, "")
     assert nothing.stderr.startswith("mmq: no report.json under bench-results")
     kept(tmp_path / "bench-results", [report_at(day + 1, rates) for day, rates in enumerate(STEADY)])
+    elsewhere = mmq("--history", "-o", "slow")
+    assert elsewhere.returncode == 2
+    assert "--out means nothing beside --history" in elsewhere.stderr
     fine = mmq("--history")
     assert (fine.returncode, fine.stderr) == (0, "")
     assert "5 reports, the newest bench-results/run-1/report.json" in fine.stdout
