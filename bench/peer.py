@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..export.adopt import adopt
+from ..export.alone import LOCK
 from ..export.artifact import UNFINISHED, Artifact, hash_file, prepare
 from ..quantize.inputs import encode, media_mask
 from ..quantize.plan import check_groups, linears
@@ -90,7 +91,7 @@ def quantize_with(
                 tell=tell,
             )
     except BaseException:
-        if [p.name for p in out.iterdir()] == [UNFINISHED]:
+        if all(p.name in (UNFINISHED, LOCK) for p in out.iterdir()):
             shutil.rmtree(out)  # nothing was made: leave no folder that another try would stumble over
         raise
 

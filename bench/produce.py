@@ -5,10 +5,12 @@ What cannot be is refused before anything is downloaded. Imports nothing heavy u
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..export.alone import alone
 from ..export.config import check_head
 from ..export.config import settle as settle_own
 from ..recipes.hub import fetch
@@ -74,6 +76,7 @@ def produce(
 
     Errors as those of `fetch`, `make`, `quantize_with` and `examine`."""
     from ..export.make import make
+    from ..quantize.ranks import rank
     from .examine import examine
     from .peer import quantize_with
 
@@ -87,7 +90,8 @@ def produce(
         "overwrite": overwrite or (renew and job.asked is not None),
         "tell": tell,
     }
-    if job.asked is None:
-        return make(recipe, base, job.out, max_vram=max_vram, renew=renew, **options), None
-    artifact = quantize_with(job.asked, recipe, base, job.out, **options)
-    return artifact, examine(artifact, base.path, device=device, tell=tell)[0]
+    with alone(job.out, "mmq quantize") if rank() == 0 else nullcontext():
+        if job.asked is None:
+            return make(recipe, base, job.out, max_vram=max_vram, renew=renew, **options), None
+        artifact = quantize_with(job.asked, recipe, base, job.out, **options)
+        return artifact, examine(artifact, base.path, device=device, tell=tell)[0]

@@ -7,7 +7,6 @@ is there already, of the same key, is kept. Knows no tensor and no terminal.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..export.alone import alone
 from ..export.artifact import Artifact, open_artifact
 from ..export.key import key_before
 from ..recipes.progress import Step, Tell, silent
@@ -58,7 +58,7 @@ def run(
     from here. ValueError where another run works in the folder.
     """
     results = [Done(job.name, job.source, job.method) for job in jobs]
-    with locked(settings.out), terminate_is_exit():
+    with alone(settings.out, "mmq run"), terminate_is_exit():
         for index, job in enumerate(jobs):
             tell(Step("jobs", index, len(jobs), job.name))
             try:
@@ -202,15 +202,3 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Nobody else runs jobs in this folder meanwhile. ValueError where somebody does."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another `mmq run` works in {out}; wait for it, or give another --out") from None
-        yield

@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..export.alone import alone
 from ..recipes.progress import Step, Tell, silent
 from ..serve.running import terminate_is_exit
 from .done import FAULT, INTERRUPTED, Done, state_of
 from .jobs import Job
-from .run import PATIENCE, locked, published, run_job
+from .run import PATIENCE, published, run_job
 from .steps import Settings
 
 LOCAL = "local"  # a Ray that is started on this machine for the run
@@ -44,7 +45,7 @@ def run_on_ray(
     ray = importlib.import_module("ray")
     logging.getLogger("ray").setLevel(logging.ERROR)
     start: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
-    with locked(settings.out), terminate_is_exit():
+    with alone(settings.out, "mmq run"), terminate_is_exit():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **start)
         except (ConnectionError, ValueError, RuntimeError) as e:

@@ -20,6 +20,7 @@ from typing import Any
 from ..recipes.hub import Base, fetch
 from ..recipes.plain import CONTROL, check_entries, check_names, read_json
 from ..recipes.progress import Tell, silent
+from .alone import LOCK
 
 MANIFEST = "mmq.json"
 SCRATCH = ".mmq-"  # how files that only an unfinished run needs are called
@@ -123,14 +124,18 @@ def base_of(artifact: Artifact, *, tell: Tell = silent) -> Base:
     return fetch(base["model"], hub=base["hub"], revision=base["revision"], tell=tell)
 
 
+def check_elsewhere(out: Path, source: Path) -> None:
+    """ValueError where `out`, whose old content may be taken away, is or holds the folder that is read."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds what is to be read, {source}; choose another folder with -o")
+
+
 def prepare(out: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = False) -> bool:
     """Make `out` ready to be written into; True when it holds an unfinished run with this `fingerprint` to take up.
 
     ValueError when the folder holds anything else and `overwrite` is not given; of an unfinished run it says what has
     changed since. A folder that is no artifact, no unfinished run and not empty is never emptied, `overwrite` or not.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder with -o")
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     whole, begun = MANIFEST in names, UNFINISHED in names
     before = _marks(out) if begun and not whole else {}
@@ -193,7 +198,7 @@ def _empty(out: Path) -> None:
     for path in out.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != UNFINISHED:
+        elif path.name not in (UNFINISHED, LOCK):
             path.unlink()
 
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from ..quantize.grid import Quantized
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe
-from .artifact import MANIFEST, Artifact, check_disk, finish, open_artifact, prepare, write_json
+from .alone import alone
+from .artifact import MANIFEST, Artifact, check_disk, check_elsewhere, finish, open_artifact, prepare, write_json
 from .beside import copy_small_files, write_index
 from .config import CONFIGS, Packing
 from .move import Move, settle
 from .order import REST_SHARD, versions
 from .packing import LAYOUTS, pack_lossless
 from .skips import skip_lists
-from .subject import text_config
 from .words import mend_words
 from .writer import Writer
 
@@ -42,10 +42,15 @@ def convert(
     (`grid`), which a way back leaves as it is. ValueError and OSError as `settle` and `prepare`; ValueError where a
     linear would not be the same.
     """
-    if out.resolve() == folder.resolve():
-        raise ValueError(f"{out} is the folder to be converted; name another with -o")
+    check_elsewhere(out, folder)
     move = settle(folder, format)
     source = open_artifact(folder, verify=True) if (folder / MANIFEST).is_file() else None
+    with alone(out, "mmq convert"):
+        return _written(move, source, out, overwrite=overwrite, tell=tell)
+
+
+def _written(move: Move, source: Artifact | None, out: Path, *, overwrite: bool, tell: Tell) -> Artifact:
+    folder = move.subject.folder
     pieces = list(_pieces(move))
     files = [f"model-{i + 1:05d}-of-{len(pieces):05d}.safetensors" for i in range(len(pieces))]
     metas = move.packed.source.metas
@@ -134,10 +139,9 @@ def _config(move: Move) -> dict[str, Any]:
     head = move.subject.head.name if move.subject.head is not None and move.subject.head.packed else None
     packing = Packing(move.format, move.group_size, move.symmetric, prefixes, names, dtype, head)
     config = dict(move.subject.config)
-    text = text_config(config)
     for key in ("text_config", "llm_config", "language_config"):
-        if config.get(key) is text and "quantization_config" in text:
-            config[key] = {k: v for k, v in text.items() if k != "quantization_config"}
+        if isinstance(config.get(key), Mapping):
+            config[key] = {k: v for k, v in config[key].items() if k != "quantization_config"}
     return config | {"quantization_config": CONFIGS[move.format](packing)}
 
 

@@ -25,7 +25,7 @@ from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe, check_pinned
 from ..recipes.samples import Sample, digest
-from .artifact import Artifact, check_disk, finish, open_artifact, prepare, unfinished
+from .artifact import Artifact, check_disk, check_elsewhere, finish, open_artifact, prepare, unfinished
 from .beside import copy_small_files, write_config, write_index
 from .config import check_head, settle
 from .key import base_mark, key_of
@@ -67,6 +67,7 @@ def make(
     whoever measures. `overwrite` replaces what is in `out`; so does `renew`, but for an unfinished run of the same.
     """
     symmetric, format = settle(recipe.method, recipe.symmetric, recipe.format)
+    check_elsewhere(out, base.path)
     config = read_config(base.path)
     if recipe.family and config.get("model_type") != recipe.family:
         raise ValueError(

@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import vlm
 from transformers import AutoTokenizer
 
+from mmq.export.alone import alone
+from mmq.recipes.pebble import model_folder
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -80,6 +83,33 @@ def test_a_folder_that_is_nearly_named(mmq: Run, tmp_path: Path) -> None:
         assert (code, f"no folder {typed}: did you mean" in one_line(err), "out-awq?" in err) == (2, True, True)
     code, _, err = mmq("infer", "out-awq/config.json", "hello")
     assert (code, "is a file; name the folder of the model" in one_line(err)) == (2, True)
+
+
+def test_a_folder_that_another_process_writes_is_left_to_it(
+    mmq: Run, artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = ("quantize", "pebble", "--quality", "fast", "--samples", "2", "--overwrite", "-o")
+    with alone(tmp_path / "out", "mmq quantize"):
+        (tmp_path / "out" / ".mmq-unfinished.json").write_text("{}")
+        code, _, err = mmq(*words, tmp_path / "out")
+        assert (code, "another `mmq quantize` works in" in one_line(err)) == (2, True)
+        code, _, err = mmq("convert", artifact("awq"), "--repair", "-o", tmp_path / "out", "--overwrite")
+        assert (code, "another `mmq convert` works in" in one_line(err)) == (2, True)
+    assert (tmp_path / "out" / ".mmq-unfinished.json").read_text() == "{}"
+    code, _, err = mmq(*words, tmp_path / "out")
+    assert code == 0, err
+    assert not list((tmp_path / "out").glob(".mmq-*"))
+
+
+def test_a_base_within_what_is_replaced_stays(mmq: Run, artifact: Callable[..., Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(artifact("awq"), tmp_path / "out"))
+    base = Path(shutil.copytree(model_folder(), out / "base"))
+    code, _, err = mmq("quantize", base, "-o", out, "--overwrite")
+    assert (code, "holds what is to be read" in one_line(err)) == (2, True)
+    assert (base / "config.json").is_file()
+    (tmp_path / "file").touch()
+    code, _, err = mmq("quantize", "pebble", "-o", tmp_path / "file")
+    assert (code, "is a file; name a folder with -o" in one_line(err)) == (2, True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -117,8 +117,9 @@ def test_what_cannot_be_without_loss_is_refused(artifact: Callable[..., Path], p
         convert(artifact("bnb"), out, format="awq")
     with pytest.raises(ValueError, match="is not quantized"):
         convert(pebble, out, format="awq")
-    with pytest.raises(ValueError, match="name another with -o"):
-        convert(artifact("awq"), artifact("awq"), format="awq")
+    for inside in (artifact("awq"), artifact("awq").parent):
+        with pytest.raises(ValueError, match="holds what is to be read"):
+            convert(artifact("awq"), inside, format="awq", overwrite=True)
     assert not out.exists()
 
 

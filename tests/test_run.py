@@ -22,9 +22,10 @@ from hub_server import HubServer
 from mmq.bench import run as running
 from mmq.bench.done import Done, StepDone, facts, state_of, worst
 from mmq.bench.jobs import Job, addresses, as_matrix, check_addresses, check_apart, matrix
-from mmq.bench.run import call, locked, run
+from mmq.bench.run import call, run
 from mmq.bench.run_page import markdown
 from mmq.bench.steps import Settings, kept_artifact, kept_check
+from mmq.export.alone import alone
 from mmq.export.artifact import open_artifact
 from mmq.recipes.recipe import limits_from, recipe_for
 
@@ -205,10 +206,18 @@ def test_without_a_token_nothing_is_made_to_be_published(
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(ValueError, match="another `mmq run` works in"), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
+    out = tmp_path / "out"
+    for _ in range(2):
+        with (
+            alone(out, "mmq run"),
+            pytest.raises(ValueError, match="another `mmq run` works in"),
+            alone(out, "mmq run"),
+        ):
+            pass
+        assert not out.exists()  # nothing came into it
+    with alone(out, "mmq run"):
+        (out / "run.json").write_text("{}")
+    assert [p.name for p in out.iterdir()] == ["run.json"]
 
 
 def test_remote_code_is_not_pinned_by_the_run_itself(tmp_path: Path) -> None:
