@@ -219,9 +219,13 @@ def rank_of(adapters: Sequence[Adapter]) -> int:
     return next(r for r in RANKS if r >= max(a.rank for a in adapters)) if adapters else 0
 
 
-def slots_of(adapters: Sequence[Adapter]) -> int:
-    """How many adapters are on the card at once."""
-    return min(len(adapters), SLOTS)
+def slots_of(adapters: Sequence[Adapter], *, device: str = "cuda") -> int:
+    """How many adapters are on the card at once; on a CPU all, and a slot more that stays empty.
+
+    In a batch with others' adapters vLLM 0.32 on a CPU computes requests without one by slot -1, which is the last
+    (lora/ops/torch_ops/lora_ops.py): they would get the last adapter's answers.
+    """
+    return min(len(adapters), SLOTS) if device == "cuda" else len(adapters) + bool(adapters)
 
 
 def lora_bytes(subject: Subject, *, rank: int, slots: int, tp: int = 1) -> int:
@@ -233,17 +237,19 @@ def lora_bytes(subject: Subject, *, rank: int, slots: int, tp: int = 1) -> int:
     return int(slots * rank * 2 * sum(inputs + outputs for inputs, outputs in sizes))
 
 
-def lora_flags(adapters: Sequence[Adapter]) -> list[Flag]:
-    """vLLM's flags for these adapters."""
+def lora_flags(adapters: Sequence[Adapter], *, device: str) -> list[Flag]:
+    """vLLM's flags for these adapters, on cuda or a cpu."""
     if not adapters:
         return []
     words = tuple(_word(a) for a in adapters)
-    rank, slots = rank_of(adapters), slots_of(adapters)
+    rank, slots = rank_of(adapters), slots_of(adapters, device=device)
+    at_once = "so many on the card, and in one batch, at once"
+    empty = "one stays empty, as it is what vLLM on a CPU gives to requests without an adapter that share a batch"
     flags = [
         Flag("--enable-lora", None, "adapters beside the model"),
         Flag("--lora-modules", words, "a request names one as its model; the model's own name means none"),
         Flag("--max-lora-rank", str(rank), f"the largest rank is {max(a.rank for a in adapters)}"),
-        Flag("--max-loras", str(slots), "so many on the card, and in one batch, at once"),
+        Flag("--max-loras", str(slots), at_once if device == "cuda" else empty),
     ]
     if len(adapters) > slots:
         flags.append(Flag("--max-cpu-loras", str(len(adapters)), "the others wait in the machine's memory"))

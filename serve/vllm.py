@@ -85,7 +85,7 @@ def vllm(
         flags += _cuda_flags(target, machine, max_model_len, extra, spread, adapters)
         variables = {**_runner(shape, packages), **machine.order}
     else:
-        beside = lora_bytes(subject, rank=rank_of(adapters), slots=slots_of(adapters))
+        beside = lora_bytes(subject, rank=rank_of(adapters), slots=slots_of(adapters, device=device))
         held = replace(shape, weights=shape.weights + beside)
         more, variables = _cpu_flags(held, machine, max_model_len, extra, spread, subject)
         flags += more
@@ -93,7 +93,7 @@ def vllm(
             limit = json.dumps({"image": PICTURES}, separators=(",", ":"))
             flags.append(Flag("--limit-mm-per-prompt", limit, f"up to {PICTURES} pictures in one request"))
     heads = vision_heads(subject)
-    flags += [*encoder_flags(spread, subject, heads), *node_flags(spread), *lora_flags(adapters)]
+    flags += [*encoder_flags(spread, subject, heads), *node_flags(spread), *lora_flags(adapters, device=device)]
     variables |= variables_of(spread, machine, device)
     if trust_remote_code:
         flags.append(Flag("--trust-remote-code", None, "you asked for it: the checkpoint's own Python files will run"))

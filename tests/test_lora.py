@@ -60,7 +60,7 @@ def test_flags_follow_from_the_adapters(pebble: Path, colour: Path, shape: Path)
     subject = read_subject(pebble)
     found = read_adapters([f"colour={colour}", f"shape={shape}"], subject, taken="model")
     assert [(a.name, a.rank, len(a.modules)) for a in found] == [("colour", 4, 20), ("shape", 12, 35)]
-    words = {flag.name: flag.words[1:] for flag in lora_flags(found)}
+    words = {flag.name: flag.words[1:] for flag in lora_flags(found, device="cuda")}
     assert words == {
         "--enable-lora": [],
         "--lora-modules": [
@@ -70,9 +70,12 @@ def test_flags_follow_from_the_adapters(pebble: Path, colour: Path, shape: Path)
         "--max-lora-rank": ["16"],
         "--max-loras": ["2"],
     }
-    many = {flag.name: flag.words[1:] for flag in lora_flags(found * 5)}
+    many = {flag.name: flag.words[1:] for flag in lora_flags(found * 5, device="cuda")}
     assert (many["--max-loras"], many["--max-cpu-loras"]) == (["8"], ["10"])
-    assert lora_flags(()) == []
+    slow = {flag.name: flag.words[1:] for flag in lora_flags(found * 5, device="cpu")}
+    assert slow["--max-loras"] == ["11"]  # the last is what a CPU's requests without an adapter are computed by
+    assert "--max-cpu-loras" not in slow
+    assert lora_flags((), device="cuda") == []
     assert rank_of(()) == 0
 
 
