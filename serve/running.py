@@ -112,25 +112,33 @@ def running(
 ) -> Iterator[Server]:
     """Run the launch in the background for the length of a `with`; yields the healthy server.
 
-    Its log goes to `log_path` (a temporary file by default, kept). ValueError when the port is taken, RuntimeError
-    with the engine's own error when it dies, at its start or while it is being asked (within the `with` that is an
-    OSError, or a RuntimeError where an answer broke off).
+    Its log goes to `log_path` (by default a temporary file, which is kept where a RuntimeError tells of it). ValueError
+    when the port is taken, RuntimeError with the engine's own error when it dies, at its start or while it is being
+    asked (within the `with` that is an OSError, or a RuntimeError where an answer broke off).
     """
+    kept = log_path is not None
     if log_path is None:
         handle, path = tempfile.mkstemp(prefix="mmq-serve-", suffix=".log")
         os.close(handle)
         log_path = Path(path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log, terminate_is_exit(), started(launch, log) as process:
-        try:
-            startup = wait_healthy(process, launch, log_path, timeout, tell)
-            yield Server(launch.url, launch.name, process.pid, log_path, startup)
-        except (OSError, RuntimeError) as e:
-            code = _ended(process, within=2.0 if isinstance(e, OSError) else BROKEN_OFF)
-            if code is None or DIED in str(e):
-                raise
-            why = why_it_died(log_path, returncode=code)
-            raise RuntimeError(f"{DIED}: {why} (log: {log_path})") from None
+    try:
+        with log_path.open("wb") as log, terminate_is_exit(), started(launch, log) as process:
+            try:
+                startup = wait_healthy(process, launch, log_path, timeout, tell)
+                yield Server(launch.url, launch.name, process.pid, log_path, startup)
+            except (OSError, RuntimeError) as e:
+                code = _ended(process, within=2.0 if isinstance(e, OSError) else BROKEN_OFF)
+                if code is None or DIED in str(e):
+                    raise
+                why = why_it_died(log_path, returncode=code)
+                raise RuntimeError(f"{DIED}: {why} (log: {log_path})") from None
+    except RuntimeError:
+        kept = True
+        raise
+    finally:
+        if not kept:
+            log_path.unlink(missing_ok=True)
 
 
 def _ended(process: subprocess.Popen[bytes], *, within: float) -> int | None:

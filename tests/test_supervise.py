@@ -335,6 +335,18 @@ def test_an_answer_that_breaks_off_is_the_engines_death(tmp_path: Path, monkeypa
         asked(small(), "/health")
 
 
+def test_a_log_that_nobody_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes with its server, and stays where an error names it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with running(small()) as server:
+        assert "child" in server.log_path.read_text()
+    assert [*tmp_path.iterdir()] == []
+    with pytest.raises(RuntimeError, match="no such card") as told, running(small("raise ValueError('no such card')")):
+        pass
+    (log,) = tmp_path.iterdir()
+    assert str(log) in str(told.value)
+
+
 def test_the_engine_has_the_key_and_ps_has_not(tmp_path: Path) -> None:
     launch = small(secrets={"MMQ_API_KEY": Secret("s3cret", "$MMQ_API_KEY")})
     with running(launch, log_path=tmp_path / "log") as server:
