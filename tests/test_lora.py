@@ -230,8 +230,9 @@ def test_an_adapter_says_what_the_merged_weights_say(
     assert apart(said[server.name], own) <= LIMIT / 20
     for name, walk in walked.items():
         near = apart(said[name], [(-t.nll_after).tolist() for t in walk.tokens])
-        assert near <= LIMIT
-        assert near <= apart(said[name], said[server.name]) / 20
+        much = 4 if kind == "bnb" else 1  # its kernel computes in bfloat16, which such changes make much of
+        assert near <= much * LIMIT
+        assert near <= much * apart(said[name], said[server.name]) / 20
 
 
 def apart(one: list[list[float]], two: list[list[float]]) -> float:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from adapters import ATTENTION, MLP, merge, write_adapter
+from adapters import ATTENTION, MLP, changes, merge, write_adapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmq.export.restored import load_model
 from mmq.export.subject import Linear, read_subject
+from mmq.export.view import view
 from mmq.serve.engines import plan
 from mmq.serve.lora import Adapter, held_bytes, read_adapter, read_adapters
 from mmq.serve.machine import GIB, Machine
@@ -72,8 +73,28 @@ def test_a_model_under_each_adapter_is_the_merged_model(
             continue
         apart = far(whole[name], alone)
         assert apart > 0.1
-        # NF4 computes in 16 bit; all else here in float32
-        assert far(told, whole[name]) < (apart / 20 if kind == "bnb" else 1e-4)
+        # NF4's kernel computes in bfloat16, which changes of this size make much of; all else here is float32
+        assert far(told, whole[name]) < (apart / 10 if kind == "bnb" else 1e-4)
+
+
+def test_nf4_is_as_near_under_an_adapter_as_without(
+    artifact: Callable[..., Path], pebble: Path, tmp_path: Path
+) -> None:
+    """What NF4's kernel rounds is the whole difference to the merged weight: the adapter's part has none."""
+    base = artifact("bnb")
+    folder = write_adapter(tmp_path / "shape", pebble, [*ATTENTION, *MLP], rank=12, alpha=24)
+    model, weights = load_model(base, dtype=torch.float32), view(base)
+    choice = attach(model, [read_adapter("it", folder)], architecture="Qwen2VLForConditionalGeneration")
+    inner = dict(model.named_modules())
+    for name, change in changes(folder).items():
+        linear: Any = inner[name.replace("model.layers", "model.language_model.layers")]
+        x, bias = torch.randn(32, linear.in_features), 0 if linear.bias is None else linear.bias.float()
+        error = {}
+        for choice.name, added in (("", 0), ("it", change)):
+            whole = x @ (weights.get(f"{name}.weight").float() + added).T + bias
+            with torch.no_grad():
+                error[choice.name] = float((linear(x) - whole).abs().mean() / whole.abs().mean())
+        assert error["it"] < 1.1 * error[""]
 
 
 def pair(module: str, inputs: int, outputs: int, rank: int = 4) -> dict[str, Tensor]:
