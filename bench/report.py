@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import __version__
 from ..export.artifact import MANIFEST, open_artifact
+from ..export.inert import inert
 from ..recipes.folder import headers, shard_names
 from ..serve.machine import Machine
 
@@ -191,6 +192,7 @@ def _ratios(raw: Mapping[str, Any]) -> dict[str, Ratio]:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    """A Markdown table of words as they are, whatever markup they hold; numbers to the right."""
+    titles, *cells = ([word if word == "-" else inert(word) for word in row] for row in (head, *rows))
+    lines = [titles, ["---"] + ["---:"] * (len(head) - 1), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

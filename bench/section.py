@@ -5,13 +5,12 @@ Knows a Report; the card around it is export's.
 
 from __future__ import annotations
 
-import re
-
+from ..export.inert import inert
 from .headline import moment, ratio_cell, shown
 from .proof import rows as proof_rows
 from .report import Report, markdown_table
 from .show import amount, show
-from .table import load_line
+from .table import load_line, sentence
 
 ROWS = (  # measure, title
     ("weights", "model memory"),
@@ -31,7 +30,7 @@ def card_section(report: Report) -> str:
     """
     labels = list(shown(report).numbers)
     first, *others = labels
-    head = ["", *map(literal, labels), *(f"{literal(o)} / {literal(first)}" for o in others)]
+    head = ["", *labels, *(f"{other} / {first}" for other in others)]
     words = {"vram": amount(report.settings["vram"]), "context": f"{report.settings['context']:,}"}
     rows = []
     for key, name in ROWS:
@@ -50,23 +49,17 @@ def card_section(report: Report) -> str:
                 *(r["value"] + (f" ({r['detail']})" if r["detail"] else "") for r in ratios),
             ]
         )
-    lines = [f"- {literal(verdict)}" for verdict in report.verdicts]
+    lines = [f"- {sentence(verdict)}" for verdict in report.verdicts]
     lines += ["", "### Speed and memory", "", markdown_table(head, rows), _stands_on(report), ""]
     if quality := proof_rows(labels, {k: dict(v) for k, v in report.quality.items()}):
-        lines += ["### Quality", "", markdown_table(["", *map(literal, labels)], quality)]
+        lines += ["### Quality", "", markdown_table(["", *labels], quality)]
     return "\n".join(lines).strip() + "\n"
 
 
 def _stands_on(report: Report) -> str:
     known = [r for found in report.ratios.values() for r in found.values() if r.low is not None]
     interval = f" In brackets: {known[0].level:.0%} intervals of pairs taken in turns." if known else ""
-    machine = literal(str(report.machine.get("words", "a machine that was not told")))
-    versions = literal(", ".join(f"{name} {number}" for name, number in report.versions.items()))
-    taken = f"{machine}; {literal(report.engine)}; {versions}; {moment(report.created)}."
-    return f"{literal(load_line(report))}. {taken}{interval} Speeds are of this machine alone; memory carries over."
-
-
-def literal(text: str) -> str:
-    """Words as Markdown that shows just them, on one line: no markup, no HTML, no link, no cell of a table."""
-    text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", " ".join(text.split()))
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    machine = inert(report.machine.get("words", "a machine that was not told"))
+    versions = inert(", ".join(f"{name} {number}" for name, number in report.versions.items()))
+    taken = f"{machine}; {inert(report.engine)}; {versions}; {moment(report.created)}."
+    return f"{inert(load_line(report))}. {taken}{interval} Speeds are of this machine alone; memory carries over."

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..export.inert import fenced, inert
 from .intervals import unsure
 from .proof import rows as proof_rows
 from .proof import task_rows
@@ -44,6 +45,7 @@ ROWS = (  # measure, title
     ("decode_limit", "decoding cannot exceed, by the card's bandwidth (tok/s)"),
     ("decode_projected", "decoding at the share of it reached here (tok/s)"),
 )
+LONG = 1000  # characters of a sentence: of many levels, with an engine's reason
 MODES = {
     "together": "all servers up at once, their runs in turns",
     "restart": "one server at a time, started alternately; all runs of a start count as one",
@@ -159,8 +161,8 @@ def markdown(report: Report) -> str:
         rate = found["output_rate"]
         spread.append(f"{label} {rate.low:.1f} to {rate.high:.1f}")
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    lines = [f"# {' against '.join(report.numbers)}: speed and memory", ""]
-    lines += [f"- {verdict}" for verdict in report.verdicts] + [""] * bool(report.verdicts)
+    lines = [f"# {inert(' against '.join(report.numbers))}: speed and memory", ""]
+    lines += [f"- {sentence(verdict)}" for verdict in report.verdicts] + [""] * bool(report.verdicts)
     lines += [markdown_table(head, rows)]
     if any(len(levels) > 1 for levels in report.sweep.values()):
         lines += ["## Latency against load", "", markdown_table(*sweep_table(report))]
@@ -172,24 +174,29 @@ def markdown(report: Report) -> str:
     if report.stages:
         sizes = "One request alone on the server, ms; docs/bench.md says what each figure contains."
         lines += ["## Where one request's time goes", "", markdown_table(*stage_table(report)), sizes, ""]
-    lines.append(f"- Load: {load_line(report)}. Output tok/s over the runs: {'; '.join(spread)}.")
+    lines.append(f"- Load: {inert(load_line(report))}. Output tok/s over the runs: {sentence('; '.join(spread))}.")
     if "interleave" in settings and len(report.numbers) > 1:
         mode = MODES[settings["interleave"]["mode"]]
         how = "the mean of the log ratios of paired runs, with its 95% t interval where there is one"
         lines.append(f"- In turns: {mode}. Ratios: {how}.")
     lines += [
         f"- {budget_line(report)}",
-        *(f"- {line}" for line in settings.get("carries_over", ())),
-        f"- Machine: {report.machine['words']}, {report.machine['system']}.",
-        f"- Engine: {report.engine}; {versions_line}.",
-        f"- Taken: {report.created}.",
-        *(f"- Beware: {line}." for line in warnings(report)),
+        *(f"- {sentence(line)}" for line in settings.get("carries_over", ())),
+        f"- Machine: {inert(report.machine['words'])}, {inert(report.machine['system'])}.",
+        f"- Engine: {inert(report.engine)}; {inert(versions_line)}.",
+        f"- Taken: {inert(report.created)}.",
+        *(f"- Beware: {sentence(line)}." for line in warnings(report)),
         "",
     ]
     for label, subject in report.subjects.items():
-        lines += [f"## {label}", "", f"`{subject['path']}`, digest `{subject['digest']}`", ""]
-        lines += ["```", subject["command"], "```", ""]
+        lines += [f"## {inert(label)}", "", f"{inert(subject['path'])}, digest {inert(subject['digest'])}", ""]
+        lines += [fenced([subject["command"]]), ""]
     return "\n".join(lines)
+
+
+def sentence(text: str) -> str:
+    """A sentence of a report in Markdown: labels and an engine's last words are other people's."""
+    return inert(text, longest=LONG)
 
 
 def budget_line(report: Report) -> str:

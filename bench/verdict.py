@@ -76,7 +76,7 @@ def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
     tasks = sorted(k.partition(".")[2] for k in result.measures if k.startswith("accuracy_fp16."))
     if tasks:
         pairs = [[f"{result.measures[f'accuracy_{w}.{task}']:.3f}" for w in ("fp16", "int4")] for task in tasks]
-        named = [[inert(task), *pair] for task, pair in zip(tasks, pairs, strict=True)]
+        named = [[task, *pair] for task, pair in zip(tasks, pairs, strict=True)]
         lines.append(markdown_table(["task", "FP16", "int4"], named))
     if result.layers:
         lines += ["Relative error of the hidden states after each decoder layer:", ""]

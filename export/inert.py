@@ -9,12 +9,12 @@ from collections.abc import Sequence
 LONGEST = 300  # characters of one field
 
 
-def inert(text: object) -> str:
-    """One line of running text or of a table cell: what Markdown or HTML would take for its own is escaped, control
-    and direction characters are left out."""
+def inert(text: object, *, longest: int = LONGEST) -> str:
+    """One line of running text or of a table cell, of at most `longest` characters: what Markdown or HTML would take
+    for its own is escaped, control and direction characters are left out."""
     plain = "".join(" " if c.isspace() else c for c in str(text) if c.isspace() or unicodedata.category(c)[0] != "C")
     plain = " ".join(plain.split())
-    plain = plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 3]}..."
+    plain = plain if len(plain) <= longest else f"{plain[: longest - 3]}..."
     plain = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", plain)
     plain = re.sub(r"^([-+#=>])", r"\\\1", plain)  # what means something at the start of a line
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace("\\>", "&gt;").replace(">", "&gt;")

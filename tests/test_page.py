@@ -31,8 +31,9 @@ from mmq.bench.load_plots import load_plots
 from mmq.bench.page import MISSING, coded, page, write_page
 from mmq.bench.plots import memory_plot, pareto_plot
 from mmq.bench.report import Figure, Level, Ratio, Report, read_report
-from mmq.bench.section import card_section, literal
+from mmq.bench.section import card_section
 from mmq.bench.slide import png, slide, write_slide
+from mmq.bench.table import markdown
 
 needs_resvg = pytest.mark.skipif(importlib.util.find_spec("resvg_py") is None, reason="resvg-py is not installed")
 VOID = {"meta", "link", "img", "br"}
@@ -338,7 +339,18 @@ def test_the_section_of_a_card() -> None:
         assert not re.search(r"(?<!\\)[<>]", line)
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) in (6, 9)  # four labels, three ratios
-    assert literal("a|b\n[x](y) `c`") == r"a\|b \[x\](y) \`c\`"
+
+
+def test_markdown_of_hostile_words_is_words() -> None:
+    report = hostile()
+    report = replace(report, machine={**report.machine, "system": "<b>"}, verdicts=["a|b [x](y) `c` <img src=x>"])
+    text = markdown(report)
+    assert r"- a\|b \[x\](y) \`c\` &lt;img src=x&gt;" in text.splitlines()
+    outside = re.sub(r"(?ms)^(`{3,})\n.*?^\1$", "", text)  # what is in a block of code is words as it is
+    assert not re.search(r"(?<!\\)[<>]", outside)
+    for line in outside.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (6, 9, 12)  # four labels: stages, ratios, percentiles
 
 
 # the slide
