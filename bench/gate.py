@@ -6,7 +6,7 @@ report of another artifact, of other limits or of numbers that are none does not
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 
 from ..export.artifact import Artifact
 from ..export.card import Check, Row
-from ..recipes.plain import read_json
+from ..recipes.plain import read_json, shown
 from ..recipes.recipe import Limits
 from .verdict import SHOWN, limits_of
 
 CHECK = "check.json"
+KINDS = {"measures": dict, "limits": dict, "failures": list}
 TABLE = (  # the card's, in its order; each with image.* and text.* beside it where they were taken
     *("mean_kl", "p99_kl", "soft_kl", "top1", "perplexity_ratio", "same_answer", "image_effect"),
     *("accuracy_fp16", "accuracy_int4", "served_to_int4", "served_to_fp16"),
@@ -58,8 +59,8 @@ def _read(path: Path) -> dict[str, Any]:
         data = read_json(path)
     except ValueError:
         data = None
-    if not isinstance(data, dict):
-        raise OSError(f"{path} is damaged; run the check again")
+    if not isinstance(data, dict) or any(type(data.get(key, kind())) is not kind for key, kind in KINDS.items()):
+        raise OSError(f"{path} is damaged; run the check again, or take the file away")
     return {k: v for k, v in data.items() if k != "samples"}  # answers to what may be the user's own questions
 
 
@@ -68,13 +69,13 @@ def judge(report: Mapping[str, Any], limits: Limits) -> list[str]:
     measures: Mapping[str, Any] = report.get("measures") or {}
     failures: list[str] = [str(line) for line in report.get("failures") or ()]
     named = " ".join(failures)
-    for key, value in measures.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            failures.append(f"{key} is {value!r}, which is no number")
+    numbers = {key: value for key, value in measures.items() if _is_number(value)}
+    for key in sorted(measures.keys() - numbers.keys()):
+        failures.append(f"{key} is {shown(str(measures[key]))[:40]}, which is no number")
     for key, _, sign in SHOWN:
         bound = getattr(limits, key) if sign else None
-        value = measures.get(key)
-        if bound is None or not isinstance(value, int | float) or key in named:
+        value = numbers.get(key)
+        if bound is None or value is None or key in named:
             continue
         if not (value <= bound if sign == "<=" else value >= bound):
             failures.append(f"{key} is {value:.4g}, the limit is {sign} {bound:g}")
@@ -82,7 +83,7 @@ def judge(report: Mapping[str, Any], limits: Limits) -> list[str]:
         failures.append("mean_kl was not measured")
     if not report.get("passed") and not failures:
         failures.append("the report says that it did not pass, and not why")
-    drop = measures.get("accuracy_fp16", 0.0) - measures.get("accuracy_int4", 0.0)
+    drop = numbers.get("accuracy_fp16", 0.0) - numbers.get("accuracy_int4", 0.0)
     if drop > limits.accuracy_drop and "accuracy" not in named:
         failures.append(f"accuracy drops by {drop:.4g}, the limit is <= {limits.accuracy_drop:g}")
     then = report.get("limits") or {}
@@ -91,11 +92,16 @@ def judge(report: Mapping[str, Any], limits: Limits) -> list[str]:
     return failures
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a measure is one; a whole number past what a float holds is none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def quality_rows(found: Gate, limits: Limits) -> list[Row]:
     """The card's quality table: each measure over all samples, over those with pictures, and over text alone."""
     measures: dict[str, float] = {}
     for report in found.reports.values():
-        measures = {**report.get("measures", {}), **measures}
+        measures = {**{k: v for k, v in report.get("measures", {}).items() if _is_number(v)}, **measures}
     signs = {key: sign for key, _, sign in SHOWN}
     rows = []
     for key in TABLE:
@@ -113,7 +119,9 @@ def _shown(value: float | None) -> str:
 
 def checks_of(found: Gate) -> list[Check]:
     """What the quality table stands on, the files' own check first."""
-    return [
-        Check(r.get("engine"), int(r.get("measures", {}).get("tokens", 0)), str(r.get("date"))[:10])
-        for r in found.reports.values()
-    ]
+    return [Check(r.get("engine"), _tokens(r), str(r.get("date"))[:10]) for r in found.reports.values()]
+
+
+def _tokens(report: Mapping[str, Any]) -> int:
+    said = report.get("measures", {}).get("tokens")
+    return int(said) if _is_number(said) else 0

@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from ..recipes.hub import Base, fetch
-from ..recipes.plain import CONTROL, check_entries, check_names, read_json
+from ..recipes.plain import check_entries, read_json
 from ..recipes.progress import Tell, silent
 from .alone import LOCK
+from .manifest import check_manifest
 
 MANIFEST = "mmq.json"
 SCRATCH = ".mmq-"  # how files that only an unfinished run needs are called
@@ -78,7 +77,7 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
         raise OSError(f"{file}: damaged; quantize again") from None
     if schema != SCHEMA:
         raise OSError(f"{file}: schema {schema}, this mmq reads {SCHEMA}; use the version that wrote it")
-    _check_manifest(manifest, file)
+    check_manifest(manifest, file)
     for name, entry in files.items():
         item = path / name
         if not item.is_file():
@@ -89,29 +88,6 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
         if verify and hash_file(item) != entry["sha256"]:
             raise OSError(f"{item}: changed since it was made (its hash differs from the manifest's)")
     return Artifact(path, manifest)
-
-
-def _check_manifest(manifest: Mapping[str, Any], file: Path) -> None:
-    """OSError for a manifest that mmq did not write: keys of other kinds, files that are not of this folder."""
-    kinds = {"name": str, "method": str, "format": str, "recipe": dict, "base": dict, "files": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-    base = manifest.get("base")
-    if isinstance(base, dict):
-        wrong += [
-            f"base.{key}" for key in ("model", "hub", "revision") if not isinstance(base.get(key), str | NoneType)
-        ]
-    if isinstance(manifest.get("name"), str) and CONTROL.search(manifest["name"]):
-        wrong.append("name")
-    if wrong:
-        raise OSError(f"{file}: damaged ({wrong[0]} is missing or of another kind); quantize again")
-    try:
-        check_names(manifest["files"], where=str(file))
-    except ValueError as e:
-        raise OSError(str(e)) from None
-    for name, entry in manifest["files"].items():
-        known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
-        if not known or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-            raise OSError(f"{file}: damaged ({name} has no size and sha256); quantize again")
 
 
 def base_of(artifact: Artifact, *, tell: Tell = silent) -> Base:

@@ -58,7 +58,7 @@ def source_of(artifact: Artifact, *, base_model: str | None = None, license: str
     """The artifact's base with what its own card says. `base_model` (OWNER/NAME on the Hugging Face Hub) names one that
     was a folder here, `license` tells what the card does not. OSError where the hub does not tell the card."""
     base = artifact.manifest["base"]
-    hub, model = base["hub"], base["model"]
+    hub, model = base["hub"] if base["model"] else "local", base["model"] or ""  # of a folder that others packed: ""
     name = Path(model).name if hub == "local" else model.rpartition("/")[2]
     if hub == "embedded":
         return Source("pebble", None, hub, None, license=license or "apache-2.0", languages=("en", "zh"))

@@ -133,7 +133,9 @@ def test_half_a_file_of_a_killed_run_is_left_out(tmp_path: Path) -> None:
     """A run killed while it wrote its manifest, taken up again."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / f"{MANIFEST}.part").write_text("{")
-    told = {"name": "out", "method": "awq", "format": "awq", "recipe": {}, "base": {}}
+    base = {"model": "pebble", "hub": "embedded", "revision": None, "weight_bytes": 1}
+    told = {"name": "out", "method": "awq", "format": "awq", "recipe": {"name": "out", "keep": []}, "base": base}
+    told |= {"group_size": 128, "quantized": [], "layers": [], "versions": {}}
     assert set(finish(tmp_path, {}, told).manifest["files"]) == {"config.json"}
     open_artifact(tmp_path, verify=True)
 

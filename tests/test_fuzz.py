@@ -277,15 +277,23 @@ file_entries = st.one_of(st.fixed_dictionaries({"sha256": hashes, "size": counts
 @often
 def test_manifests_are_read_or_refused(examples: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    bases = among(["model", "hub", "revision"], st.one_of(st.none(), texts))
+    maybe = st.one_of(st.none(), texts)
+    bases = st.fixed_dictionaries(
+        {"model": maybe, "hub": texts, "revision": maybe, "weight_bytes": st.one_of(st.just(1), plain)}
+    )
+    recipes = st.fixed_dictionaries({"name": texts, "keep": st.lists(texts, max_size=2)}, optional={"limits": anything})
     right = st.fixed_dictionaries(
         {
             "schema": st.just(1),
             "name": texts,
             "method": texts,
             "format": texts,
-            "recipe": among(["limits", "name"]),
+            "recipe": recipes,
             "base": bases,
+            "group_size": st.just(128),
+            "quantized": st.lists(texts, max_size=2),
+            "layers": st.one_of(st.just([]), st.lists(anything, max_size=2)),
+            "versions": st.dictionaries(texts, texts, max_size=2),
             "files": st.dictionaries(file_names, file_entries, max_size=3),
         }
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmq.bench.check import Checked
-from mmq.bench.gate import CHECK, gate, judge, quality_rows
+from mmq.bench.gate import CHECK, checks_of, gate, judge, quality_rows
 from mmq.bench.verdict import limits_of, write
 from mmq.export.artifact import Artifact, finish
 from mmq.recipes.recipe import Limits
@@ -101,7 +101,9 @@ def test_a_check_against_other_limits_shuts_it(made: Artifact) -> None:
     assert any("other limits than the recipe's" in line for line in gate(made).failures)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '"passed"', "null"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '"passed"', "null", '{"measures": [1]}', '{"limits": 5}', '{"failures": "x"}']
+)
 def test_a_damaged_report_is_named(made: Artifact, text: str) -> None:
     (made.path / CHECK).write_text(text)
     with pytest.raises(OSError, match=r"check.json is damaged; run the check again"):
@@ -111,6 +113,19 @@ def test_a_damaged_report_is_named(made: Artifact, text: str) -> None:
 @pytest.mark.parametrize("report", [{}, {"passed": False}, {"passed": True}, {"measures": None, "failures": None}])
 def test_an_empty_report_does_not_pass(report: dict[str, Any]) -> None:
     assert judge(report, Limits())
+
+
+@pytest.mark.parametrize("value", [None, "0.99", [], True, float("nan"), 10**400])
+@pytest.mark.parametrize("key", ["mean_kl", "accuracy_int4", "tokens"])
+def test_a_measure_that_is_no_number_shuts_it(made: Artifact, key: str, value: object) -> None:
+    path = checked(made)
+    data = json.loads(path.read_text())
+    data["measures"][key] = value
+    path.write_text(json.dumps(data))
+    found = gate(made)
+    assert any(f"{key} is " in line and line.endswith("which is no number") for line in found.failures)
+    assert key not in {row.measure for row in quality_rows(found, Limits())}
+    assert len(checks_of(found)) == 1
 
 
 def test_the_quality_table_has_pictures_and_text_apart(made: Artifact) -> None:

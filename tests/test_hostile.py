@@ -179,6 +179,18 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "a base by number": (lambda m: {"base": {**m["base"], "model": 5}}, "base.model is missing or of another kind"),
     "a format by number": (lambda m: {"format": 5}, "format is missing or of another kind"),
     "another schema": (lambda m: {"schema": [1]}, "schema [1]"),
+    "no linears": (lambda m: {"quantized": None}, "quantized is missing or of another kind"),
+    "linears by number": (lambda m: {"quantized": [1]}, "quantized is missing or of another kind"),
+    "layers in words": (lambda m: {"layers": "x"}, "layers is missing or of another kind"),
+    "a layer of errors in words": (lambda m: {"layers": [{"index": 0, "errors": "x"}]}, "layers is missing or of"),
+    "versions by number": (lambda m: {"versions": 5}, "versions is missing or of another kind"),
+    "notes by number": (lambda m: {"notes": [5]}, "notes is missing or of another kind"),
+    "a calibration by number": (lambda m: {"calibration": 5}, "calibration is missing or of another kind"),
+    "a head in words": (lambda m: {"head": "lm_head"}, "head is missing or of another kind"),
+    "paces of nothing": (lambda m: {"paces": None}, "paces is missing or of another kind"),
+    "a base of no bytes": (lambda m: {"base": {**m["base"], "weight_bytes": "x"}}, "base.weight_bytes is missing or"),
+    "a base of no hub": (lambda m: {"base": {"model": "a/b", "revision": None}}, "base.hub is missing or"),
+    "what is kept by number": (lambda m: {"recipe": {**m["recipe"], "keep": [1]}}, "recipe.keep is missing or"),
 }
 
 

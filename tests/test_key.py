@@ -50,7 +50,7 @@ def test_the_quantizers_sources_are_all_that_writes() -> None:
         if name not in found:
             found.add(name)
             todo += [i.target for i in imports(name) if not i.outside and i.target.startswith("export.")]
-    beside = {"alone", "artifact", "key", "marks"}  # the folder, this digest and what an unfinished run leaves
+    beside = {"alone", "artifact", "key", "manifest", "marks"}  # the folder, this digest, what an unfinished run leaves
     assert {name.removeprefix("export.") for name in found} - beside == set(key.WRITES)
     assert len(quantizer()) == 12
 
