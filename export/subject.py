@@ -15,6 +15,7 @@ from typing import Any
 from ..recipes.folder import check_beside, headers, read_config, shard_names
 from ..recipes.plain import check_entries, object_of, read_json
 from ..recipes.sizes import check_quantization
+from .defaults import whole
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # two-dimensional weights that no engine treats as a linear: lookups, and the head, which has rules of its own
@@ -25,11 +26,12 @@ NF4 = "quant_state.bitsandbytes__nf4"
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config; the whole where the keys stand at the top (older checkpoints)."""
+    """The language model's part of a config, with what it leaves out; the whole where the keys stand at the top (older
+    checkpoints)."""
     for key in ("text_config", "llm_config", "language_config"):
         if isinstance(config.get(key), Mapping):
-            return config[key]
-    return config
+            return whole(config[key])
+    return whole(config)
 
 
 @dataclass(frozen=True)

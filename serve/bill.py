@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from . import overhead
 from .lora import lora_bytes
 from .machine import Gpu
 from .pictures import Vision, read_vision
-from .shape import Shape, is_mixture, kv_token_bytes, read_shape
+from .shape import Layers, Shape, cached, is_mixture, read_shape
 from .shares import decoder_bytes, fullest
 from .weights import Weights, read_weights
 
@@ -111,7 +111,7 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
     """The bill for the fullest card, without the cache. Weights are dealt out over `tp` cards, layers over `pp` stages,
     of which the first has the embeddings and the last the head; each has the vision tower. Each of `dp` replicas has
     all of it, but for a mixture's experts."""
-    sequences, batched = sequences_of(card, ask), ask.batched or overhead.batched_tokens(card.memory)
+    sequences, batched = sequences_of(card, ask), batched_of(card, ask)
     found = []
     tower = model.vision.heads % ask.tp == 0 if model.vision else False
     ends = ("embeddings", "head")
@@ -178,12 +178,24 @@ def room(parts: tuple[Part, ...], card: Gpu, share: float) -> int:
     return int(share * card.memory) - sum(p.size for p in parts if p.counted)
 
 
-def kv_token_of(model: Model, ask: Ask) -> int:
-    """Bytes a token on each card; layers of a pipeline are dealt out, the fullest stage counts."""
-    whole = kv_token_bytes(model.config, itemsize=1 if ask.kv_dtype == "fp8" else 2, tp=ask.tp)
-    return math.ceil(whole * fullest(model.config, ask.pp))
+def cached_of(model: Model, ask: Ask) -> tuple[Layers, ...]:
+    """The layers with a cache on each card; those of a pipeline are dealt out, the fullest stage counts."""
+    whole = cached(model.config, itemsize=1 if ask.kv_dtype == "fp8" else 2, tp=ask.tp)
+    share = fullest(model.config, ask.pp)
+    return tuple(replace(kind, count=math.ceil(kind.count * share)) for kind in whole)
+
+
+def flying_of(card: Gpu, ask: Ask) -> int:
+    """Tokens that may be scheduled and not done: two steps, or one for each stage of a pipeline
+    (`max_in_flight_tokens` in vLLM's config/vllm.py)."""
+    return max(2, ask.pp) * batched_of(card, ask)
+
+
+def batched_of(card: Gpu, ask: Ask) -> int:
+    """--max-num-batched-tokens: what was asked, else vLLM's own."""
+    return ask.batched or overhead.batched_tokens(card.memory, card.name)
 
 
 def sequences_of(card: Gpu, ask: Ask) -> int:
     """--max-num-seqs, which is each replica's: what was asked, else vLLM's own."""
-    return ask.abreast or ask.sequences or overhead.default_sequences(card.memory)
+    return ask.abreast or ask.sequences or overhead.default_sequences(card.memory, card.name)

@@ -30,14 +30,18 @@ SAMPLED = (
 UNKNOWN_TOWER = GIB  # for a vision tower of a family that is not in pictures.KINDS; assumed
 
 
-def batched_tokens(card_memory: int) -> int:
+def batched_tokens(card_memory: int, name: str = "") -> int:
     """vLLM's own `--max-num-batched-tokens` for a server, by the card (engine/arg_utils.py, get_batch_defaults)."""
-    return 16384 if card_memory >= 160 * GIB else 8192 if card_memory >= 70 * GIB else 2048
+    return 16384 if card_memory >= 160 * GIB else 8192 if _large(card_memory, name) else 2048
 
 
-def default_sequences(card_memory: int) -> int:
+def default_sequences(card_memory: int, name: str = "") -> int:
     """vLLM's own `--max-num-seqs` for a server, by the card (the same function)."""
-    return 1024 if card_memory >= 70 * GIB else 256
+    return 1024 if _large(card_memory, name) else 256
+
+
+def _large(card_memory: int, name: str) -> bool:
+    return card_memory >= 160 * GIB or (card_memory >= 70 * GIB and "a100" not in name.lower())
 
 
 def widths(config: Mapping[str, Any]) -> tuple[int, int, int]:

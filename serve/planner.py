@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from . import overhead
-from .bill import Ask, Model, Part, kv_token_of, parts_of, room, sequences_of
+from .bill import Ask, Model, Part, cached_of, flying_of, parts_of, room, sequences_of
 from .flags import Flag
 from .machine import GIB, Gpu
 from .plan_flags import flags_of
-from .shape import context_length, is_mixture, tokens_in
+from .shape import Layers, context_length, held, is_mixture, sequence_bytes, token_bytes
 from .shares import undealt
 
 GPU_SHARE = 0.90  # of the card's memory; the rest is for the driver and the display
@@ -31,6 +31,7 @@ FEWER_PIXELS = (1280, 512)  # tokens a picture, to be tried where the largest pi
 class Plan:
     """`parts` and `cache` in bytes on each card; `tokens` is what the cache holds, `context` what the flags say.
 
+    `kv_token` is a token's share of a sequence of `context`, where layers keep a window of it alone.
     `max_context` is for the concurrency asked (else one sequence), `max_batch` for `context`, of each of `ask.dp`
     replicas; `problem` is "" where what was asked fits, and `changes` are then empty.
     """
@@ -71,13 +72,14 @@ def _planned(model: Model, card: Gpu, ask: Ask) -> Plan:
     if ask.pixels is not None and model.vision is not None:
         model = replace(model, vision=model.vision.at_pixels(ask.pixels))
     share, share_why = _share(card) if ask.share is None else (ask.share, "you asked for it")
-    kv_token = kv_token_of(model, ask)
-    abreast = ask.abreast or 1
-    longest = _longest(model, card, ask, share, kv_token, abreast)
+    layers, flying = cached_of(model, ask), flying_of(card, ask)
+    longest = _longest(model, card, ask, share, layers)
     context = ask.context or longest
+    length = context or min(context_length(model.config), MIN_CONTEXT)
+    windows = any(kind.window for kind in layers)
     parts = parts_of(model, card, ask, max(context, 1))
     cache = room(parts, card, share)
-    tokens = tokens_in(cache, kv_token)
+    tokens = held(cache, layers, length, flying=flying)
     each = model.vision.tokens if model.vision and model.vision.tokens else 0
     images = max(0, (context - TEXT) // each) if each else 0
     problem = _problem(model, ask, share, card, parts, context, tokens, images)
@@ -87,7 +89,7 @@ def _planned(model: Model, card: Gpu, ask: Ask) -> Plan:
         share=share,
         sequences=sequences_of(card, ask),
         parts=parts,
-        kv_token=kv_token,
+        kv_token=math.ceil(sequence_bytes(layers, length, flying=flying) / length) if windows else token_bytes(layers),
         cache=max(0, cache),
         tokens=tokens,
         context=context,
@@ -114,16 +116,17 @@ def _share(card: Gpu) -> tuple[float, str]:
     return max(0.05, math.floor(free * 100) / 100), why
 
 
-def _longest(model: Model, card: Gpu, ask: Ask, share: float, kv_token: int, abreast: int) -> int:
-    """The longest context of which `abreast` sequences fit, 0 where none does; whole steps of 256 below the model's.
+def _longest(model: Model, card: Gpu, ask: Ask, share: float, layers: tuple[Layers, ...]) -> int:
+    """The longest context that fits, as often as is asked, 0 where none does; whole steps of 256 below the model's.
 
     A longer context makes the profiled video longer and so the cache smaller: the search is over the whole sum.
     """
 
     def fits(context: int) -> bool:
-        return tokens_in(room(parts_of(model, card, ask, context), card, share), kv_token) >= context * abreast
+        left = room(parts_of(model, card, ask, context), card, share)
+        return held(left, layers, context, flying=flying) >= context * (ask.abreast or 1)
 
-    top = context_length(model.config)
+    top, flying = context_length(model.config), flying_of(card, ask)
     if fits(top):
         return top
     low, high = 0, top // 256 + (top % 256 > 0)  # low fits (nothing), high does not, in steps of 256

@@ -6,17 +6,20 @@ Reads config.json and the weight files' sizes with the standard library. Knows n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..export.subject import text_config
 from ..recipes.folder import read_config, shard_names
+from ..recipes.sizes import count_of
 
-# layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
-CACHED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 BLOCK = 16  # tokens; vLLM's cache is handed out in blocks of so many on a GPU
+# layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
+FULL = ("full_attention", "attention")
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -33,27 +36,87 @@ class Shape:
     heads: int = 1  # attention heads of the decoder, which tensor parallelism deals out
 
 
-def kv_token_bytes(config: Mapping[str, Any], *, itemsize: int = 2, tp: int = 1) -> int:
-    """Bytes of key-value cache that one token takes over all layers, at `itemsize` bytes an element.
+@dataclass(frozen=True)
+class Layers:
+    """So many layers alike, each with a cache of `width` bytes a token; `window`: the last tokens that they look at, 0
+    for all."""
+
+    count: int
+    width: int
+    window: int = 0
+
+
+def cached(config: Mapping[str, Any], *, itemsize: int = 2, tp: int = 1) -> tuple[Layers, ...]:
+    """The decoder's layers that have a cache, at `itemsize` bytes an element.
 
     On each of `tp` GPUs: heads are dealt out, and copied where there are fewer. Multi-head latent attention
-    (`kv_lora_rank`) keeps one compressed vector instead of keys and values, whole on each GPU. Sliding layers count
-    in full: an upper bound. ValueError where the config does not tell.
+    (`kv_lora_rank`) keeps one compressed vector instead of keys and values, whole on each GPU. The last
+    `num_kv_shared_layers` look into others' cache (Gemma 3n and 4). ValueError where the config does not tell.
     """
     text = text_config(config)
     try:
-        layers = int(text["num_hidden_layers"])
-        kinds = text.get("layer_types")
-        if kinds:
-            layers = sum(kind in CACHED_LAYERS for kind in kinds[:layers])
         if text.get("kv_lora_rank"):
-            return layers * (int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])) * itemsize
-        heads = int(text["num_attention_heads"])
-        kv_heads = int(text.get("num_key_value_heads") or heads)
-        head_dim = int(text.get("head_dim") or int(text["hidden_size"]) // heads)
-    except (KeyError, TypeError, ZeroDivisionError) as e:
+            width = (int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])) * itemsize
+            found = Counter((width, window) for _, _, window in _kinds(text))
+        else:
+            found = Counter(
+                (2 * math.ceil(heads / tp) * width * itemsize, window) for heads, width, window in _kinds(text)
+            )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise ValueError(f"config.json does not tell the cache's size: {e} is missing or not a number") from None
-    return layers * 2 * math.ceil(kv_heads / tp) * head_dim * itemsize
+    return tuple(Layers(count, width, window) for (width, window), count in found.items())
+
+
+def _kinds(text: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """(key-value heads, their width, window) of each layer that has a cache of its own."""
+    layers, every = int(text["num_hidden_layers"]), count_of(text.get("sliding_window_pattern"))
+    kinds = text.get("layer_types")
+    if not kinds:
+        kinds = ["sliding_attention" if every and (n + 1) % every else FULL[0] for n in range(layers)]
+    usual, widest = {}, {}
+    if not text.get("kv_lora_rank"):
+        heads = int(text["num_attention_heads"])
+        usual = {
+            "num_key_value_heads": int(text.get("num_key_value_heads") or heads),
+            "head_dim": int(text.get("head_dim") or int(text["hidden_size"]) // heads),
+        }
+    if text.get("global_head_dim"):  # Gemma 4 as it was published; transformers writes it out for each layer since
+        widest = {"head_dim": text["global_head_dim"]}
+        if text.get("attention_k_eq_v") and text.get("num_global_key_value_heads"):
+            widest["num_key_value_heads"] = text["num_global_key_value_heads"]
+    own = {int(n): said for n, said in (text.get("per_layer_config") or {}).items()}
+    for n, kind in enumerate(kinds[: layers - count_of(text.get("num_kv_shared_layers"))]):
+        if kind in FULL or kind in WINDOWS:
+            said = {**usual, **(widest if kind in FULL else {}), **own.get(n, {})}
+            window = count_of(text.get(WINDOWS[kind])) if kind in WINDOWS else 0
+            yield int(said.get("num_key_value_heads", 0)), int(said.get("head_dim", 0)), window
+
+
+def token_bytes(layers: Iterable[Layers]) -> int:
+    """Bytes of one token over all layers, however few of the last ones some look at."""
+    return sum(kind.count * kind.width for kind in layers)
+
+
+def kv_token_bytes(config: Mapping[str, Any], *, itemsize: int = 2, tp: int = 1) -> int:
+    """`token_bytes` of the decoder's layers; as `cached`."""
+    return token_bytes(cached(config, itemsize=itemsize, tp=tp))
+
+
+def sequence_bytes(layers: Sequence[Layers], context: int, *, flying: int) -> int:
+    """Bytes that one sequence of `context` tokens keeps; `flying` of them are scheduled and not done.
+
+    As vLLM 0.32 has them (v1/core/kv_cache_utils.py): all pages are of one size, so narrow layers have more tokens on
+    one; layers alike are dealt into groups of one size, of which the last may be short of some; a layer with a window
+    keeps that, what is flying, and a page more.
+    """
+    widest, counts = max(kind.width for kind in layers), [kind.count for kind in layers]
+    group = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    pages = 0
+    for kind in layers:
+        tokens = min(kind.window - 1 + flying, context) if kind.window else context
+        each = math.ceil(tokens / (BLOCK * max(1, widest // kind.width))) + bool(kind.window)
+        pages += math.ceil(kind.count / group) * group * each
+    return pages * widest * BLOCK
 
 
 def is_mixture(config: Mapping[str, Any]) -> bool:
@@ -70,6 +133,14 @@ def context_length(config: Mapping[str, Any]) -> int:
 def tokens_in(room: int, kv_token: int) -> int:
     """Tokens of cache that `room` bytes hold, in whole blocks of `BLOCK`; a model without a cache counts as a byte."""
     return max(0, room) // (max(kv_token, 1) * BLOCK) * BLOCK
+
+
+def held(room: int, layers: Sequence[Layers], context: int, *, flying: int) -> int:
+    """Tokens that `room` bytes hold in sequences of `context` tokens, as vLLM tells them: of long ones with windows
+    more than of short ones."""
+    if not any(kind.window for kind in layers):
+        return tokens_in(room, token_bytes(layers))
+    return max(0, room) * context // sequence_bytes(layers, context, flying=flying)
 
 
 def weight_bytes(folder: Path) -> int:

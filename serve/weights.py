@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..export.names import shards
-from ..export.subject import HEADS, Subject
+from ..export.names import SAME, VLLM, shards
+from ..export.subject import FLOATS, HEADS, Subject
+from ..recipes.sizes import count_of
 
 PARTS = ("decoder", "embeddings", "head", "vision tower", "projector", "other")
 ITEM = {
@@ -28,7 +29,8 @@ VISION = re.compile(
     r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|vision|vpm|image_encoder|image_tower|vit)(\.|$)"
 )
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in)\.weight$")
-LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.(\d+)\.")
+NEXT = re.compile(r"(^|\.)mtp\.")
 EXPERT = re.compile(r"\.experts\.")  # of a mixture; shared experts have another name
 MIB = 1 << 20
 STEP = 2 * MIB  # PyTorch takes memory of the GPU in such steps where a tensor has 10 MiB or more, and
@@ -77,20 +79,30 @@ def part_of(name: str) -> str:
 
 
 def read_weights(subject: Subject) -> Weights:
-    """Count the subject's tensors. ValueError for a dtype whose size is not known."""
+    """Count the subject's tensors, without those that vLLM leaves in the file: layers that guess further tokens (MTP),
+    a head that is the embeddings' a second time. ValueError for a dtype whose size is not known."""
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    names, text = VLLM.get(subject.architecture, SAME), subject.text
+    tied = text.get("tie_word_embeddings") and subject.config.get("tie_word_embeddings", True)
+    layers = count_of(text.get("num_hidden_layers")) if text.get("num_nextn_predict_layers") else 0
     loose = experts = 0
     joined: dict[str, int] = {}
     for name, tensor in subject.tensors.items():
         if tensor.dtype not in ITEM:
             raise ValueError(f"{subject.folder}: {name} is {tensor.dtype}, whose size is not known: {', '.join(ITEM)}")
         part, size = part_of(name), math.prod(tensor.shape)
-        parts[part] += size * ITEM[tensor.dtype]
+        number = LAYER.search(name) if layers and part == "decoder" else None
+        if names(name) is None or NEXT.search(name) or (number and int(number[3]) >= layers):
+            continue
         module, _, leaf = name.rpartition(".")
+        if part == "head" and tied and tensor.dtype in FLOATS:
+            continue
+        held = size * (4 if leaf == "absmax" else ITEM[tensor.dtype])  # bitsandbytes' scales, unpacked to float32
+        parts[part] += held
         together = f"{shards(module)[0]}.{leaf}"  # what engines make one tensor: q, k and v, gate and up
-        joined[together] = joined.get(together, 0) + size * ITEM[tensor.dtype]
+        joined[together] = joined.get(together, 0) + held
         if part == "decoder" and EXPERT.search(name):
-            experts += size * ITEM[tensor.dtype]
+            experts += held
         if part == "decoder" and len(tensor.shape) >= 2 and tensor.dtype in ("F64", "F32", "BF16", "F16"):
             loose += 0 if name.endswith(("scales", "weight_scale")) else size
     return Weights(parts, loose, bool(subject.packed), experts, sum(map(rounding, joined.values())))

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from test_cli import Run, one_line
 
+from mmq.export.defaults import DEFAULTS
+from mmq.export.subject import read_subject
 from mmq.serve import overhead
 from mmq.serve.bill import Ask, Model, parts_of, read_model
 from mmq.serve.cards import CARDS, card_named
@@ -27,9 +29,9 @@ from mmq.serve.plan_flags import asked_in
 from mmq.serve.plan_table import decode_bound, facts, rows
 from mmq.serve.planner import Plan, planned
 from mmq.serve.running import Server
-from mmq.serve.shape import kv_token_bytes, tokens_in
+from mmq.serve.shape import Layers, cached, kv_token_bytes, sequence_bytes, token_bytes, tokens_in
 from mmq.serve.shares import stages
-from mmq.serve.weights import part_of, rounding
+from mmq.serve.weights import part_of, read_weights, rounding
 
 CARD = card_named("4090").gpu
 QWEN2 = {  # the decoder of Qwen2.5-VL-7B and of MiniCPM-V 2.6
@@ -239,6 +241,125 @@ def test_the_engines_own_count_of_tokens(served: Server, pebble: Path) -> None:
     tokens = int(said.split("KV cache size:")[1].split("tokens")[0].replace(",", ""))
     space = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * GIB
     assert tokens == pytest.approx(tokens_in(space, read_model(pebble).shape.kv_token), rel=0.001)
+
+
+ASK_VLLM_PAGES = """
+import json, sys
+from types import SimpleNamespace as N
+import torch
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+for full, sliding, window, batched, context in json.loads(sys.argv[1]):
+    same = {"block_size": 16, "dtype": torch.bfloat16}
+    spec = {f"f{n}": FullAttentionSpec(num_kv_heads=full[1], head_size=full[2], **same) for n in range(full[0])}
+    for n in range(sliding[0]):
+        heads, width = sliding[1:]
+        spec[f"s{n}"] = SlidingWindowSpec(num_kv_heads=heads, head_size=width, sliding_window=window, **same)
+    config = N(
+        scheduler_config=N(disable_hybrid_kv_cache_manager=False),
+        max_in_flight_tokens=2 * batched,
+        model_config=N(max_model_len=context),
+        parallel_config=N(decode_context_parallel_size=1),
+        cache_config=N(get_resolved_kv_cache_layout=lambda: N(is_block_outermost=False)),
+        speculative_config=None,
+    )
+    groups = kv_cache_utils.get_kv_cache_groups(config, spec)
+    print(kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups))
+"""
+WINDOWED = [  # layers, key-value heads and their width, of those that see all and of those that see a window of it
+    ((10, 16, 128), (52, 16, 128), 1024, 2048, 131072),  # Gemma 3 27B
+    ((5, 4, 256), (29, 4, 256), 1024, 8192, 8192),  # 4B
+    ((13, 4, 256), (13, 4, 256), 4096, 2048, 8192),  # Gemma 2 2B
+    ((7, 1, 512), (28, 2, 256), 512, 2048, 32768),  # widths that differ, as in Gemma 4
+    ((5, 8, 512), (23, 8, 256), 512, 2048, 5000),
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_engines_own_bytes_of_a_sequence() -> None:
+    asking = [sys.executable, "-c", ASK_VLLM_PAGES, json.dumps(WINDOWED)]
+    done = subprocess.run(asking, capture_output=True, text=True, check=True, timeout=300)
+    said = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
+    found = []
+    for full, sliding, window, batched, context in WINDOWED:
+        kinds = Layers(full[0], 4 * full[1] * full[2]), Layers(sliding[0], 4 * sliding[1] * sliding[2], window)
+        found.append(sequence_bytes(kinds, context, flying=2 * batched))
+    assert found == said
+
+
+def test_layers_with_a_cache() -> None:
+    gemma = {"model_type": "gemma3_text", "num_hidden_layers": 34, "sliding_window": 1024}
+    assert cached({"text_config": gemma}) == (Layers(29, 4096, 1024), Layers(5, 4096))
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    fourth = {"num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 512, "hidden_size": 2048}
+    fourth |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "attention_k_eq_v": True}
+    wide = (Layers(2, 4096, 512), Layers(2, 2 * 2 * 512 * 2))
+    published = fourth | {"global_head_dim": 512, "num_global_key_value_heads": 2}
+    own = {"head_dim": 512, "num_key_value_heads": 2}
+    assert cached(published) == cached(fourth | {"per_layer_config": {"01": own, "03": own}}) == wide
+    assert token_bytes(cached(published, tp=4)) == 2 * 1024 + 2 * 2048
+    assert cached(published | {"num_kv_shared_layers": 2}) == (Layers(1, 4096, 512), Layers(1, 4096))
+    assert cached({"num_hidden_layers": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 64}) == (Layers(3, 1152),)
+
+
+@pytest.mark.parametrize("kind", sorted(DEFAULTS))
+def test_what_configs_leave_out_is_as_transformers_has_it(kind: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    config, row = CONFIG_MAPPING[kind](), dict(DEFAULTS[kind])
+    every = row.pop("sliding_window_pattern", None)
+    assert {key: getattr(config, key) for key in row} == row
+    left = {"num_key_value_heads": config.num_attention_heads, "head_dim": None}
+    width = config.hidden_size // config.num_attention_heads
+    assert all(getattr(config, key, None) in (value, width) for key, value in left.items() if key not in row)
+    if every:
+        full = [n for n, kind in enumerate(config.layer_types) if kind == "full_attention"]
+        assert full == [n for n in range(config.num_hidden_layers) if (n + 1) % every == 0]
+
+
+def test_configs_as_they_are_published(folder: Callable[..., Path]) -> None:
+    """Gemma 3 27B's tells neither context nor vocabulary, LLaVA-1.5's of its decoder little else."""
+    tower = {"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "num_attention_heads": 16}
+    tower |= {"num_hidden_layers": 27, "patch_size": 14, "model_type": "siglip_vision_model"}
+    text = {"model_type": "gemma3_text", "hidden_size": 5376, "head_dim": 128, "num_attention_heads": 32}
+    text |= {"num_key_value_heads": 16, "num_hidden_layers": 62, "intermediate_size": 21504, "sliding_window": 1024}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "mm_tokens_per_image": 256}
+    config |= {"text_config": text, "vision_config": tower}
+    tensors = {"language_model.model.layers.0.mlp.gate_proj.weight": [5376, 1024 * 1536]}  # 15.8 GiB, as int4 is
+    model = read_model(folder(config, tensors))
+    plan = planned(model, CARD, Ask(concurrency=1, images=1))
+    assert not plan.problem
+    assert plan.max_context > 16384  # with all layers in full it is a fifth
+    assert plan.tokens >= plan.context
+    assert plan.kv_token < token_bytes(cached(config)) / 2
+    far = planned(model, card_named("h100").gpu, Ask(context=131072, images=1))
+    assert far.max_batch == far.tokens // 131072 >= 2
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064}
+    llava = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": text}
+    llava["vision_config"] = tower | {"image_size": 336}
+    assert read_model(folder(llava, {"language_model.lm_head.weight": [32064, 4096]})).shape.kv_token == 524288
+
+
+def test_what_vllm_leaves_in_the_file(folder: Callable[..., Path]) -> None:
+    tensors = {"model.layers.0.mlp.gate_proj.weight": [64, 64], "lm_head.weight": [100, 64]}
+    more = {"mtp.layers.0.mlp.gate_proj.weight": [64, 64], "model.layers.28.mlp.gate_proj.weight": [64, 64]}
+
+    def parts(**changes: Any) -> Mapping[str, int]:
+        return read_weights(read_subject(folder(QWEN2 | changes, tensors | more))).parts
+
+    assert (parts()["head"], parts()["decoder"]) == (12800, 2 * 8192)
+    found = parts(tie_word_embeddings=True, num_nextn_predict_layers=1)
+    assert (found["head"], found["decoder"]) == (0, 8192)
+
+
+def test_nf4s_scales_are_unpacked(artifact: Callable[..., Path]) -> None:
+    """vLLM makes float32 of the bytes that the scales are stored in: a sixteenth of a byte a weight."""
+    subject = read_subject(artifact("bnb"))
+    bare = {name.removesuffix(".absmax") for name in subject.tensors if name.endswith(".weight.absmax")}
+    packed = sum(math.prod(subject.tensors[name].shape) for name in bare)
+    plain = sum(2 * math.prod(t.shape) for t in subject.tensors.values() if t.dtype in ("BF16", "F16"))
+    assert packed > 1 << 20
+    assert read_weights(subject).total == pytest.approx(plain + packed * 9 / 8, rel=0.005)
 
 
 ASK_VLLM = """
@@ -456,6 +577,9 @@ def test_parts_by_name() -> None:
 
 
 def test_cards() -> None:
+    a100, h100 = (overhead.default_sequences(CARDS[name].memory, CARDS[name].name) for name in ("a100", "h100"))
+    assert (a100, h100) == (256, 1024)  # vLLM asks an A100's name too
+    assert overhead.batched_tokens(80 * GIB, "NVIDIA A100-SXM4-80GB") == 2048
     assert card_named("NVIDIA RTX 4090") is CARDS["4090"]
     assert card_named("l4").memory == int(22.5 * GIB)
     with pytest.raises(ValueError, match="no card '9090' in the table; known are 3060, 3090"):
