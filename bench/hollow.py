@@ -158,6 +158,7 @@ def write(shape: str, folder: Path, *, packed: bool = False) -> Path:
     """A checkpoint of this shape in `folder`, bfloat16 or `packed` as AWQ. ValueError for an unknown shape."""
     import torch
     import transformers as t
+    from transformers.core_model_loading import revert_weight_conversion
 
     if shape not in SHAPES:
         raise ValueError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
@@ -165,7 +166,9 @@ def write(shape: str, folder: Path, *, packed: bool = False) -> Path:
     with torch.device("meta"):
         model = t.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     tied = set(model.all_tied_weights_keys)
-    tensors = {name: ("BF16", tuple(p.shape)) for name, p in model.named_parameters() if name not in tied}
+    kept = {name: p for name, p in model.named_parameters() if name not in tied}
+    published = revert_weight_conversion(model, kept)  # the names on the hubs, which some engines know alone
+    tensors = {name: ("BF16", tuple(p.shape)) for name, p in published.items()}
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -3,7 +3,7 @@
 LMDeploy loads the weights, asks CUDA what is free, and takes a share of that for its cache before anything ran; what
 the passes need must fit into the rest. TurboMind's cache is `free x share` (src/turbomind/turbomind.cc, CreateEngine);
 the PyTorch engine first sets memory aside for logits, `(free - reserve) x share` (pytorch/engine/executor/base.py,
-update_configs). Read in 0.16 and later; not held against LMDeploy on a GPU. Arithmetic, knows no flags.
+update_configs). Read in 0.16 and later, held against 0.18 on an H200 (docs/serving.md). Arithmetic, knows no flags.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..export.subject import text_config
 from . import overhead
 from .bill import Ask, Model, parts_of
-from .machine import Gpu
+from .machine import GIB, Gpu
 from .shape import kv_token_bytes
 
 SHARE = 0.8  # LMDeploy's own default, and the most that is given here
@@ -29,14 +29,19 @@ BITS = {  # --quant-policy -> bits of an element of the cache
 }
 GRID = ("8", "int8", "4", "int4")  # those that keep a scale and a zero for each token and head
 PARAMETERS = 4  # bytes of the two
+NATIVE = (
+    6 * GIB // 10
+)  # what TurboMind's library holds beside weights: 0.57 GiB (Qwen2-VL-2B, TurboMind), 0.87 (PyTorch)
+HOPPER = 9.0  # the cards on which the PyTorch engine multiplies by TurboMind's kernels (backends/cuda/awq_modules.py)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Bytes on each card, but for `share` and `tokens`. `free`: when the weights are there; `reserved`: of it, before
-    the share is taken; `work`: what the passes need beside the cache."""
+    """Bytes on each card, but for `share` and `tokens`. `beside`: what loading keeps beside the weights; `free`: when
+    they are there; `reserved`: of it, before the share is taken; `work`: what the passes need beside the cache."""
 
     weights: int
+    beside: int
     free: int
     reserved: int
     work: int
@@ -48,7 +53,8 @@ class Cache:
 def cache_of(model: Model, card: Gpu, *, backend: str, tp: int = 1, policy: str | None = None) -> Cache:
     """What the cache may have under `backend`, turbomind or pytorch. No tokens where nothing is left for them."""
     weights = weights_of(model, card, backend=backend, tp=tp)
-    free = card.free - overhead.CUDA_CONTEXT - weights - (overhead.NCCL if tp > 1 else 0)
+    beside = beside_of(model, card, backend=backend, tp=tp)
+    free = card.free - overhead.CUDA_CONTEXT - weights - beside - (overhead.NCCL if tp > 1 else 0)
     kv_token = kv_bytes(model, backend=backend, tp=tp, policy=policy)
     step, reserved, work = STEP, 0, work_of(model, card, STEP, backend=backend, tp=tp)
     share = share_of(free, reserved, work)
@@ -61,7 +67,7 @@ def cache_of(model: Model, card: Gpu, *, backend: str, tp: int = 1, policy: str 
                 break
             step //= 2
     tokens = int((free - reserved) * share) // (kv_token * BLOCK) * BLOCK
-    return Cache(weights, free, reserved, work, share, kv_token, max(0, tokens))
+    return Cache(weights, beside, free, reserved, work, share, kv_token, max(0, tokens))
 
 
 def share_of(free: int, reserved: int, work: int) -> float:
@@ -74,10 +80,27 @@ def share_of(free: int, reserved: int, work: int) -> float:
 
 def weights_of(model: Model, card: Gpu, *, backend: str, tp: int) -> int:
     """Of each card. TurboMind keeps a head that is the embeddings' a second time (turbomind/models, add_lm_head)."""
-    parts = parts_of(model, card, Ask(images=1, tp=tp), 1)
-    weights = sum(part.size for part in parts if part.name.startswith("weights"))
+    weights = sum(_weights(model, card, tp).values())
     tied = backend == "turbomind" and not model.weights.parts["head"]
     return weights + (math.ceil(model.weights.parts["embeddings"] / tp) if tied else 0)
+
+
+def beside_of(model: Model, card: Gpu, *, backend: str, tp: int) -> int:
+    """What loading takes beside the weights and does not give back, bytes on each card.
+
+    TurboMind's kernels want int4 weights in an order of their own. Where the PyTorch engine uses them it keeps the order
+    of the file too (backends/cuda/turbomind_awq_modules.py). TurboMind itself had 2.3 GiB more in use beside 3.2 packed
+    than beside 16 bit; why was not found out, and the 3.2 are counted.
+    """
+    if backend == "pytorch" and not (model.weights.packed and card.capability == HOPPER):
+        return 0
+    return NATIVE + (_weights(model, card, tp)["weights: decoder"] if model.weights.packed else 0)
+
+
+def _weights(model: Model, card: Gpu, tp: int) -> dict[str, int]:
+    """Part -> bytes on each card."""
+    parts = parts_of(model, card, Ask(images=1, tp=tp), 1)
+    return {part.name: part.size for part in parts if part.name.startswith("weights")}
 
 
 def work_of(model: Model, card: Gpu, step: int, *, backend: str, tp: int) -> int:

@@ -221,6 +221,23 @@ def test_a_list_that_is_no_expression(artifact: Callable[..., Path], tmp_path: P
     assert verdict(folder).answer != "no"
 
 
+def test_lmdeploy_knows_the_published_names_alone(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """`KeyError: 'model.embed_tokens.weight'`, said its TurboMind of transformers' own names, which vLLM takes too."""
+    out = spoiled(artifact("awq"), tmp_path / "named anew", Break(AWQ, None, lambda q: None))
+    places = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    newer = {n: n.replace("model.", "model.language_model.", 1).replace("visual.", "model.visual.", 1) for n in places}
+    for file in set(places.values()):
+        tensors = {newer[n]: t for n, t in load_file(out / file).items()}
+        (out / file).unlink()  # a link to the fixture's own
+        save_file(tensors, out / file, metadata={"format": "pt"})
+    index = json.dumps({"weight_map": {newer[n]: f for n, f in places.items()}})
+    (out / "model.safetensors.index.json").unlink()
+    (out / "model.safetensors.index.json").write_text(index)
+    for place, fits in (("lmdeploy:turbomind", False), ("lmdeploy:pytorch", False), ("vllm:cuda", True)):
+        assert ("names" in fatal(verdict(out, place))) is not fits
+        assert (verdict(out, place).answer != "no") is fits
+
+
 def nested(config: Config) -> None:
     config["architectures"] = ["LlavaForConditionalGeneration"]
 

@@ -106,7 +106,7 @@ def test_the_cache_by_hand(seven: dict[str, Path]) -> None:
     context = 5 * 2**27  # what a process has of the card before any weight
     for cache in (turbomind, pytorch):
         assert cache.weights == pytest.approx(6.64 * GIB, rel=0.01)  # as vLLM has them, on an H100
-        assert cache.free == CARD.free - context - cache.weights
+        assert cache.free == CARD.free - context - cache.weights - cache.beside
         base = cache.free - cache.reserved
         assert cache.tokens == int(base * cache.share) // (64 * cache.kv_token) * 64
         assert cache.free - cache.tokens * cache.kv_token >= cache.work
@@ -122,6 +122,24 @@ def test_the_cache_by_hand(seven: dict[str, Path]) -> None:
     two = cache_of(model, CARD, backend="turbomind", tp=2)
     assert two.kv_token == turbomind.kv_token // 2
     assert two.tokens > 2 * turbomind.tokens
+
+
+def test_held_against_the_engine(seven: dict[str, Path], tmp_path: Path) -> None:
+    """LMDeploy 0.18.0 on an H200 of which 24 GiB were free, 2026-11-21: what CUDA had free behind the weights (in the
+    log "Object cache budget ... from free", "minimal free gpu memory") and the blocks that it made of it."""
+    model, card = read_model(seven["awq"]), replace(CARD, free=24575 << 20, capability=9.0)
+    turbomind, pytorch = (cache_of(model, card, backend=name) for name in ("turbomind", "pytorch"))
+    assert turbomind.free == pytest.approx(14247.56 * 2**20, rel=0.07)
+    assert turbomind.free < 14247 << 20  # never more than there was
+    assert pytorch.free == pytest.approx(13013 << 20, rel=0.03)
+    assert pytorch.tokens == pytest.approx(2414 * 64, rel=0.03)
+    # under 24 large pictures and texts: what the passes took beside the cache; the logits' reserve is a part of it
+    assert turbomind.work > 2235 << 20
+    assert pytorch.reserved + (1 - pytorch.share) * (pytorch.free - pytorch.reserved) > 4120 << 20
+    two, whole = read_model(write("qwen2-vl-2b", tmp_path / "two")), replace(card, free=143155 << 20)
+    assert cache_of(two, whole, backend="turbomind").free == pytest.approx(137273 << 20, rel=0.01)
+    ada = cache_of(model, replace(card, capability=8.9), backend="pytorch")  # Triton's kernels, no second copy
+    assert ada.free - pytorch.free == pytorch.beside
 
 
 def test_a_small_card_has_a_smaller_prefill(seven: dict[str, Path]) -> None:

@@ -47,6 +47,7 @@ TURBOMIND = frozenset(
     }
 )
 GROUPS = {"awq": (128,), "gptq": (128,), "compressed-tensors": (32, 128)}
+QWEN2_VL = ("Qwen2VL", "Qwen2_5_VL")
 QWEN_VISION_HEADS = (64, 80)  # the head sizes that TurboMind's own Qwen2-VL encoder is made for
 
 # PyTorch engine: classes that hand quantization_config to the decoder, and those whose decoder looks for it in a
@@ -103,6 +104,16 @@ def turbomind_format(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("group size", True, f"{method} in groups of {group}; TurboMind takes {sizes}", "quantize again")
 
 
+def older_names(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Both engines look Qwen2-VL's tensors up by the names they were published under; transformers has new ones."""
+    if not subject.architecture.startswith(QWEN2_VL):
+        return
+    newer = sorted(name for name in subject.tensors if name.startswith(("model.language_model.", "model.visual.")))
+    if newer:
+        why = f"{newer[0]}: LMDeploy knows {subject.architecture} by its published names, model.* and visual.*"
+        yield Finding("names", True, why, "save it with transformers' save_pretrained, or serve with vLLM")
+
+
 def turbomind_fused(subject: Subject, setting: Setting) -> Iterator[Finding]:
     """q, k and v in different formats are unpacked together; nothing else is."""
     for found in fused_alike(subject, setting):
@@ -113,7 +124,7 @@ def turbomind_fused(subject: Subject, setting: Setting) -> Iterator[Finding]:
 
 
 def turbomind_vision(subject: Subject, setting: Setting) -> Iterator[Finding]:
-    if not subject.architecture.startswith(("Qwen2VL", "Qwen2_5_VL")):
+    if not subject.architecture.startswith(QWEN2_VL):
         return
     vision = subject.config.get("vision_config") or {}
     width, heads = vision.get("embed_dim") or vision.get("hidden_size"), vision.get("num_heads")
@@ -184,7 +195,7 @@ def pytorch_list(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("skip list", True, why, "serve with TurboMind or vLLM, or quantize without --keep")
 
 
-SHARED = (new_enough, whole, files_there, remote_code, heads_divide, split)
+SHARED = (new_enough, whole, files_there, remote_code, older_names, heads_divide, split)
 PLACES = (
     Place(
         "lmdeploy", "turbomind", SEEN, (turbomind_class, turbomind_format, turbomind_fused, turbomind_vision, *SHARED)
