@@ -88,9 +88,9 @@ def weights_of(model: Model, card: Gpu, *, backend: str, tp: int) -> int:
 def beside_of(model: Model, card: Gpu, *, backend: str, tp: int) -> int:
     """What loading takes beside the weights and does not give back, bytes on each card.
 
-    TurboMind's kernels want int4 weights in an order of their own. Where the PyTorch engine uses them it keeps the order
-    of the file too (backends/cuda/turbomind_awq_modules.py). TurboMind itself had 2.3 GiB more in use beside 3.2 packed
-    than beside 16 bit; why was not found out, and the 3.2 are counted.
+    TurboMind's kernels want int4 weights in an order of their own. Where the PyTorch engine uses them it keeps the
+    order of the file too (backends/cuda/turbomind_awq_modules.py). TurboMind itself had 2.3 GiB more in use beside 3.2
+    packed than beside 16 bit; why was not found out, and the 3.2 are counted.
     """
     if backend == "pytorch" and not (model.weights.packed and card.capability == HOPPER):
         return 0
