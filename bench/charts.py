@@ -1,4 +1,4 @@
-"""Kinds of plots as SVG: lines, ratios with their intervals, dots. Knows no report and no measure.
+"""Kinds of plots as SVG: lines and dots. Knows no report and no measure; bars are stack.py's, ratios spans.py's.
 
 Lines and dots are named where they are, not in a legend; what several plots share is in the functions at the end.
 """
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .colours import series
-from .show import times
 from .svg import (
     BOLD,
     SIZE,
@@ -84,7 +83,7 @@ def line_chart(
     names = max((text_width(one.name, BOLD) for one in named), default=0.0)
     right = min(names, width / 3.5)
     shown = fitted_apart([one.name for one in named], right, BOLD)
-    ys += _in_sight(ys, [end for one in lines for _, *ends in one.spans for end in ends])
+    ys += in_sight(ys, [end for one in lines for _, *ends in one.spans for end in ends])
     ys += [] if mark_at is None else [mark_at]
     log_y = min(ys) > 0 and (log_y or max(ys) > MANY * min(ys))
     y_title = ", ".join(filter(None, (y_title, "log scale" if log_y else "")))
@@ -125,7 +124,7 @@ def _line(one: Line, x: Scale, y: Scale, aside: float) -> str:
     return element("g", path, *whiskers, *dots, class_=series(one.index) + (" dashed" if one.dashed else ""))
 
 
-def _in_sight(values: Sequence[float], ends: Sequence[float]) -> list[float]:
+def in_sight(values: Sequence[float], ends: Sequence[float]) -> list[float]:
     """The ends of intervals, none farther than `FAR` times from all of the values that they are of."""
     low, high = min(values) / FAR, max(values) * FAR
     return [min(max(end, low), high) for end in ends]
@@ -134,61 +133,6 @@ def _in_sight(values: Sequence[float], ends: Sequence[float]) -> list[float]:
 def _leader(x1: float, y1: float, x2: float, y2: float) -> str:
     """A thin line from a point to its name, where the name had to move away; else nothing."""
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_="leader") if abs(y2 - y1) > LEAD / 2 else ""
-
-
-def ratio_chart(rows: Sequence[tuple[str, Sequence[Dot]]], *, label: str, one: str, width: float = 520) -> str:
-    """For each row (a measure) dots at ratios with their intervals, on a logarithmic scale around 1, `one`'s own value.
-
-    A dot is filled where its interval leaves out 1, or where it has none to doubt it. ValueError without a dot.
-    """
-    dots = [dot for _, found in rows for dot in found]
-    if not dots or min(min(d.x, d.low or d.x) for d in dots) <= 0:
-        raise ValueError("a plot of ratios needs a dot at least, and ratios above 0")
-    reach = [1.0, *(d.x for d in dots)]
-    reach += _in_sight(reach, [end for d in dots for end in (d.low, d.high) if end is not None])
-    low, high = min(reach) / 1.08, max(reach) * 1.08
-    narrow = width < 420
-    left = 0.0 if narrow else max(text_width(name, BOLD) for name, _ in rows) + 12
-    values = max(text_width(f" {times(d.x)}", BOLD) for d in dots)
-    longest = max(text_width(d.name, BOLD) for d in dots)
-    right = min(longest, width * NAMED - values) + values + 12
-    names = [d.name for d in dots]
-    shown = dict(zip(names, fitted_apart(names, right - values - 12, BOLD), strict=True))
-    x = Scale(low, high, left + 8, width - right, log=True)
-    heads = 18 if narrow else 0
-    drawn, top = [], 24.0
-    body = []
-    for name, found in rows:
-        body.append(words(0, top + (13 if narrow else 15), fitted(name, width, BOLD), class_="name"))
-        top += heads
-        for dot in found:
-            middle = top + 11
-            a, b = (x.at(v) for v in (dot.low or dot.x, dot.high or dot.x))
-            doubtful = dot.low is not None and dot.high is not None and dot.low <= 1 <= dot.high
-            said = f"{dot.name}, {name}: {times(dot.x)}"
-            said += f", {dot.low:.3g} to {dot.high:.3g}" if dot.low is not None and dot.high is not None else ""
-            body.append(
-                element(
-                    "g",
-                    element("line", x1=a, x2=b, y1=middle, y2=middle, class_="whisker"),
-                    mark(x.at(dot.x), middle, dot.index, hint(said), hollow=doubtful),
-                    words(width - right + 10, middle + 4, f"{shown[dot.name]} {times(dot.x)}", class_="own"),
-                    class_=series(dot.index),
-                )
-            )
-            top += 20
-        top += 8
-    free = [x.at(1)]  # where words stand
-    for value in [1.0, *log_ticks(low, high)]:
-        at = x.at(value)
-        if drawn and min(abs(at - taken) for taken in free) < 34:
-            continue
-        free.append(at)
-        drawn.append(element("line", x1=at, x2=at, y1=20, y2=top, class_="limit" if value == 1 else "grid"))
-        drawn.append(words(at, 13, f"{number(value)}×", anchor="middle"))
-    room = 2 * min(x.at(1), width - x.at(1))
-    drawn.append(words(x.at(1), top + 14, fitted(f"as {one}", room), anchor="middle"))
-    return picture([*drawn, *body], width=width, height=top + 20, label=label)
 
 
 def dot_chart(

@@ -11,17 +11,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from ..recipes.progress import Step, Tell, silent
 from ..serve.machine import this_machine
-from ..serve.running import end
+from .follow import clean, follow, plain
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements" / "backends"
 PYTHON = "3.11"  # what the requirements are pinned for
@@ -111,63 +108,6 @@ def find_uv() -> str:
     return found
 
 
-def clean() -> dict[str, str]:
-    """This process's variables without those that lead another Python back into its own environment."""
-    drop = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "UV_PROJECT_ENVIRONMENT")
-    kept = {k: v for k, v in os.environ.items() if k not in drop}
-    return {"OMP_WAIT_POLICY": "PASSIVE", **kept, "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"}
-
-
-def follow(
-    command: Sequence[str],
-    *,
-    env: Mapping[str, str],
-    log: Path,
-    on_line: Callable[[str], None],
-    cwd: Path | None = None,
-) -> tuple[int, str]:
-    """Run `command` to its end: (exit code, last line that is not empty).
-
-    Every byte is added to `log`, every line goes to `on_line`; a carriage return ends a line too. Whatever interrupts
-    this ends the command and its children.
-    """
-    last = ""
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command,
-            env=dict(env),
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            assert process.stdout is not None
-            for line in _lines(process.stdout, file):
-                last = line
-                on_line(line)
-            return process.wait(), last
-        finally:
-            if process.poll() is None:
-                end(process)
-
-
-def _lines(pipe: IO[bytes], copy: IO[bytes]) -> Iterator[str]:
-    rest = b""
-    while piece := os.read(pipe.fileno(), 65536):
-        copy.write(piece)
-        copy.flush()
-        *whole, rest = re.split(rb"[\r\n]", rest + piece)
-        yield from (text for line in whole if (text := _plain(line)))
-    if text := _plain(rest):
-        yield text
-
-
-def _plain(line: bytes) -> str:
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line.decode("utf-8", "replace")).strip()
-
-
 def _users_own(name: str) -> Path | None:
     variable = f"MMQ_{name.upper().replace('-', '_')}_PYTHON"
     value = os.environ.get(variable)
@@ -242,7 +182,7 @@ def _make(name: str, uv: str, file: Path, made: Path, log: Path, tell: Tell) -> 
 
 def _reason(log: Path, last: str) -> str:
     """uv's own error and its causes in one line."""
-    lines = [_plain(line) for line in log.read_bytes().splitlines()]
+    lines = [plain(line) for line in log.read_bytes().splitlines()]
     start = next((i for i, line in enumerate(lines) if line.startswith("error:")), None)
     said = " ".join(" ".join(lines[start : start + 4]).split()).removeprefix("error: ") if start is not None else last
     return said if len(said) <= 300 else said[:300] + " ..."

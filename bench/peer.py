@@ -26,8 +26,8 @@ from ..recipes.progress import Tell, silent
 from ..recipes.recipe import Recipe
 from ..recipes.samples import Sample, digest
 from .backends import BACKENDS, Asked
-from .bars import listener
-from .environments import clean, environment, follow
+from .environments import environment
+from .follow import clean, follow, listener
 
 PEERS = Path(__file__).parent / "peers"
 

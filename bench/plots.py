@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .charts import Dot, Line, dot_chart, line_chart, ratio_chart
+from .charts import Dot, Line, dot_chart, line_chart
 from .colours import part
 from .plot import Plot, drawn, in_words, made, sound
 from .report import Figure, Report
 from .show import amount, number_of, ratio_of, show
+from .spans import ratio_chart
 from .stack import Bar, bar_chart
 
 RATIOS = (  # input tok/s and time are output tok/s again

@@ -24,8 +24,8 @@ import yaml
 
 from ..recipes.progress import Step, Tell, silent
 from ..serve.client import key_here, root
-from .bars import listener
-from .environments import State, clean, environment, follow, state
+from .environments import State, environment, state
+from .follow import clean, follow, listener
 
 NAME = "lm-eval"
 PICTURES = 8  # of one question at most; lm-eval's own number is 1, and drops the rest without a word

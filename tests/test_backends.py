@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mmq.bench.backends import BACKENDS, Backend, settle
 from mmq.bench.check import check
-from mmq.bench.environments import clean, environment, find_uv, follow, state
+from mmq.bench.environments import environment, find_uv, state
+from mmq.bench.follow import clean, follow
 from mmq.bench.peer import PEERS, quantize_with, run_script, write_samples
 from mmq.export.adopt import adopt
 from mmq.export.artifact import UNFINISHED, Artifact, open_artifact, prepare

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmq.bench.charts import Dot, Line, dot_chart, line_chart, ratio_chart
+from mmq.bench.charts import Dot, Line, dot_chart, line_chart
 from mmq.bench.colours import PARTS, ROLES, SERIES, part, resolved, series, shipped, variables
 from mmq.bench.report import Figure
 from mmq.bench.show import change, number_of, times
+from mmq.bench.spans import ratio_chart
 from mmq.bench.stack import Bar, bar_chart
 from mmq.bench.svg import (
     Scale,
