@@ -34,18 +34,26 @@ class Job:
 def matrix(
     sources: Sequence[str], methods: Sequence[str] = (), *, trust: bool = False, publish: Sequence[str] = ()
 ) -> list[Job]:
-    """Every recipe by every method (none: the recipe's own), in their order; one that cannot be published at `publish`
+    """Every recipe by every method (none: the recipe's own), in their order, of a folder of recipes each file; one that cannot be published at `publish`
     is a problem of its own. ValueError for an unknown method, and for two jobs of one name."""
     if unknown := [m for m in methods if m not in METHODS]:
         raise ValueError(f"no method {unknown[0]!r}; --methods takes {', '.join(METHODS)}, with commas between them")
     found: dict[str, Job] = {}
-    for source in sources:
+    for source in (file for named in sources for file in _files(named)):
         for method in methods or (None,):
             job = _job(source, method, trust, publish)
             if before := found.get(job.name.lower()):
                 raise ValueError(f"{before.source} and {source} would both make {job.name}; give them other names")
             found[job.name.lower()] = job
     return list(found.values())
+
+
+def _files(source: str) -> list[str]:
+    """The recipes in a folder that holds some and no model; any other `source` as it is."""
+    folder = Path(source)
+    if not source or not folder.is_dir() or (folder / "config.json").exists():
+        return [source]
+    return sorted(str(path) for path in folder.iterdir() if path.suffix in (".yaml", ".yml")) or [source]
 
 
 def _job(source: str, method: str | None, trust: bool, publish: Sequence[str]) -> Job:

@@ -102,7 +102,7 @@ def _here(model: str, hub: str, revision: str | None) -> Base | None:
         return Base(local.resolve(), local.resolve().name, "local", None)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ValueError(f"no folder {model}, and it is no hub id either; a hub id is OWNER/NAME")
-    if revision is not None and (not re.fullmatch(r"[\w./-]+", revision) or ".." in revision):
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
         raise ValueError(f"revision is {revision!r}; it must be a branch, a tag or a commit id")
     return None
 

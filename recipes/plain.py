@@ -93,6 +93,8 @@ def check_entries(folder: Path) -> None:
     try:
         home = folder.resolve()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise OSError(f"no folder {folder}") from None
     except RuntimeError:  # Python 3.11 says so of links in a circle
         raise OSError(f"{folder}: symbolic links in a circle") from None
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]

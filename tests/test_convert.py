@@ -117,6 +117,8 @@ def test_what_cannot_be_without_loss_is_refused(artifact: Callable[..., Path], p
         convert(artifact("bnb"), out, format="awq")
     with pytest.raises(ValueError, match="is not quantized"):
         convert(pebble, out, format="awq")
+    with pytest.raises(OSError, match=r"^no folder .*nowhere"):
+        convert(tmp_path / "nowhere", out, format="awq")
     for inside in (artifact("awq"), artifact("awq").parent):
         with pytest.raises(ValueError, match="holds what is to be read"):
             convert(artifact("awq"), inside, format="awq", overwrite=True)

@@ -413,8 +413,9 @@ def test_names_that_are_nothing():
         fetch("./nowhere")
     with pytest.raises(ValueError, match="hub is 'gitee'; it must be one of hf, modelscope"):
         fetch("some/model", hub="gitee")
-    with pytest.raises(ValueError, match="revision is"):
-        fetch("some/model", revision="../../etc")
+    for elsewhere in ("../../etc", "/etc/hostname"):
+        with pytest.raises(ValueError, match="revision is"):
+            fetch("some/model", revision=elsewhere)
     with pytest.raises(ValueError, match="pebble is on this machine"):
         fetch("pebble", revision="main")
 

@@ -70,6 +70,18 @@ def test_a_method_that_a_recipe_cannot_have_is_that_jobs_alone(tmp_path: Path) -
     assert "method bnb has one quality only" in bnb.problem
 
 
+def test_a_folder_of_recipes_is_its_files(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("name: one\nmodel: pebble\n", encoding="utf-8")
+    (tmp_path / "two.yml").write_text("name: two\n", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("not a recipe")
+    one, two, pebble = matrix([str(tmp_path), "pebble"])
+    assert (one.name, two.name, pebble.name) == ("one-awq", "two-awq", "pebble-awq")
+    assert one.recipe
+    assert "key 'model' is missing" in two.problem
+    (tmp_path / "config.json").write_text("{}")  # a model, whatever else is there
+    assert [job.source for job in matrix([str(tmp_path)])] == [str(tmp_path)]
+
+
 def test_what_no_matrix_is() -> None:
     with pytest.raises(ValueError, match=r"no method 'awk'; --methods takes awq, gptq"):
         matrix(["pebble"], ["awk"])
