@@ -34,8 +34,9 @@ class Job:
 def matrix(
     sources: Sequence[str], methods: Sequence[str] = (), *, trust: bool = False, publish: Sequence[str] = ()
 ) -> list[Job]:
-    """Every recipe by every method (none: the recipe's own), in their order, of a folder of recipes each file; one that cannot be published at `publish`
-    is a problem of its own. ValueError for an unknown method, and for two jobs of one name."""
+    """Every recipe by every method (none: the recipe's own), in their order, of a folder of recipes each file; one that
+    cannot be published at `publish` is a problem of its own. ValueError for an unknown method, and for two jobs of one
+    name."""
     if unknown := [m for m in methods if m not in METHODS]:
         raise ValueError(f"no method {unknown[0]!r}; --methods takes {', '.join(METHODS)}, with commas between them")
     found: dict[str, Job] = {}
