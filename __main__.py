@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from . import __version__
 from .commands import app, bench, check, convert, doctor, infer, plan, publish, quantize, recipes, report, run, serve
+from .commands.terminal import until_left
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -27,6 +29,7 @@ def cli() -> None:
 
 
 for one in (recipes, quantize, check, convert, plan, serve, infer, app, bench, report, publish, run, doctor):
+    one.command.callback = until_left(one.command.callback)
     cli.add_command(one.command)
 
 
@@ -52,6 +55,9 @@ def part() -> NoReturn:
 
 def main() -> None:
     """Run the command line; library errors become one line (MMQ_DEBUG=1 shows where they came from)."""
+    for name in ("stdin", "stdout", "stderr"):  # None where the caller has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
     try:
         cli(standalone_mode=False)
         if os.environ.get("TORCHELASTIC_RUN_ID"):

@@ -1,11 +1,15 @@
-"""What commands have in common on the terminal: tables, bars, the next command to type, a failed limit."""
+"""What commands have in common on the terminal: tables, bars, the next command to type, a failed limit, `| head`."""
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +24,30 @@ def exit_past_limits(result: Checked | None) -> None:
         for line in result.failures:
             click.echo(f"mmq: past the limit: {line}", err=True)
         sys.exit(1)
+
+
+def until_left(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """`callback`, ended as other programs are where the reader of its output leaves (`| head`): without a word, with
+    141. click and rich would make that 1, which is a verdict here."""
+
+    @wraps(callback)
+    def called(*args: Any, **options: Any) -> Any:
+        try:
+            return callback(*args, **options)
+        except BrokenPipeError as e:
+            outputs = select.poll()
+            for number in (1, 2):
+                outputs.register(number, 0)
+            if not outputs.poll(0):  # another pipe, to a process of ours
+                raise RuntimeError(f"a process that mmq needs is gone ({e})") from None
+        except SystemExit as e:
+            if not isinstance(e.__context__, BrokenPipeError):  # rich's way to say so
+                raise
+        for number in (1, 2):  # what is left to be written ends there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        sys.exit(128 + signal.SIGPIPE)
+
+    return called
 
 
 def show_table(head: list[str], rows: list[list[str]], *, err: bool = False) -> None:

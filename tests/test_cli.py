@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import vlm
 from transformers import AutoTokenizer
 
+from mmq.commands.terminal import until_left
 from mmq.export.alone import alone
 from mmq.recipes.pebble import model_folder
 
@@ -301,3 +303,29 @@ def test_serve_print_starts_nothing(mmq: Run) -> None:
     assert "--port 8123" in out
     assert "--seed 7" in out
     assert "only this machine can connect" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "pebble"], ["serve", "pebble", "--print"]])
+def test_a_reader_that_leaves(words: list[str], tmp_path: Path) -> None:
+    """As `| head`, and as other programs: no word, and no code that is a verdict."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mmq", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_told() -> None:
+    def write() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(RuntimeError, match=r"a process that mmq needs is gone \(.*Broken pipe"):
+        until_left(write)()
+
+
+def test_streams_that_the_caller_has_closed(tmp_path: Path) -> None:
+    """As a daemon's may be: a chat without input ends, and nothing is a fault of ours."""
+    command = f"{sys.executable} -m mmq infer http://127.0.0.1:9 <&- >&-"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, "no server answers" in one_line(done.stderr)) == (2, True)
