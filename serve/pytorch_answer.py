@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +44,7 @@ class Drawing:
         self.words, self.how, self.logprobs, self.parser = words, how, logprobs, parser
         self.tell, self.gone = tell, gone
         self.tokens: list[int] = []
+        self.change = dict(how.bias)  # token -> what is added to its logit
         self.raw: Tensor | None = None  # logits of the next token, [vocabulary], as the model gave them
         self.untold: list[Token] = []  # of which there is no text to tell yet
         self.held = ""  # text in which a stop may begin
@@ -59,6 +59,9 @@ class Drawing:
             self.prompt = False
             return
         token = int(value.reshape(-1)[0])
+        if self.how.presence_penalty or self.how.frequency_penalty:
+            once = 0.0 if token in self.tokens else self.how.presence_penalty
+            self.change[token] = self.change.get(token, 0.0) - once - self.how.frequency_penalty
         self.tokens.append(token)
         if self.logprobs is not None and self.raw is not None:
             self.untold.append(told_token(self.words, token, self.raw.float().log_softmax(-1), self.logprobs))
@@ -128,13 +131,10 @@ class Drawing:
 
     def steer(self, ids: Tensor, scores: Tensor) -> Tensor:
         """The last: OpenAI's penalties, for what was generated and not for the prompt, and biases."""
-        change = Counter(self.how.bias)
-        for token, count in Counter(self.tokens).items():
-            change[token] -= self.how.presence_penalty + self.how.frequency_penalty * count  # pyright: ignore
-        if not change:
+        if not self.change:
             return scores
-        at = torch.tensor([*change], device=scores.device)
-        by = torch.tensor([*change.values()], device=scores.device, dtype=scores.dtype)
+        at = torch.tensor([*self.change], device=scores.device)
+        by = torch.tensor([*self.change.values()], device=scores.device, dtype=scores.dtype)
         return scores.index_add(1, at, by[None])
 
 
@@ -160,8 +160,8 @@ def generation_config(base: Any, how: Sampling, *, room: int) -> Any:
     return config
 
 
-def draw(model: Any, inputs: Mapping[str, Any], config: Any, drawing: Drawing, *, seed: int | None) -> None:
-    """Draw the answer to one prompt, [1, tokens], to its end. On the model's thread alone."""
+def draw(model: Any, inputs: Any, config: Any, drawing: Drawing, *, seed: int | None) -> None:
+    """Draw the answer to one prompt, tensors of [1, tokens] and its media, to its end. On the model's thread alone."""
     processors: list[Any] = [drawing.note]
     if config.repetition_penalty not in (None, 1):
         processors.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
@@ -173,7 +173,7 @@ def draw(model: Any, inputs: Mapping[str, Any], config: Any, drawing: Drawing, *
             torch.manual_seed(seed)
         with contextlib.suppress(Ended):
             model.generate(
-                **inputs,
+                **inputs.to(model.device),  # not before: requests wait, and their pictures with them
                 **options,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*processors, drawing.steer]),

@@ -111,7 +111,9 @@ def asked(body: Mapping[str, Any], *, names: Sequence[str], chat: bool) -> Asked
         if value not in ASKS_NOTHING.get(key, ()) and key not in (CHAT if chat else COMPLETION):
             why = f"the pytorch engine has no {key:.60} in {'chats' if chat else 'completions'}"
             raise ValueError(f"{why}; serve with --engine vllm, or leave it out")
-    how, stream = sampling(said, chat=chat), bool(said.get("stream"))
+    how, stream = sampling(said, chat=chat), said.get("stream", False)
+    if not isinstance(stream, bool):
+        raise ValueError(f"stream is {stream!r:.60}; it must be true or false")
     usage = bool(_object(said, "stream_options").get("include_usage"))
     told = {"model": model, "how": how, "stream": stream, "usage": usage, "logprobs": _logprobs(said, chat=chat)}
     if not chat:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,12 +32,13 @@ READER = ThreadPoolExecutor(1, "mmq-reader")  # pictures become tensors here, wh
 
 @dataclass(frozen=True)
 class Ready:
-    """What one request wants of the model: tensors of each prompt, [1, tokens], and the longest answer to it."""
+    """What one request wants of the model: tensors of each prompt, [1, tokens], not on the model's device yet, and the
+    longest answer to it."""
 
     wanted: Asked
     model: Any
     processor: Any
-    prompts: tuple[tuple[Mapping[str, Any], int], ...]
+    prompts: tuple[tuple[Any, int], ...]
 
     @property
     def tokens(self) -> int:
@@ -86,7 +87,6 @@ class Endpoint:
         prompts = []
         for inputs in texts:
             room = self._room(inputs["input_ids"].shape[-1], wanted.how.max_tokens)
-            inputs = inputs.to(model.device)
             for name, value in inputs.items():  # a processor may not know in which type the model looks at pictures
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
                     inputs[name] = value.to(model.dtype)
@@ -197,7 +197,7 @@ class Endpoint:
 
         def job() -> list[float]:
             self._choose(ready.wanted)
-            return prompt_logprobs(ready.model, inputs)
+            return prompt_logprobs(ready.model, inputs.to(ready.model.device))
 
         values = await self.thread.async_submit(job)
         words = getattr(ready.processor, "tokenizer", ready.processor)

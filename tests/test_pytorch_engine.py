@@ -239,6 +239,7 @@ HELLO: Any = [{"role": "user", "content": "hello"}]
         ({"n": 2, "temperature": 0}, 400, "which gives one answer"),
         ({"n": 0}, 400, "n is 0; it must be a whole number from 1 to 128"),
         ({"top_logprobs": 2}, 400, "top_logprobs goes with logprobs"),
+        ({"stream": "no"}, 400, "stream is 'no'; it must be true or false"),
         ({"generation_config": "{}"}, 400, "has no generation_config in chats"),
         ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, 400, "which the server alone says"),
         ({"messages": []}, 400, "must have messages, at least one"),

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from mmq.export.restored import load_model
 from mmq.export.subject import Linear, read_subject
 from mmq.export.view import view
+from mmq.quantize.inputs import encode
+from mmq.quantize.skeleton import build
+from mmq.recipes.pebble.tasks import samples
 from mmq.serve.engines import plan
 from mmq.serve.lora import Adapter, held_bytes, read_adapter, read_adapters
 from mmq.serve.machine import GIB, Machine
@@ -157,6 +160,26 @@ def test_lookups_take_adapters(tmp_path: Path) -> None:
     plain = load_model(folder, dtype=torch.float32)
     plain.get_input_embeddings().weight.data += 2 * (b @ a).T
     assert far(told, logits(plain)) < 1e-5
+
+
+def test_the_picture_encoder_takes_adapters(pebble: Path, tmp_path: Path) -> None:
+    sample = next(s for s in samples("test", 20) if len(s.images) == 1)
+    model: Any = load_model(pebble, dtype=torch.float32)
+    inputs = encode(build(pebble), sample, prompt_only=True)
+    inner = dict(model.named_modules())
+    tensors = pair("model.visual.blocks.0.attn.qkv", 128, 384) | pair("model.visual.merger.mlp.2", 512, 256)
+    choice = attach(model, [write(tmp_path / "it", tensors)], architecture="Qwen2VLForConditionalGeneration")
+    told = []
+    with torch.no_grad():
+        for choice.name in ("", "it"):
+            told.append(model(**inputs).logits[0].float())
+        choice.name = ""
+        for name in ("blocks.0.attn.qkv", "merger.mlp.2"):
+            a, b = (tensors[f"base_model.model.model.visual.{name}.lora_{side}.weight"] for side in "AB")
+            inner[f"model.visual.{name}"].weight.data += 2 * b @ a  # pyright: ignore
+        merged = model(**inputs).logits[0].float()
+    assert far(told[1], told[0]) > 1e-3
+    assert far(told[1], merged) < 1e-5
 
 
 def test_factors_are_pefts(tmp_path: Path) -> None:
