@@ -55,9 +55,9 @@ def part() -> NoReturn:
 
 def main() -> None:
     """Run the command line; library errors become one line (MMQ_DEBUG=1 shows where they came from)."""
-    for name in ("stdin", "stdout", "stderr"):  # None where the caller has closed it
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     try:
         cli(standalone_mode=False)
         if os.environ.get("TORCHELASTIC_RUN_ID"):
