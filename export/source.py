@@ -146,11 +146,11 @@ def public_manifest(manifest: Mapping[str, Any], source: Source) -> dict[str, An
 
 
 def without_paths(tree: Any) -> Any:
-    """The same JSON, each text that is a path from the root or from a home by its last part."""
+    """The same JSON, each text that is a path from the root, a home or the folder one was in by its last part."""
     if isinstance(tree, Mapping):
         return {k: without_paths(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
         return [without_paths(v) for v in tree]
-    if isinstance(tree, str) and re.match(r"(/|~|[A-Za-z]:[\\/])\S*[\\/]\S", tree):
+    if isinstance(tree, str) and re.match(r"(/[^\s/]|~[\w.-]*/|\.{1,2}/|[A-Za-z]:[\\/])([^\n]*[\\/])?\S", tree):
         return re.split(r"[\\/]", tree.rstrip("\\/"))[-1]
     return tree

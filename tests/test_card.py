@@ -285,5 +285,7 @@ def test_no_path_of_this_machine_is_published() -> None:
         assert told["base"]["model"] == (source.model or "Qwen-mine")
         assert told["calibration"]["name"] == "photos.jsonl"
         assert "secret" not in card(Artifact(Path("out"), manifest), source, TOLD)
-    paths = ["/a/b c/d", "~/x/y", r"C:\me\z", "drawn", "a/b", "1/2"]
-    assert without_paths(paths) == ["d", "y", "z", "drawn", "a/b", "1/2"]
+    paths = ["/a/b c/d", "/my files/d", "/d", "~/x/y", "~me/x/y", "../me/x.jsonl", "./x/y", r"C:\me\z"]
+    assert without_paths(paths) == ["d", "d", "d", "y", "y", "x.jsonl", "y", "z"]
+    words = ["drawn", "a/b", "1/2", "~5 tokens/s", "/ or \\", "...", "left/right"]
+    assert without_paths(words) == words
