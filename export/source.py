@@ -151,6 +151,6 @@ def without_paths(tree: Any) -> Any:
         return {k: without_paths(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
         return [without_paths(v) for v in tree]
-    if isinstance(tree, str) and re.match(r"(/[^\s/]|~[\w.-]*/|\.{1,2}/|[A-Za-z]:[\\/])([^\n]*[\\/])?\S", tree):
+    if isinstance(tree, str) and re.match(r"(/[^\s/]|~[\w.-]*/|\.{1,2}/|[A-Za-z]:[\\/])", tree):
         return re.split(r"[\\/]", tree.rstrip("\\/"))[-1]
     return tree
