@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import openai
 
 TIMEOUT = 600.0  # seconds for one answer
+NO_KEY = "none"  # what openai's client, which must have a key, is given without one
 # by name: openai has its HTTP client from httpx or httpx2, as its version will; the server was there, and is gone
 BROKEN_OFF = ("RemoteProtocolError", "ReadError")
 
@@ -63,8 +64,8 @@ def _client_options(url: str, api_key: str | None, timeout: float, retries: int)
 
 
 def key_here() -> str:
-    """The key that the environment has for servers, "none" where it has none."""
-    return os.environ.get("MMQ_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
+    """The key that the environment has for servers, `NO_KEY` where it has none."""
+    return os.environ.get("MMQ_API_KEY") or os.environ.get("VLLM_API_KEY") or NO_KEY
 
 
 def connect(url: str, *, api_key: str | None = None, timeout: float = TIMEOUT, retries: int = 2) -> openai.OpenAI:
@@ -94,8 +95,9 @@ def plain_errors(url: str) -> Iterator[None]:
         if type(e.__cause__).__name__ in BROKEN_OFF:
             raise RuntimeError(f"the server at {url} broke off its answer; its log tells whether it died") from None
         raise ConnectionError(f"no server answers at {url}; start one with `mmq serve ARTIFACT`") from None
-    except (openai.AuthenticationError, openai.PermissionDeniedError):
-        raise OSError(f"the server at {url} wants an API key; set MMQ_API_KEY") from None
+    except openai.AuthenticationError as e:
+        wanted = "an API key" if e.request.headers.get("Authorization") == f"Bearer {NO_KEY}" else "another API key"
+        raise OSError(f"the server at {url} wants {wanted}; set MMQ_API_KEY, or give --api-key-file") from None
     except openai.APIStatusError as e:
         body: Any = e.body
         said = body.get("message") if isinstance(body, dict) else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import importlib.util
 import textwrap
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -87,17 +89,10 @@ def test_a_server_that_is_not_there() -> None:
         Client(f"http://127.0.0.1:{free_port()}").infer([InferRequest("hello")])
 
 
-@pytest.mark.parametrize(
-    ("status", "kind", "body"),
-    [
-        (200, "text/html", b"<html>"),
-        (200, "application/json", b"<html>"),
-        (200, "application/json", b'{"models": []}'),
-        (200, "application/json", b'{"data": [3]}'),
-        (404, "text/html", b"nothing here"),
-    ],
-)
-def test_a_server_of_something_else(status: int, kind: str, body: bytes) -> None:
+@contextlib.contextmanager
+def answering(status: int, kind: str, body: bytes) -> Iterator[str]:
+    """A server that says one thing to all."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
@@ -110,9 +105,37 @@ def test_a_server_of_something_else(status: int, kind: str, body: bytes) -> None
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(OSError, match="answers, but not as an OpenAI-compatible server"):
-            _ = Client(f"http://127.0.0.1:{server.server_port}").models
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body"),
+    [
+        (200, "text/html", b"<html>"),
+        (200, "application/json", b"<html>"),
+        (200, "application/json", b'{"models": []}'),
+        (200, "application/json", b'{"data": [3]}'),
+        (404, "text/html", b"nothing here"),
+    ],
+)
+def test_a_server_of_something_else(status: int, kind: str, body: bytes) -> None:
+    expected = pytest.raises(OSError, match="answers, but not as an OpenAI-compatible server")
+    with answering(status, kind, body) as url, expected:
+        _ = Client(url).models
+
+
+def test_a_server_that_wants_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MMQ_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with answering(401, "application/json", b'{"error": {"message": "no"}}') as url:
+        with pytest.raises(OSError, match="wants an API key; set MMQ_API_KEY, or give --api-key-file"):
+            _ = Client(url).models
+        with pytest.raises(OSError, match="wants another API key;"):
+            _ = Client(url, api_key="old").models
+    said = b'{"error": {"message": "ask for 127.0.0.1"}}'
+    with answering(403, "application/json", said) as url, pytest.raises(ValueError, match=r"\(403\): ask for 127"):
+        _ = Client(url).models
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/models", "/v1/chat/completions", "/v1/completions"])
