@@ -223,6 +223,7 @@ def test_a_dry_run_asks_nobody_and_leaves_the_card(keeper: HubKeeper, mmq: Calla
     ("words", "told"),
     [
         (["me/model"], "is no place to publish to"),
+        (["hf:me/model", "hf:me/Model"], "names that differ in case alone are one"),
         (["hf:me/model", "--tag", "a b"], "tag is 'a b'"),
         (["hf:me/model", "--tag", "main"], "no branch's name"),
         (["hf:me/model", "--license", "gemma"], "may not let you publish what is made of it"),
