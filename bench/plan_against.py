@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -164,7 +165,7 @@ def main(folders: tuple[Path, ...], budgets: tuple[str, ...], engine_flags: str,
     for folder in folders:
         for budget in map(parse_bytes, budgets):
             log = logs / f"{folder.name}-{budget // GIB}.log" if logs else None
-            held = hold(folder, budget, extra=engine_flags.split(), machine=machine, log=log)
+            held = hold(folder, budget, extra=shlex.split(engine_flags), machine=machine, log=log)
             click.echo(row(held))
             if out is not None:
                 facts: dict[str, Any] = {**asdict(held), "off": held.off, "failure": held.failure}

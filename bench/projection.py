@@ -9,8 +9,9 @@ cards, no engine.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..serve.shape import kv_token_bytes
 from ..serve.weights import Weights, read_weights
 from .report import Figure
 
+OTHERS = {"ti", "super", "laptop", "d"}  # after a card's number: another card
 READ = ("decoder", "head", "other")  # parts of the weights that every step reads
 
 
@@ -73,10 +75,21 @@ def card_here(machine: Machine) -> Card | None:
     if not machine.gpus:
         return None
     gpu = machine.gpus[0]
-    words = set(re.findall(r"[a-z0-9]+", gpu.name.lower()))
-    found = [c for key, c in CARDS.items() if set(re.split(r"\W", key)[:1]) <= words]
+    words = _words(gpu.name)
+    pairs = {a + b for a, b in itertools.pairwise(words)}  # RTX 4060 Ti is the table's 4060ti
+    found = [c for key, c in CARDS.items() if re.split(r"\W", key)[0] in {*words, *pairs} and _alike(words, c)]
     near = [c for c in found if abs(c.memory - gpu.memory) < 0.1 * c.memory]
     return near[0] if len(near) == 1 else None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
+def _alike(words: Sequence[str], card: Card) -> bool:
+    """Whether no word of a driver's name makes it another card, of another bandwidth: H100 PCIe is no H100 SXM."""
+    told = set(_words(card.name))
+    return OTHERS & set(words) <= told and not ("pcie" in words and "sxm" in told)
 
 
 def carries_over(card: Card, machine: Machine, *, budgeted: bool) -> list[str]:

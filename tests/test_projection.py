@@ -63,6 +63,11 @@ def test_the_share_that_was_reached_here_is_carried_to_the_other_card(pebble: Pa
         ("NVIDIA A100-SXM4-80GB", 80, "A100 80GB SXM"),
         ("NVIDIA A100-SXM4-40GB", 40, "A100 40GB"),
         ("NVIDIA B200", 180, None),
+        ("NVIDIA GeForce RTX 4060 Ti", 16, "GeForce RTX 4060 Ti 16GB"),
+        ("NVIDIA GeForce RTX 3090 Ti", 24, None),  # of the same size, with another bandwidth
+        ("NVIDIA GeForce RTX 4080 SUPER", 16, None),
+        ("NVIDIA H100 PCIe", 80, None),
+        ("NVIDIA A100-PCIE-40GB", 40, "A100 40GB"),
     ],
 )
 def test_the_card_that_is_here(name: str, gib: float, card: str | None) -> None:
