@@ -77,7 +77,9 @@ def publish(
         raise ValueError("name at least one place to publish to: hf:OWNER/NAME or modelscope:OWNER/NAME")
     places = list(dict.fromkeys(parse_target(t) for t in targets))
     if len({str(place).lower() for place in places}) < len(places):
-        raise ValueError(f"{', '.join(map(str, places))}: to a hub, names that differ in case alone are one; name it once")
+        raise ValueError(
+            f"{', '.join(map(str, places))}: names that differ in case alone are one to a hub; name it once"
+        )
     tell(Step("verify", 0, 1, folder.name))
     artifact = open_artifact(folder, verify=True)
     tell(Step("verify", 1, 1, folder.name))

@@ -14,7 +14,7 @@ from torch import nn
 from ..quantize.skeleton import Skeleton, read_config
 from ..quantize.spelling import idle_linears, spellings
 from ..recipes.folder import headers
-from ..recipes.remote import INDEX, goes_along
+from ..recipes.remote import INDEX, TEMPLATES, goes_along
 from .artifact import write_json
 from .config import CONFIGS, Packing
 from .order import Order, quantized_names
@@ -77,8 +77,11 @@ def _is_matrix(name: str, module: nn.Module, skeleton: Skeleton) -> bool:
     return isinstance(module, nn.Linear) or router
 
 
-def copy_small_files(base: Path, out: Path) -> None:
-    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code."""
+def copy_small_files(base: Path, out: Path) -> list[str]:
+    """Everything beside the weights: processors, tokenizer, chat template, generation config, the model's own code.
+    What of the model's is not taken along, in words: an artifact has no folders."""
     for path in sorted(base.iterdir()):
         if path.is_file() and path.name not in WRITTEN and goes_along(path.name):
             shutil.copyfile(path, out / path.name)
+    named = sorted(path.stem for path in base.glob(f"{TEMPLATES}/*.jinja"))
+    return [f"the chat templates {', '.join(named)} of {TEMPLATES} are not in it; the model's own is"] if named else []

@@ -133,8 +133,7 @@ def make(
     notes = [{k: v for k, v in n.items() if k != "tokens"} for n in notes]
     write_index(out, (*layer_files, *rest))
     write_config(skeleton, order)
-    copy_small_files(base.path, out)
-    mended = mend_words(out)
+    beside = [*copy_small_files(base.path, out), *mend_words(out)]
     made = finish(
         out,
         hashes,
@@ -158,7 +157,7 @@ def make(
             "quantized": sorted(quantized_names(skeleton, order)),
             "layers": notes[: len(skeleton.layers)],
             "head": notes[-1] | {"name": head.stored, "untied": head.tied} if head else None,
-            "notes": [*skeleton.notes, *mended],
+            "notes": [*skeleton.notes, *beside],
             "paces": [dataclasses.asdict(p) for p in paces(out)],  # more than one: the bytes are so within rounding
             "versions": versions(),
         },

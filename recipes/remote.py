@@ -12,6 +12,7 @@ INDEX = "model.safetensors.index.json"
 SMALL = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LEFT_BEHIND = (".safetensors", *PICKLES, ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
+TEMPLATES = "additional_chat_templates"  # a folder of chat templates by name, beside the one that is the model's
 LEGAL = ("LICENSE", "NOTICE")  # which go with whatever is made of the model, LICENSE.md too
 
 
@@ -40,7 +41,7 @@ def small(files: Iterable[RemoteFile]) -> list[RemoteFile]:
     """What is needed beside the weights: configs, tokenizer, processors, templates, Python files, the licence."""
 
     def wanted(path: PurePosixPath) -> bool:
-        if path.parts[:-1] == ("additional_chat_templates",):
+        if path.parts[:-1] == (TEMPLATES,):
             return path.suffix == ".jinja"
         top = len(path.parts) == 1
         return top and (path.suffix in SMALL or path.name.startswith(LEGAL)) and not _training(path.name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .plain import object_of, read_bytes, read_json
+from .remote import TEMPLATES
 
 LONGEST = 1 << 20  # bytes of a template; the longest of released models have some 20,000
 SECONDS = 5  # of a processor; usual templates take milliseconds
@@ -90,7 +91,7 @@ _CONVERSATIONS = ([_WORDS], [_PARTS], [_SYSTEM, _WORDS, _ANSWER, _WORDS], [_PART
 def templates_of(folder: Path) -> tuple[str, ...]:
     """The chat templates in every place that engines look for them. OSError and ValueError as the files give it."""
     found: list[Any] = []
-    for path in (folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))):
+    for path in (folder / "chat_template.jinja", *sorted(folder.glob(f"{TEMPLATES}/*.jinja"))):
         if path.is_file():
             found.append(read_bytes(path, most=LONGEST).decode("utf-8", "replace"))
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):

@@ -146,8 +146,12 @@ def test_hidden_files_of_the_base_are_not_copied(tmp_path: Path) -> None:
     out.mkdir()
     for name in (".env", ".gitattributes", "chat_template.jinja", "modeling_x.py", "model.safetensors"):
         (base / name).write_text("x")
-    copy_small_files(base, out)
+    assert copy_small_files(base, out) == []
     assert {p.name for p in out.iterdir()} == {"chat_template.jinja", "modeling_x.py"}
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    (told,) = copy_small_files(base, out)
+    assert "the chat templates tool_use of additional_chat_templates are not in it" in told
 
 
 def test_overwrite_replaces_an_artifact(artifact: Artifact, tmp_path: Path) -> None:
