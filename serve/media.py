@@ -20,24 +20,23 @@ from ..recipes.plain import read_bytes
 from ..recipes.reading import PICTURE, opened
 from .client import Message
 from .inside import mmq_parts
-from .inside.mmq_parts import KINDS, TAG, Medium, compose
+from .inside.mmq_parts import BARE, KINDS, TAG, USUAL_TYPE, Medium, compose
 
 __all__ = ["KINDS", "TAG", "Medium", "compose", "conversation", "image_url", "media_of", "part", "user_message"]
 
 LARGEST = 1 << 30  # bytes of a video's or a sound's file
 SENT_AS_THEY_ARE = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
-USUAL_TYPE = {"video": "video/mp4", "audio": "audio/wav"}  # of a file whose name does not tell
 
 
 def part(kind: str, address: str | Path, *, folder: Path = Path()) -> dict[str, Any]:
-    """The part of a message for one medium: web and data addresses as they are, a file (relative to `folder`) as a data
-    URL. ValueError names a file that is missing or no picture. Quotes that a terminal puts around a file dropped on it
-    are taken off.
+    """The part of a message for one medium: web and data addresses as they are, a file (relative to `folder`) and bare
+    base64 as a data URL. ValueError names a file that is missing or no picture. Quotes that a terminal puts around a
+    file dropped on it are taken off.
     """
     address = str(address).strip()
     if len(address) > 1 and address[0] == address[-1] and address[0] in "'\"":
         address = address[1:-1]
-    if not re.match(r"(https?://|data:)", address):
+    if not re.match(r"(https?://|data:)", address) and not BARE.fullmatch(address):
         path = Path(unquote(urlsplit(address).path)) if address.startswith("file://") else Path(address).expanduser()
         address = image_url(folder / path) if kind == "image" else _data_url(kind, folder / path)
     return mmq_parts.url_part(kind, address)

@@ -17,7 +17,7 @@ import pytest
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.progress import Step
 from mmq.serve.api import Answer, Client, InferRequest, RequestConfig, launch
-from mmq.serve.client import root
+from mmq.serve.client import connect, root
 from mmq.serve.running import Server, free_port
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -87,6 +87,21 @@ def test_what_cannot_be_sent_is_told_before_a_request(request_: InferRequest, me
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(OSError, match="no server answers"):
         Client(f"http://127.0.0.1:{free_port()}").infer([InferRequest("hello")])
+
+
+@needs_vllm
+def test_base64_alone(served: Server, pictures: list[Path]) -> None:
+    """As ms-swift's clients send it: by ours, and to the server by anybody's."""
+    bare = base64.encodebytes(pictures[0].read_bytes()).decode()
+    asked = [user("<image>Which colour does the square have?")]
+    assert shape(InferRequest(asked, [bare]))[0][0] == f"data:image/png;base64,{''.join(bare.split())}"
+    assert Client(served.url).infer([InferRequest(asked, [bare])]).texts == ["The square is black."]
+    with connect(served.url) as client:
+        more = {"images": [bare]}
+        reply = client.chat.completions.create(model=served.name, messages=asked, temperature=0, extra_body=more)  # type: ignore[arg-type]
+        assert reply.choices[0].message.content == "The square is black."
+    with pytest.raises(ValueError, match="no picture that can be read"):
+        _ = Client(served.url).infer([InferRequest(asked, ["QUJD" * 100])]).texts
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 KINDS = ("image", "video", "audio")
 TAG = re.compile(rf"\(<({'|'.join(KINDS)})>\./</\1>\)|<({'|'.join(KINDS)})>")  # the first is in MiniCPM-V's own prompts
 ROLES = ("system", "developer", "user", "assistant", "tool")
+BARE = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")  # base64 alone; no file's name is so long, and without a dot
+USUAL_TYPE = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}  # where nothing tells; bytes decide
 PASSED_ON = ("detail", "uuid", "cache_control")  # what a server's part may say beside its address
 
 Medium = tuple[str, dict[str, Any]]  # "image", "video" or "audio", and its part of a message
@@ -21,7 +23,9 @@ Part = Callable[[str, str], dict[str, Any]]  # (kind, address) -> the part of a 
 
 
 def url_part(kind: str, address: str) -> dict[str, Any]:
-    """OpenAI's part for a medium at an address."""
+    """OpenAI's part for a medium at an address, or of its bare base64."""
+    if BARE.fullmatch(address):
+        address = f"data:{USUAL_TYPE[kind]};base64,{''.join(address.split())}"
     return {"type": f"{kind}_url", f"{kind}_url": {"url": address}}
 
 
