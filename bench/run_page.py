@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..export.inert import inert
 from ..recipes.terminal import human
 from .done import Done, StepDone
 from .report import markdown_table, read_report
@@ -56,18 +57,18 @@ def markdown(results: Sequence[Done]) -> str:
     lines += [_row(HEAD), _row(["---"] * 2 + ["---:"] * (len(HEAD) - 2))]
     for result, row in zip(results, rows(results), strict=True):
         sign = SIGNS.get(result.state, FAILED)
-        lines.append(_row([_code(row[0]), f"{sign} {_words(row[1])}", *map(_words, row[2:])]))
+        lines.append(_row([_code(row[0]), f"{sign} {inert(row[1])}", *map(inert, row[2:])]))
     if wrong := [result for result in results if result.why]:
         lines += ["", "## What went wrong", ""]
         for result in wrong:
-            lines += [f"- {_code(result.name)}: {_words(result.why[0])}", *(f"  - {_words(w)}" for w in result.why[1:])]
+            lines += [f"- {_code(result.name)}: {inert(result.why[0])}", *(f"  - {inert(w)}" for w in result.why[1:])]
     for result in results:
         lines += ["", *_about(result)] if result.steps else []
     return "\n".join(lines) + "\n"
 
 
 def _about(result: Done) -> list[str]:
-    lines = [f"<details><summary>{_words(result.name)}</summary>", ""]
+    lines = [f"<details><summary>{inert(result.name)}</summary>", ""]
     lines += [_row(["step", "", "time"]), _row(["---", "---", "---:"])]
     lines += [_row([step.name, _step(step), "" if step.kept else f"{step.seconds:.1f} s"]) for step in result.steps]
     if result.measures:
@@ -98,17 +99,11 @@ def _speeds(file: Path) -> list[str]:
     except (OSError, ValueError):
         return []
     found = [markdown_table(*table(report))] if report.numbers else []
-    return [*found, *(f"- {_words(line)}" for line in warnings(report))]
+    return [*found, *(f"- {inert(line)}" for line in warnings(report))]
 
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _words(text: str) -> str:
-    """Text that stays text: on one line, no HTML, no link, no table cell of its own."""
-    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~#!@])", r"\\\1", plain)
 
 
 def _code(text: str) -> str:

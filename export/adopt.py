@@ -25,7 +25,7 @@ from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Recipe
 from .artifact import Artifact, check_disk, finish
 from .beside import copy_small_files, write_config, write_index
-from .order import Order, address, expected_bytes, files_of, quantized_names, versions
+from .order import Order, base_entry, expected_bytes, files_of, quantized_names, versions
 from .packed_folder import Packed, open_packed
 from .packing import pack_lossless
 from .view import packed_shape
@@ -80,12 +80,7 @@ def adopt(
         "symmetric": symmetric,
         "backend": dict(backend),
         "recipe": dataclasses.asdict(recipe),
-        "base": {
-            "model": address(recipe, base),
-            "hub": base.hub,
-            "revision": base.revision,
-            "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
-        },
+        "base": base_entry(skeleton, order),
         "calibration": calibration,
         "quantized": sorted(quantized_names(skeleton, order)),
         "layers": [{"index": i, "errors": {}} for i in range(len(layer_files))],

@@ -34,6 +34,7 @@ from .marks import Pace, keep_pace, marks, pace, paces
 from .order import (
     Order,
     address,
+    base_entry,
     check_experts,
     check_floats,
     expected_bytes,
@@ -147,12 +148,7 @@ def make(
             "symmetric": symmetric,
             "quality": recipe.quality,
             "recipe": dataclasses.asdict(recipe),
-            "base": {
-                "model": address(recipe, base),
-                "hub": base.hub,
-                "revision": base.revision,
-                "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
-            },
+            "base": base_entry(skeleton, order),
             "calibration": None if tokens is None else {"name": calibration, "digest": mine["calibration"], **tokens},
             "quantized": sorted(quantized_names(skeleton, order)),
             "layers": notes[: len(skeleton.layers)],

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..quantize.family import Group
@@ -113,6 +114,16 @@ def address(recipe: Recipe, base: Base) -> str:
     return (
         str(base.path) if base.hub == "local" else base.name if base.hub == "embedded" else model_on(recipe, base.hub)
     )
+
+
+def base_entry(skeleton: Skeleton, order: Order) -> dict[str, Any]:
+    """The manifest's `base`."""
+    return {
+        "model": address(order.recipe, order.base),
+        "hub": order.base.hub,
+        "revision": order.base.revision,
+        "weight_bytes": sum(m.nbytes for m in skeleton.source.metas.values()),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -136,12 +136,13 @@ def test_the_worst_job_is_the_exit_code() -> None:
 
 
 def test_the_page_is_words_whatever_a_recipe_says() -> None:
-    hostile = "<img src=x onerror=alert(1)> | [click](javascript:x) `a` **b** @everyone"
+    hostile = "<img src=x onerror=alert(1)> | [click](javascript:x) `a` **b** @everyone https://x.example"
     text = markdown([done(code=2, state="failed", why=(hostile,), steps=(StepDone("quantize", 2, 1.0),))])
     assert "<img" not in text
     assert "\\[click\\]" in text
     assert "| [" not in text
-    assert "\\@everyone" in text
+    assert "@everyone" not in text
+    assert "://" not in text  # a bare address would become a link
     assert markdown([]).startswith("# 0 of 0")
 
 
