@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..export.alone import alone
 from ..recipes.progress import Step, Tell, silent
 from ..serve.flags import number
 from ..serve.footprint import footprint
@@ -88,7 +89,8 @@ def compare(
     own, () for none; None: up to saturation. `interleave`: auto, together, restart or off. `extra` flags go to every
     server. Beside the load each is asked for its `stages`, `answers` sample questions and lm-eval's `tasks`, the first
     `tasks_limit` questions of each. A variant that fails does not stop the others: `settings["failed"]` has its reason.
-    ValueError for names and settings, RuntimeError where nothing could be measured.
+    ValueError for names and settings, and where another process measures in the folder; RuntimeError where nothing
+    could be measured.
     """
     subjects = find(names, folder=folder, tell=tell)
     for subject in subjects:
@@ -138,10 +140,11 @@ def compare(
     )
     left = [(up, ns) for up, ns in visits(mode, labels, load.runs) if any(_left(bench, label, ns) for label in up)]
     if left:
-        with terminate_is_exit(), generator(journal.place / "generator.log") as ask:
+        place = journal.place
+        with alone(place, "mmq bench"), terminate_is_exit(), generator(place / "generator.log") as ask:
             for up, numbers in left:
                 wanted = [v for v in variants if v.label in up and v.label not in bench.failed]
-                places = {"place": journal.place, "timeout": timeout, "card": nvml, "tell": tell}
+                places = {"place": place, "timeout": timeout, "card": nvml, "tell": tell}
                 with servers(wanted, failed=lambda label, e: _fail(bench, label, e), **places) as ups:
                     _visit(bench, ask, ups, numbers)
     measured = [v for v in variants if outcome.rate_of(journal, v.label, load.concurrency) is not None]

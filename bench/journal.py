@@ -47,7 +47,8 @@ def open_journal(
         lines = _lines(file)
         if lines and lines[0] == head and not (file.parent / REPORT).exists():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.write_text(text, encoding="utf-8")  # without half a line at its end
+            if file.read_text(encoding="utf-8") != text:
+                file.write_text(text, encoding="utf-8")  # without half a line at its end
             return Journal(file.parent, lines[1:])
     stem = "-".join([re.sub(r"\W", "", created[:19]), *labels])
     place = next(p for n in range(1, 1000) if not (p := out / (stem if n == 1 else f"{stem}-{n}")).exists())

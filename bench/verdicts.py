@@ -17,7 +17,7 @@ from .report import Figure, Level, Ratio, Report
 
 FASTER, SLOWER, SAME, NOISY, UNKNOWN = "faster", "slower", "the same", "noisy", "unknown"
 NO_INTERVAL = "too few runs, or not taken in turns, so nothing tells this from noise"
-INT4_LEAVES = ("image_preprocessing", "vision_tower", "picture")  # stages that int4 weights of the decoder leave alone
+INT4_LEAVES = ("image_preprocessing", "vision_tower", "picture", "other")  # stages without the decoder's weights
 
 
 @dataclass(frozen=True)

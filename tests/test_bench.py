@@ -43,6 +43,7 @@ from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
 from mmq.bench.table import markdown, sweep_table, table, tails, warnings
 from mmq.bench.turns import block_of, levels_of, mode_of, runs_at, saturated, turn, visits
 from mmq.bench.variants import Variant, dropped, flags_for, servers
+from mmq.export.alone import alone
 from mmq.recipes.hub import fetch
 from mmq.recipes.progress import silent
 from mmq.serve.bill import Ask, read_model
@@ -193,8 +194,8 @@ def test_a_ratio_of_pairs_has_an_interval_that_drift_does_not_widen() -> None:
     assert unsure(noisy)
     assert not unsure(found)
     assert not unsure(ratio([10.0, 10.1, 10.0, 10.1], [10.1, 10.0, 10.1, 10.0]))  # the same, and sure of it
-    for alone in (ratio([10.0], [12.0]), ratio([10.0, 11.0], [12.0, 13.0], paired=False)):
-        assert (alone.low, alone.high) == (None, None)
+    for single in (ratio([10.0], [12.0]), ratio([10.0, 11.0], [12.0, 13.0], paired=False)):
+        assert (single.low, single.high) == (None, None)
     with pytest.raises(ValueError, match="2 and 1 runs are no pairs"):
         ratio([1.0, 2.0], [1.0])
 
@@ -752,6 +753,21 @@ def test_more_sequences_than_the_cache_holds_are_told(artifact: Callable[..., Pa
         beyond = run(server.url, model=server.name, sequences=fits.sequences + 4, prompt=312, out=200)
         assert not beyond.fine
         assert beyond.preemptions or beyond.together < beyond.sequences
+
+
+@needs_vllm
+def test_two_do_not_measure_in_one_folder(folder: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"folder": folder, "out": tmp_path / "r", "load": SMALL, "stages": False, "timeout": 0.1}
+    with pytest.raises(RuntimeError):  # no engine is up so soon: the folder is left to be taken up
+        compare(["awq"], **asked)
+    (place,) = (tmp_path / "r").iterdir()
+    kept = (place / "journal.jsonl").read_text(encoding="utf-8")
+    with (
+        alone(place, "mmq bench"),
+        pytest.raises(ValueError, match=r"another `mmq bench` works in .*-awq; wait"),
+    ):
+        compare(["awq"], **asked)
+    assert (place / "journal.jsonl").read_text(encoding="utf-8") == kept
 
 
 def test_a_context_too_long_is_told_before_any_start(folder: Path, tmp_path: Path) -> None:
