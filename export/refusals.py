@@ -1,19 +1,8 @@
-"""What a hub's refusals mean for whoever publishes, in one line without an address or a token. Knows no hub's API."""
+"""What a hub's refusals mean for whoever publishes, in one line. Knows no hub's API."""
 
 from __future__ import annotations
 
-import re
-
-from ..recipes.plain import shown
 from .remote import Interrupted
-
-
-def clean(text: str, secret: str | None = None) -> str:
-    """A hub's own words in one short line, without addresses (which may be signed), the token `secret`, and anything
-    that looks like one."""
-    text = text.replace(secret, "(token)") if secret else text
-    text = re.sub(r"https?://\S+|\S*\?\S+=\S*", "(address)", " ".join(text.split()))
-    return re.sub(r"\b(hf_|ms-)[\w-]{8,}", "(token)", shown(text))[:300]
 
 
 def trouble(host: str, repo: str, what: str, status: int | None, told: str, login: str) -> OSError:

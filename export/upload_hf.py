@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..recipes.progress import Step, Tell, silent
-from .refusals import clean, trouble
+from ..recipes.remote import clean
+from .refusals import trouble
 from .remote import Interrupted, Item, Kept, There
 
 BATCH = 8  # files that are asked for and sent together

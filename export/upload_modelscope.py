@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from ..recipes.hub_modelscope import BRANCH, COMMIT, quiet
 from ..recipes.progress import Step, Tell, silent
-from .refusals import clean, trouble
+from ..recipes.remote import clean
+from .refusals import trouble
 from .remote import Item, Kept, There
 
 ATTEMPTS = 4  # of one blob, 1, 2 and 4 seconds apart

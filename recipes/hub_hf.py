@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .remote import Remote, RemoteFile, Unreachable
+from .remote import Remote, RemoteFile, Unreachable, clean
 
 BRANCH = "main"
 
@@ -139,4 +139,6 @@ def _explained(error: Exception, model: str, revision: str | None) -> Exception:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    from huggingface_hub import get_token
+
+    return clean(str(error), get_token()) or type(error).__name__

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .remote import Remote, RemoteFile, Unreachable
+from .remote import Remote, RemoteFile, Unreachable, clean
 
 BRANCH = "master"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -121,7 +121,7 @@ def _host() -> str:
 
 def _explained(error: Exception, model: str) -> Exception:
     """One clear line for what modelscope_hub raised; Unreachable where the network or the hub is down."""
-    from modelscope_hub import errors
+    from modelscope_hub import HubConfig, errors
 
     host = _host()
     login = "log in with `modelscope login` or set MODELSCOPE_API_TOKEN"
@@ -139,8 +139,12 @@ def _explained(error: Exception, model: str) -> Exception:
     if isinstance(error, errors.NetworkError | errors.ServerError):
         return Unreachable(f"cannot reach {host} ({type(error).__name__})")
     if isinstance(error, errors.HubError):
-        return OSError(f"{model} could not be had from {host}: {' '.join(str(error).split())}")
-    return error if isinstance(error, OSError) else OSError(f"{model} could not be had from {host}: {error!r}")
+        return OSError(f"{model} could not be had from {host}: {clean(str(error), HubConfig().token)}")
+    if type(error) is OSError:  # our own
+        return error
+    return OSError(
+        f"{model} could not be had from {host}: {clean(f'{type(error).__name__}: {error}', HubConfig().token)}"
+    )
 
 
 @contextlib.contextmanager

@@ -1,11 +1,15 @@
-"""What a hub tells of a model: its commit and files; and which of the files are needed. Knows no network."""
+"""What a hub tells of a model: its commit and files, and what it says when something is wrong; and which of the files
+are needed. Knows no network."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+
+from .plain import shown
 
 INDEX = "model.safetensors.index.json"
 # Configs, tokenizers, processors, chat templates; .py files are kept as data, nothing here runs them.
@@ -92,3 +96,11 @@ def _no_safetensors(paths: list[str]) -> str:
 
 def _training(name: str) -> bool:
     return name.startswith(("training_args", "trainer_state", "optimizer", "scheduler", "rng_state"))
+
+
+def clean(text: str, secret: str | None = None) -> str:
+    """A hub's own words in one short line, without addresses (which may be signed), the token `secret`, and anything
+    that looks like one."""
+    text = text.replace(secret, "(token)") if secret else text
+    text = re.sub(r"https?://\S+|\S*\?\S+=\S*", "(address)", " ".join(text.split()))
+    return re.sub(r"\b(hf_|ms-)[\w-]{8,}", "(token)", shown(text))[:300]

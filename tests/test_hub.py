@@ -408,6 +408,19 @@ def test_a_folder_without_safetensors_says_what_it_holds(tmp_path, name, said):
         fetch(str(tmp_path))
 
 
+@pytest.mark.parametrize("hub", ["hf", "modelscope"])
+def test_a_download_that_fails_tells_no_signed_address(hub, monkeypatch):
+    from mmq.recipes import hub_hf, hub_modelscope
+
+    monkeypatch.setenv("HF_TOKEN", "my-very-own-token")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "my-very-own-token")
+    wrong = RuntimeError("GET https://cdn.example/blob?X-Signature=abcdef with my-very-own-token: \x1b[2J broken")
+    told = str(hub_hf._explained(wrong, "a/b", None) if hub == "hf" else hub_modelscope._explained(wrong, "a/b"))
+    assert "broken" in told
+    for secret in ("abcdef", "cdn.example", "my-very-own-token", "\x1b"):
+        assert secret not in told
+
+
 def test_names_that_are_nothing():
     with pytest.raises(ValueError, match=r"no folder \./nowhere, and it is no hub id either"):
         fetch("./nowhere")

@@ -445,7 +445,7 @@ def test_killed_in_the_middle_it_is_started_again(hub: str, keeper: HubKeeper, t
 
 
 def test_a_hubs_own_words_are_one_harmless_line() -> None:
-    from mmq.export.refusals import clean
+    from mmq.recipes.remote import clean
 
     said = f"no {TOKEN}\n\x1b[2J see https://x.y/z?{SIGNED} or /blob?{SIGNED}, my-very-own-secret hf_abcdefghijk"
     told = clean(said, "my-very-own-secret")
