@@ -7,6 +7,7 @@ conversation may be written are `inside/mmq_parts.py`'s, for servers take them t
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import mimetypes
 import re
@@ -36,7 +37,12 @@ def part(kind: str, address: str | Path, *, folder: Path = Path()) -> dict[str, 
     address = str(address).strip()
     if len(address) > 1 and address[0] == address[-1] and address[0] in "'\"":
         address = address[1:-1]
-    if not re.match(r"(https?://|data:)", address) and not BARE.fullmatch(address):
+    if kind == "image" and BARE.fullmatch(address):
+        try:
+            address = _sent(base64.b64decode(address), named="in base64")
+        except binascii.Error as e:
+            raise ValueError(f"the picture {address[:20]}... is neither a file nor base64: {e}") from None
+    elif not re.match(r"(https?://|data:)", address) and not BARE.fullmatch(address):
         path = Path(unquote(urlsplit(address).path)) if address.startswith("file://") else Path(address).expanduser()
         address = image_url(folder / path) if kind == "image" else _data_url(kind, folder / path)
     return mmq_parts.url_part(kind, address)
@@ -68,11 +74,21 @@ def image_url(picture: str | Path) -> str:
     """
     if isinstance(picture, str) and re.match(r"(https?://|data:)", picture):
         return picture
-    from PIL import UnidentifiedImageError
-
     path = Path(picture).expanduser()
     try:
         data = read_bytes(path, most=PICTURE)
+    except FileNotFoundError:
+        raise ValueError(f"no picture {path}") from None
+    except (OSError, ValueError) as e:  # the second of a name with a NUL
+        raise ValueError(f"the picture {path} cannot be read: {e}") from None
+    return _sent(data, named=path)
+
+
+def _sent(data: bytes, *, named: object) -> str:
+    """The data URL of a picture's bytes. ValueError where they are none."""
+    from PIL import UnidentifiedImageError
+
+    try:
         with opened(data) as image:
             image.load()
             kind = SENT_AS_THEY_ARE.get(image.format or "")
@@ -80,12 +96,10 @@ def image_url(picture: str | Path) -> str:
                 buffer = io.BytesIO()
                 image.convert("RGB").save(buffer, "PNG")
                 data, kind = buffer.getvalue(), "image/png"
-    except FileNotFoundError:
-        raise ValueError(f"no picture {path}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is no picture that can be read; PNG, JPEG, WEBP, GIF, BMP and TIFF can") from None
+        raise ValueError(f"{named} is no picture that can be read; PNG, JPEG, WEBP, GIF, BMP and TIFF can") from None
     except Exception as e:  # PIL's readers raise whatever a broken file makes them
-        raise ValueError(f"the picture {path} cannot be read: {e}") from None
+        raise ValueError(f"the picture {named} cannot be read: {e}") from None
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 

@@ -100,8 +100,9 @@ def test_base64_alone(served: Server, pictures: list[Path]) -> None:
         more = {"images": [bare]}
         reply = client.chat.completions.create(model=served.name, messages=asked, temperature=0, extra_body=more)  # type: ignore[arg-type]
         assert reply.choices[0].message.content == "The square is black."
-    with pytest.raises(ValueError, match="no picture that can be read"):
-        _ = Client(served.url).infer([InferRequest(asked, ["QUJD" * 100])]).texts
+    for wrong, why in (("QUJD" * 100, "in base64 is no picture that can be read"), ("a" * 1001, "neither a file nor")):
+        with pytest.raises(ValueError, match=why):
+            InferRequest(asked, [wrong]).as_openai()
 
 
 @contextlib.contextmanager
