@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from mmq_parts import USUAL_TYPE
 from mmq_refused import Refused
 from mmq_settings import Allowance
 
@@ -35,7 +36,7 @@ DESCRIPTIONS = (
     *("tools", "functions", "tool_choice", "response_format", "structured_outputs", "guided_json", "json_schema"),
     *("metadata", "chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs", "logit_bias"),
 )
-MIME = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav", "application": "application/octet-stream"}
+MIME = {**USUAL_TYPE, "application": "application/octet-stream"}
 FRAMES = "video/jpeg"  # of a data URL: not a file but pictures in base64, with commas between them
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of pictures
 _PART = re.compile(r"(?:input_)?(image|video|audio)")

@@ -152,8 +152,8 @@ def _pieces(given: Any, left: list[Medium] | None, part: Part) -> Iterator[dict[
         address, unknown = _address(kind, {k: v for k, v in given.items() if k not in (*PASSED_ON, "type")})
         if unknown:
             raise ValueError(
-                f"{', '.join(unknown)} of a part of type {said} is not for a server; sizes and frames are set for a "
-                'whole request, as in "mm_processor_kwargs": {"max_pixels": 501760} beside the messages'
+                f"{', '.join(unknown)} of a part of type {said} is not for a server; sizes and frames are set where it "
+                "is started (vLLM: --mm-processor-kwargs '{\"max_pixels\": 501760}')"
             )
         yield {**(part(kind, address) if address else _next(kind, left or [])), **more}
     else:
