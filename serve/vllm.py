@@ -28,6 +28,7 @@ from .rules.vllm_shapes import vision_heads
 from .shape import Shape, context_length, kv_token_bytes, read_shape, tokens_in
 
 RUNNER_COUNTS = (0, 29)  # the release since which vLLM's newer model runner sets memory aside for all that it will take
+LOWERED = ("--cpu-offload-gb", "--quantization", "-q", "--hf-overrides")  # engine flags that make a model smaller
 CPU_CONTEXT = 8192  # tokens; a CPU prefills slowly, and eight such sequences bound the cache
 CPU_SEQUENCES = 8
 FEW_CORES = 4
@@ -166,10 +167,13 @@ def _cuda_flags(
         ask = replace(ask, context=min(ask.context, context_length(model.config)))
     found = planned(model, card, ask)
     if found.problem and ask.context is None:
-        raise ValueError(
-            f"{card.name}: {found.problem}; what would fit: {'; or '.join(found.changes)} "
-            f"(`mmq plan {target}` shows where the memory goes)"
-        )
+        if (lower := next((name for name in LOWERED if given(extra, name)), None)) is None:
+            raise ValueError(
+                f"{card.name}: {found.problem}; what would fit: {'; or '.join(found.changes)} (`mmq plan {target}` "
+                "shows where the memory goes; --max-model-len N starts it all the same)"
+            )
+        asked = Flag("--max-model-len", "auto", f"the plan does not count what {lower} saves; vLLM takes what fits")
+        return (asked, *(flag for flag in found.flags if flag.name != asked.name))
     if wanted is None:
         return found.flags
     doubt = f"; by the plan's estimate it does not fit: {found.problem}" if found.problem else ""

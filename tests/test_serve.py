@@ -180,6 +180,16 @@ def test_a_model_too_large_is_told(
         plan("vllm", checkpoint(weights=30 * GIB), machine=machine, environ={"MMQ_VLLM": str(program(vllm="0.32.0"))})
 
 
+def test_what_the_plan_cannot_count_is_left_to_the_engine(
+    program: Callable[..., Path], checkpoint: Callable[..., Path]
+) -> None:
+    folder, environ = checkpoint(weights=30 * GIB), {"MMQ_VLLM": str(program(vllm="0.32.0"))}
+    for extra in (["--cpu-offload-gb", "12"], ["-q=fp8"]):
+        found = plan("vllm", folder, machine=DESK, environ=environ, extra=extra)
+        assert value(found, "--max-model-len") == "auto"
+    assert value(plan("vllm", folder, machine=DESK, environ=environ, max_model_len=512), "--max-model-len") == "512"
+
+
 def test_bitsandbytes_needs_its_plugin(program: Callable[..., Path], checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     environ = {"MMQ_VLLM": str(program(vllm="0.30.0", bitsandbytes="0.50.2"))}
