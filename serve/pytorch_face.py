@@ -4,6 +4,7 @@ refused by name, never left out without a word. Knows neither torch nor a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,27 +53,8 @@ CHAT = BOTH | {
     "media_io_kwargs",
 }
 COMPLETION = BOTH | {"prompt"}
-# words to a template that are the engine's own to say: which template, and what comes of it
-TEMPLATES_OWN = frozenset(
-    {
-        "chat_template",
-        "conversation",
-        "add_generation_prompt",
-        "continue_final_message",
-        "documents",
-        "load_audio_from_video",
-        "max_length",
-        "padding",
-        "processor_kwargs",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
+# words to a template that are the engine's own to say
+TEMPLATES_OWN = frozenset({"add_generation_prompt", "chat_template", "documents", "messages", "tokenize", "tools"})
 
 
 @dataclass(frozen=True)
@@ -86,7 +68,8 @@ class Asked:
     messages: Sequence[Mapping[str, Any]] = ()
     prompts: Sequence[str | list[int]] = ()
     tools: list[Any] | None = None
-    template: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)  # words to the chat's template
+    frames: Mapping[str, Any] = field(default_factory=dict)  # of videos: fps or num_frames
     logprobs: int | None = None
     stream: bool = False
     usage: bool = False
@@ -134,6 +117,7 @@ def asked(body: Mapping[str, Any], *, names: Sequence[str], chat: bool) -> Asked
         messages=[plain_message(message) for message in messages],
         tools=tools,
         template=_template(said),
+        frames=_frames(said),
         prompt_logprobs=prompt is not None,
         opened=opened,
     )
@@ -175,14 +159,24 @@ def _is_token(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool) and item >= 0
 
 
-def _template(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Words to the chat's template; vLLM's words for a video's frames among them, of which transformers takes one."""
-    words = dict(_object(said, "chat_template_kwargs"))
+def _template(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Words to the chat's template."""
+    words = _object(said, "chat_template_kwargs")
     if own := sorted(words.keys() & TEMPLATES_OWN):
         raise ValueError(f"chat_template_kwargs has {own[0]}, which the server alone says; leave it out")
+    return words
+
+
+def _frames(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Which frames of a video: of vLLM's words the one that transformers takes."""
     loaded = _object(_object(said, "media_io_kwargs"), "video")
-    frames = [key for key in ("fps", "num_frames") if loaded.get(key) is not None]
-    return {**words, frames[0]: loaded[frames[0]]} if frames else words
+    found = next((key for key in ("fps", "num_frames") if loaded.get(key) is not None), None)
+    if found is None:
+        return {}
+    value = loaded[found]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{found} of videos is {value!r:.60}; it must be a number above 0")
+    return {found: value}
 
 
 def plain_message(message: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from fastapi.responses import JSONResponse, StreamingResponse
 from transformers.cli.serving.utils import Modality, build_response_parser
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from .pytorch_answer import Drawing, draw, ends_of, generation_config
 from .pytorch_face import Asked, asked
@@ -63,10 +64,9 @@ class Endpoint:
             return refusal(str(e.args[0]), 404)
         except ValueError as e:
             return refusal(str(e), 400)
-        try:
-            ready = await asyncio.get_running_loop().run_in_executor(READER, self._ready, wanted)
-        except Exception as e:  # templates and processors raise whatever they like
-            return refusal(str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}", 400)
+        ready = await asyncio.get_running_loop().run_in_executor(READER, self._read, wanted)
+        if isinstance(ready, str):
+            return refusal(ready, 400)
         form = Form(request_id, wanted.model, self.chat, wanted.logprobs is not None)
         if wanted.stream:
             return StreamingResponse(self._stream(ready, form), media_type="text/event-stream")
@@ -74,6 +74,15 @@ class Endpoint:
             return JSONResponse(await self._whole(ready, form))
         except Exception as e:
             return refusal(broken(e), 500)
+
+    def _read(self, wanted: Asked) -> Ready | str:
+        """The request, ready, or what is wrong with it. Templates and processors raise whatever they like, StopIteration
+        too, which no future can hold: it would be waited for without an end."""
+        try:
+            return self._ready(wanted)
+        except Exception as e:
+            said = str(e) or "the model's processor cannot read this request"
+            return said if type(e) is ValueError else f"{type(e).__name__}: {said}"
 
     def _ready(self, wanted: Asked) -> Ready:
         """The request's prompts as tensors. ValueError where one, or what is wanted behind it, is past the context, and
@@ -99,8 +108,10 @@ class Endpoint:
         if modality == Modality.LLM and (media := [p["type"] for p in parts if p["type"] != "text"]):
             raise ValueError(f"this model takes words alone, and the request has a part of type {media[0]}")
         video = any(part["type"] == "video_url" for part in parts)
-        # of a video the frames that its processor takes by itself: a short one has not the 32 of transformers serve
-        frames = {"num_frames": None, "load_audio_from_video": modality == Modality.MULTIMODAL} if video else {}
+        options: dict[str, Any] = template_words(processor, {**self.handler.chat_template_kwargs, **wanted.template})
+        if video:  # the frames that its processor takes by itself: a short one has not the 32 of transformers serve
+            options["processor_kwargs"] = {"num_frames": None, **wanted.frames}
+            options["load_audio_from_video"] = modality == Modality.MULTIMODAL
         return processor.apply_chat_template(
             self.handler.get_processor_inputs_from_messages(wanted.messages, modality),
             add_generation_prompt=wanted.opened,
@@ -108,7 +119,7 @@ class Endpoint:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            **{**frames, **self.handler.chat_template_kwargs, **wanted.template},
+            **options,
         )
 
     def _room(self, length: int, wanted: int | None) -> int:
@@ -208,6 +219,14 @@ class Endpoint:
     def _choose(self, wanted: Asked) -> None:
         """On the model's thread: compute with the adapter that the request names, or with none."""
         self.choice.name = "" if wanted.model == self.names[0] else wanted.model
+
+
+def template_words(processor: Any, words: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `words` that the model's template knows. A processor would take all others for settings of its own, as
+    the size that pictures are made; vLLM leaves them out."""
+    template = getattr(processor, "chat_template", None)
+    known = _get_template_variables(template.get("default") if isinstance(template, dict) else template)
+    return {name: value for name, value in words.items() if name in known}
 
 
 def _completed(prompt: str | list[int], processor: Any, words: int) -> Any:

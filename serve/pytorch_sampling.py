@@ -25,6 +25,7 @@ NUMBERS: Mapping[str, tuple[float, float, bool]] = {
     "n": (1, 128, True),
 }
 BIAS = 100  # the most that OpenAI's logit_bias may say, either way
+COLD = 1e-5  # a temperature below which logits would overflow, and the likeliest token is taken, as vLLM has it
 COMPLETION_TOKENS = 16  # OpenAI's max_tokens of a completion that says none; of a chat it is what the context leaves
 TAKEN = frozenset({*NUMBERS, "max_completion_tokens", "stop", "logit_bias", "ignore_eos"})
 
@@ -59,6 +60,8 @@ def sampling(body: Mapping[str, Any], *, chat: bool) -> Sampling:
         if not _within(value, least, most, whole=whole):
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise ValueError(f"{key} is {value!r:.60}; it must be a {'whole ' * whole}number {bound}")
+    if given.get("temperature", 1) < COLD:
+        given["temperature"] = 0
     if not chat:
         given.setdefault("max_tokens", COMPLETION_TOKENS)
     if given.get("n", 1) > 1 and given.get("temperature") == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
 import math
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from PIL import Image
 
 from mmq.bench.generate import answers
 from mmq.bench.served import check_served
@@ -222,9 +224,16 @@ def test_videos(served_as: tuple[Path, Server], tmp_path: Path) -> None:
     assert less < length
 
 
-def picture(data: bytes) -> list[dict[str, object]]:
+def picture(data: bytes, text: str = "") -> list[dict[str, object]]:
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    parts: list[dict[str, object]] = [{"type": "image_url", "image_url": {"url": url}}]
+    return [{"role": "user", "content": [*parts, *([{"type": "text", "text": text}] if text else [])]}]
+
+
+def png() -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", (56, 56), "red").save(held, "PNG")
+    return held.getvalue()
 
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -250,6 +259,7 @@ HELLO: Any = [{"role": "user", "content": "hello"}]
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
         ({"messages": picture(b"no picture")}, 400, "picture"),
         ({"messages": [{"content": "hello"}]}, 400, "role"),
+        ({"messages": picture(png(), "<|image_pad|>")}, 400, "the model's processor cannot read this request"),
         ({"temperature": "warm"}, 400, "temperature"),
         ({"logit_bias": {"999999": 1}}, 400, "logit_bias names token 999999; the model has 2048"),
         ({"logit_bias": {"the": 1}}, 400, "logit_bias has 'the': 1"),
@@ -385,6 +395,19 @@ def test_a_penalty_is_openais(served_as: tuple[Path, Server], penalty: str, each
 
 @needs_server
 @only_awq
+def test_a_client_does_not_set_how_large_pictures_are_made(served_as: tuple[Path, Server]) -> None:
+    """What the template does not know of `chat_template_kwargs` is left out, as under vLLM."""
+    server = served_as[1]
+    with client_of(server) as client:
+        ask: Any = partial(client.chat.completions.create, model=server.name, max_tokens=1, temperature=0)
+        messages = as_openai(with_pictures()[0].question)
+        words = {"min_pixels": 10**6, "max_pixels": 10**7, "images_kwargs": {"min_pixels": 10**6}, "new": False}
+        sized = ask(messages=messages, extra_body={"chat_template_kwargs": words})
+        assert sized.usage == ask(messages=messages).usage
+
+
+@needs_server
+@only_awq
 def test_what_nobody_waits_for_is_not_drawn(served_as: tuple[Path, Server]) -> None:
     """A client that leaves a whole answer, and one that leaves a queue, do not keep the others waiting."""
     server = served_as[1]
@@ -443,7 +466,10 @@ def test_what_is_asked_in_other_words() -> None:
         with pytest.raises(ValueError, match="logprobs"):
             chat(body | wrong)
     sampled = {"media_io_kwargs": {"video": {"fps": 1.0, "max_frames": 8, "num_frames": 8}}}
-    assert chat(body | sampled).template == {"fps": 1.0}
+    assert chat(body | sampled).frames == {"fps": 1.0}
+    for wrong in (0, "1", math.inf, True):
+        with pytest.raises(ValueError, match="fps of videos is"):
+            chat(body | {"media_io_kwargs": {"video": {"fps": wrong}}})
     with pytest.raises(LookupError, match="this server has it, colour"):
         chat(body | {"model": "shape"})
     with pytest.raises(ValueError, match="no suffix in completions"):
@@ -469,6 +495,7 @@ def test_how_answers_are_drawn() -> None:
     chat = partial(sampling, chat=True)
     assert chat({"logit_bias": {"5": 1}, "stop": "END"}) == Sampling(bias={5: 1.0}, stop=("END",))
     assert chat({"logit_bias": {}, "stop": []}) == Sampling()
+    assert chat({"temperature": 1e-300}).temperature == 0
     for wrong in ([5], {"-1": 1}, {"1": 101}, {"1": True}, {"the": 1}):
         with pytest.raises(ValueError, match="logit_bias"):
             chat({"logit_bias": wrong})
