@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from .artifact import Artifact
 from .source import Source, without_paths
@@ -15,9 +17,24 @@ def source_name(source: Source) -> str:
     return source.model or source.name
 
 
+def came_packed(artifact: Artifact) -> Mapping[str, Any] | None:
+    """Of an artifact whose int4 another package made, and which mmq put into its format: `folder` and `format` of
+    that; None for what `mmq quantize` made."""
+    came = artifact.manifest.get("converted_from")
+    while came and came.get("before"):
+        came = came["before"]
+    return came if came and "digest" in came and came["digest"] is None else None
+
+
 def commands(artifact: Artifact, source: Source) -> list[str]:
-    """The lines that make the artifact again, from the pinned base."""
+    """The lines that make the artifact again, from the pinned base, or from the folder that another package packed."""
     manifest = artifact.manifest
+    if came := came_packed(artifact):
+        same = came["format"] == artifact.format
+        how = ["--repair"] if same else ["--format", artifact.format]
+        out = f"{came['folder']}-{'repaired' if same else artifact.format}"
+        check = ["mmq", "check", out, "--base", source.name]  # a folder
+        return [shlex.join(["mmq", "convert", came["folder"], *how]), shlex.join(check)]
     recipe, before = without_paths(dict(manifest["recipe"])), manifest.get("converted_from")
     words = ["mmq", "quantize", source_name(source)]
     words += ["--hub", source.hub] if source.hub == "modelscope" else []

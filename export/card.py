@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..recipes.terminal import human
-from .again import commands, source_name
+from .again import came_packed, commands, source_name
 from .artifact import Artifact
 from .card_words import ENGLISH, LANGUAGES
 from .inert import fenced, inert, link, table
@@ -142,7 +142,7 @@ def _what(artifact: Artifact, source: Source, words: Mapping[str, str]) -> list[
         [words["base"], source.model or source.name],
         [words["revision"], source.revision or words["none"]],
         [words["recipe"], f"{manifest['recipe']['name']}, v{manifest['recipe'].get('version', 1)}"],
-        [words["method"], f"{manifest['method']}, {manifest.get('quality', 'default')}"],
+        [words["method"], ", ".join(filter(None, [manifest["method"], manifest.get("quality")]))],
         [words["format"], f"{artifact.format}, {words['bits'].format(group=manifest['group_size'])}"],
         [words["linears"], f"{len(manifest['quantized'])}{words['head'] if manifest.get('head') else ''}"],
         [words["size"], f"{human(before)} → {human(after)}"],
@@ -150,7 +150,7 @@ def _what(artifact: Artifact, source: Source, words: Mapping[str, str]) -> list[
     ]
     if "backend" in manifest:
         rows.append([words["made_by"], f"{manifest['backend']['backend']} {manifest['backend']['version']}"])
-    said = words["what"].format(base=base)
+    said = words["what_packed" if came_packed(artifact) else "what"].format(base=base)
     return [said, table(["", ""], rows)]
 
 
@@ -197,7 +197,7 @@ def _calibration(artifact: Artifact, words: Mapping[str, str]) -> list[str]:
     info = artifact.manifest.get("calibration")
     head = f"### {words['calibration']}"
     if not info:
-        return [head, words["uncalibrated"]]
+        return [head, words["none"] if came_packed(artifact) else words["uncalibrated"]]
     shown = without_paths(dict(info))
     rows = [[words.get(f"calibration.{key}", key), value] for key, value in shown.items()]
     return [head, table(["", ""], rows)]
@@ -209,10 +209,13 @@ def _again(artifact: Artifact, source: Source, words: Mapping[str, str]) -> list
     recipe = without_paths(dict(manifest["recipe"]))
     recipe["model"] = source_name(source)
     exact = len(manifest.get("paces", ())) <= 1 and "backend" not in manifest
+    lines = fenced(commands(artifact, source), "sh")
+    if came_packed(artifact):
+        return [f"### {words['again']}", words["packed"].format(versions=inert(versions)), lines]
     parts = [
         f"### {words['again']}",
         (words["exact"] if exact else words["near"]).format(versions=inert(versions)),
-        fenced(commands(artifact, source), "sh"),
+        lines,
         words["recipe_file"],
         fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110).rstrip().split("\n"), "yaml"),
     ]

@@ -6,8 +6,10 @@ ENGLISH = {
     "language": "English",
     "anchor": "english",
     "none": "not told",
-    "what": "The decoder of {base} in 4 bits, made by mmq. Whatever is no linear of the decoder is the base's "
-    "own, to the bit.",
+    "what": "The decoder of {base} in 4 bits, made by mmq. Whatever lies outside the decoder's layers (an int4 output "
+    "head apart) is the base's own, to the bit; norms and biases within them may have taken up scales.",
+    "what_packed": "The decoder of {base} in 4 bits, quantized by another package and put into this format by mmq, the "
+    "same weights to the bit.",
     "base": "base model",
     "revision": "base revision",
     "recipe": "recipe",
@@ -74,6 +76,8 @@ ENGLISH = {
     "again": "Making it again",
     "exact": "The same bytes come of these lines on a machine of the same kind, with {versions}:",
     "near": "The same within rounding comes of these lines, with {versions}:",
+    "packed": "The same weights to the bit come of these lines from the folder that the other package wrote, with "
+    "{versions}:",
     "folder": "The base was a folder of its publisher's machine: put yours in its place.",
     "recipe_file": "Or as a recipe, `mmq quantize recipe.yaml`:",
     "limits": "Limits",
@@ -88,7 +92,9 @@ CHINESE = {
     "language": "中文",
     "anchor": "中文",
     "none": "未说明",
-    "what": "{base} 的解码器量化为 4 比特，由 mmq 制作。解码器线性层以外的部分与原模型逐位相同。",
+    "what": "{base} 的解码器量化为 4 比特，由 mmq 制作。解码器各层以外的部分（int4 输出层除外）与原模型逐位相同；"
+    "层内的归一化权重与偏置可能吸收了缩放系数。",
+    "what_packed": "{base} 的解码器由其他工具量化为 4 比特，再由 mmq 转换为此格式，权重逐位相同。",
     "base": "原模型",
     "revision": "原模型版本",
     "recipe": "配方",
@@ -155,6 +161,7 @@ CHINESE = {
     "again": "复现",
     "exact": "在同类机器上用 {versions} 执行以下命令，得到逐字节相同的结果：",
     "near": "用 {versions} 执行以下命令，得到舍入误差内相同的结果：",
+    "packed": "用 {versions} 对其他工具写出的文件夹执行以下命令，得到逐位相同的权重：",
     "folder": "原模型是发布者机器上的文件夹，请换成你自己的。",
     "recipe_file": "或写成配方，`mmq quantize recipe.yaml`：",
     "limits": "局限",

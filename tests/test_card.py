@@ -275,6 +275,24 @@ def test_only_free_licences_pass_without_a_flag(data: Mapping[str, Any], free: b
     assert "is gated" in obstacles(gated)[0]
 
 
+def test_what_another_package_packed_is_not_said_to_be_mmqs() -> None:
+    """Put into this format twice: it still is the other package's, and no line of ours makes it from the base."""
+    came = {"folder": "theirs", "format": "gptq", "digest": None}
+    again = {"folder": "theirs-awq", "format": "awq", "digest": "d" * 64, "before": came}
+    for before in (came, again):
+        theirs = artifact(converted_from=before, format="compressed-tensors", calibration=None, quality=None)
+        assert commands(theirs, SOURCE) == [
+            "mmq convert theirs --format compressed-tensors",
+            "mmq check theirs-compressed-tensors --base model",
+        ]
+        text = card(theirs, SOURCE, TOLD)
+        assert "quantized by another package" in text
+        for wrong in ("made by mmq", "mmq quantize", "The same bytes", "rounded without data", "awq, None"):
+            assert wrong not in text
+    mine = artifact(converted_from={"folder": "out-awq", "format": "awq", "digest": "d" * 64})
+    assert commands(mine, SOURCE)[0].startswith("mmq quantize org/model")
+
+
 def test_no_path_of_this_machine_is_published() -> None:
     local = {"model": "/home/me/secret/Qwen-mine", "hub": "local", "revision": None, "weight_bytes": 1}
     manifest = {**MANIFEST, "base": local, "recipe": {**MANIFEST["recipe"], "model": local["model"]}}
