@@ -78,15 +78,16 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
     if schema != SCHEMA:
         raise OSError(f"{file}: schema {schema}, this mmq reads {SCHEMA}; use the version that wrote it")
     check_manifest(manifest, file)
+    again = f"copy the folder again, or make it anew: {MANIFEST} has the recipe"
     for name, entry in files.items():
         item = path / name
         if not item.is_file():
-            raise OSError(f"{item}: missing from the artifact")
+            raise OSError(f"{item}: missing from the artifact; {again}")
         size = item.stat().st_size
         if size != entry["size"]:
-            raise OSError(f"{item}: {size} bytes, the manifest says {entry['size']}")
+            raise OSError(f"{item}: {size} bytes, the manifest says {entry['size']}; {again}")
         if verify and hash_file(item) != entry["sha256"]:
-            raise OSError(f"{item}: changed since it was made (its hash differs from the manifest's)")
+            raise OSError(f"{item}: changed since it was made (its hash differs from the manifest's); {again}")
     return Artifact(path, manifest)
 
 

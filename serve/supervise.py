@@ -96,13 +96,15 @@ def _once(
             reader = threading.Thread(target=keep, args=(process.stdout, log_path, on_line, on_note), daemon=True)
             reader.start()
             last_words = partial(reader.join, 1)  # children that it left may hold the pipe open
+            note = "ending the start; Ctrl-C again cuts it short"
             try:
                 startup = wait_healthy(process, launch, log_path, timeout, tell, written=last_words)
+                note = f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off"
                 on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
                 code = process.wait() if launch.serves else _waited(process, launch)
             except (KeyboardInterrupt, SystemExit):
                 if launch.grace:
-                    on_note(f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off")
+                    on_note(note)
                 raise
             last_words()
             raise RuntimeError(f"{DIED}: {why_it_died(log_path, returncode=code)} (log: {log_path})")

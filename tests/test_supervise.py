@@ -5,6 +5,7 @@ The real engine's deaths are in test_bad_requests.py.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import http.client
 import os
@@ -188,6 +189,15 @@ def test_answers_under_way_are_finished(number: signal.Signals, tmp_path: Path) 
         assert process.returncode == 0
         assert "note ending: requests under way have 10 s" in process.stdout.read()
     process.stdout.close()
+
+
+def test_a_start_is_ended(tmp_path: Path) -> None:
+    """No requests can be under way then, and none are told of."""
+    notes: list[str] = []
+    loads = small("import time; print('loading', flush=True); time.sleep(600)", grace=30.0)
+    interrupt = {"on_line": lambda _: _thread.interrupt_main(), "on_note": notes.append}
+    assert foreground(loads, log_path=tmp_path / "log", on_ready=lambda _: None, **interrupt) == 0
+    assert notes == ["ending the start; Ctrl-C again cuts it short"]
 
 
 def test_a_second_signal_cuts_them_off(tmp_path: Path) -> None:
