@@ -176,7 +176,8 @@ def _manifest(move: Move, source: Artifact | None, grid: Mapping[str, str]) -> d
         "versions": versions(),
     }
     if source is not None:
-        kept = {k: v for k, v in source.manifest.items() if k not in ("schema", "files")}
+        other = ("schema", "files", "key")  # its key is of what `make` gives, which this is no longer
+        kept = {k: v for k, v in source.manifest.items() if k not in other}
         before = source.manifest.get("converted_from")
         return kept | changed | {"converted_from": came | ({"before": before} if before else {})}
     name = move.subject.folder.resolve().name

@@ -76,6 +76,8 @@ def test_what_an_artifact_keeps(artifact: Callable[..., Path], tmp_path: Path) -
     made = convert(source.path, tmp_path / "out", format="compressed-tensors")
     for key in ("name", "method", "recipe", "base", "calibration", "quantized", "layers"):
         assert made.manifest[key] == source.manifest[key], key
+    assert "key" in source.manifest
+    assert "key" not in made.manifest  # `mmq run` would take it for what the recipe makes
     small = {n for n in source.manifest["files"] if not n.endswith((".safetensors", ".index.json"))}
     assert small == {n for n in made.manifest["files"] if not n.endswith((".safetensors", ".index.json"))}
     back = convert(made.path, tmp_path / "back", format="awq")
