@@ -122,7 +122,8 @@ def published(found: Done, job: Job, settings: Settings, *, tell: Tell = silent)
         found, go_on = _step(found, "publish", publish_line(job, settings, found.bench), settings, job, tell)
         if not go_on:
             return found
-        found = replace(found, published=tuple(addresses(settings.publish, job)))
+        if "--dry-run" not in settings.publish_flags:
+            found = replace(found, published=tuple(addresses(settings.publish, job)))
     return _ended(found, 0)
 
 

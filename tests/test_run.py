@@ -22,7 +22,7 @@ from hub_server import HubServer
 from mmq.bench import run as running
 from mmq.bench.done import Done, StepDone, facts, state_of, worst
 from mmq.bench.jobs import Job, addresses, as_matrix, check_addresses, check_apart, matrix
-from mmq.bench.run import call, run
+from mmq.bench.run import call, published, run
 from mmq.bench.run_page import markdown
 from mmq.bench.steps import Settings, kept_artifact, kept_check
 from mmq.export.alone import alone
@@ -343,6 +343,16 @@ def test_what_is_there_is_kept_and_the_gate_holds(artifact: Callable[..., Path],
     assert kept_artifact(folder, {"digest": "another"}, PEBBLE) is None
     kept_artifact(folder, now.manifest["key"], PEBBLE)  # other limits: to be checked anew
     assert not kept_check(open_artifact(folder), settings)
+
+
+def test_a_dry_run_has_published_nothing(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(artifact("awq"), tmp_path / "pebble-awq")
+    flags = ("--dry-run", "--no-reload", "--no-gate")
+    settings = Settings(tmp_path, publish=("hf:me/{name}",), publish_flags=flags)
+    (tmp_path / "logs").mkdir()
+    found = published(done(), matrix(["pebble"])[0], settings)
+    assert (found.code, found.state, found.published) == (0, "done", ())
+    assert (tmp_path / "pebble-awq" / "README.md").is_file()
 
 
 @pytest.mark.slow
