@@ -132,6 +132,12 @@ def parsed(word: str) -> Any:
         return word
 
 
+def whole(extra: Sequence[str], *names: str, other: int) -> int:
+    """The whole number that `extra` gives to a flag, 0 too, else `other`."""
+    found = number(extra, *names)
+    return other if found is None else int(found)
+
+
 def merged(flags: Iterable[Flag], extra: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Words and reasons: ours without those that `extra` gives too, then `extra` as it was typed."""
     theirs = {spelled(word) for word in extra if word.startswith("-")}
@@ -174,8 +180,9 @@ def launch_of(
         else:
             env[key] = value
             reasons.append((f"{key}={value}", why))
-    reach = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
-    return Launch((*head, *words), env, tuple(reasons), f"http://{reach}:{port}", name, host, port, device)
+    reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{reach}]:{port}" if ":" in reach else f"http://{reach}:{port}"
+    return Launch((*head, *words), env, tuple(reasons), url, name, host, port, device)
 
 
 def shell_line(launch: Launch) -> str:

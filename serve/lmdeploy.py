@@ -14,7 +14,7 @@ from typing import Any
 
 from ..export.subject import Subject
 from .bill import Model, read_model
-from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .flags import Flag, Launch, given, host_reason, launch_of, number, whole
 from .lmdeploy_memory import BATCH, cache_of
 from .machine import GIB, Gpu, Machine
 from .planner import MIN_CONTEXT
@@ -56,7 +56,7 @@ def lmdeploy(
     model = read_model(target)
     program = find_program("lmdeploy", environ, named=engine_bin)
     host = given(extra, "--server-name") or host
-    port = int(number(extra, "--server-port") or port)
+    port = whole(extra, "--server-port", other=port)
     name = given(extra, "--model-name") or served_model_name or target.resolve().name
     cards = int(number(extra, "--tp") or tp or 1)
     if cards > len(machine.gpus) or cards < 1 or cards & (cards - 1):

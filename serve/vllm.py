@@ -15,7 +15,7 @@ from typing import Any
 
 from ..export.subject import Subject, read_subject
 from .bill import PICTURES, read_model
-from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .flags import Flag, Launch, given, host_reason, launch_of, number, whole
 from .lora import Adapter, lora_bytes, lora_flags, rank_of, read_adapters, slots_of
 from .machine import GIB, Machine
 from .parallel import Spread, check_spread, encoder_flags, node_flags, size_flags, spread_of, variables_of
@@ -67,7 +67,7 @@ def vllm(
     if spread.ray and packages and "ray" not in packages:
         raise OSError("--ray needs Ray beside vLLM: `pip install ray` in the engine's environment, on every machine")
     host = given(extra, "--host") or host
-    port = int(number(extra, "--port") or port)
+    port = whole(extra, "--port", other=port)
     name = given(extra, "--served-model-name") or served_model_name or target.resolve().name
     if max_model_len is not None and max_model_len < 1:
         raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")

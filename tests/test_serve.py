@@ -117,6 +117,21 @@ def test_flags_after_the_dashes_win(program: Callable[..., Path], pebble: Path) 
     assert (launch.url, launch.name) == ("http://127.0.0.1:9000", "mine")
 
 
+def test_where_a_server_is_asked(program: Callable[..., Path], pebble: Path) -> None:
+    environ = {"MMQ_VLLM": str(program(vllm="0.32.0"))}
+    for host, url in (
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("fd00::5", "http://[fd00::5]:8000"),
+        ("box", "http://box:8000"),
+    ):
+        assert plan("vllm", pebble, machine=LAPTOP, environ=environ, host=host).url == url
+    none = plan("vllm", pebble, machine=LAPTOP, environ=environ, extra=("--port", "0"))
+    with pytest.raises(ValueError, match="port 0 is not between"):
+        check_port(none.host, none.port)
+
+
 def test_your_variables_are_kept(program: Callable[..., Path], pebble: Path) -> None:
     environ = {"MMQ_VLLM": str(program(vllm="0.32.0")), "VLLM_CPU_KVCACHE_SPACE": "3"}
     launch = plan("vllm", pebble, machine=LAPTOP, environ=environ)
