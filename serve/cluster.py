@@ -84,7 +84,7 @@ def infer_on_ray(
 
 def check_installed() -> None:
     """OSError with the line that mends it where Ray, or a vLLM that it knows, is not installed here."""
-    remedy = "`pip install 'mmq-toolkit[ray]'` in an environment of its own, for Ray names the version of vLLM"
+    remedy = "`pip install '.[ray]'` in mmq's folder, into an environment of its own, for Ray names the version of vLLM"
     if importlib.util.find_spec("ray") is None:
         raise OSError(f"--ray needs Ray Data's LLM batches: {remedy}")
     try:
