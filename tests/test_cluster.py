@@ -103,7 +103,7 @@ def test_a_template_tells_how_it_wants_its_parts(template: str, wanted: str, tmp
 
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
 def test_without_ray_the_remedy_is_told(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"--ray needs .*mmq-toolkit\[ray\]"):
+    with pytest.raises(OSError, match=r"--ray needs .*\[ray\]"):
         check_installed()
     with pytest.raises(ValueError, match="--stream does not go with --ray"):
         infer_on_ray("pebble", ["in.jsonl"], tmp_path / "out.jsonl", RequestConfig(stream=True))
