@@ -22,6 +22,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 LOOKUPS = re.compile(r"(embed_tokens|wte|wpe|embeddings?|embeddings?_table|pos_embed)$")
 HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out)$")
 MAPPED = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
+PICTURED = ("vision_config", "visual", "vision_tower", "mm_vision_tower", "img_processor")  # keys of models that see
 NF4 = "quant_state.bitsandbytes__nf4"
 
 
@@ -32,6 +33,17 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(config.get(key), Mapping):
             return whole(config[key])
     return whole(config)
+
+
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """What a config says that 16-bit weights are, "" where it says nothing."""
+    parts = (config, text_config(config))
+    return str(next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), ""))
+
+
+def takes_pictures(config: Mapping[str, Any]) -> bool:
+    """Whether the model of this config takes pictures."""
+    return any(key in config for key in PICTURED)
 
 
 @dataclass(frozen=True)
@@ -86,17 +98,13 @@ class Subject:
 
     @property
     def dtype(self) -> str:
-        """What config.json says that 16-bit weights are, "" where it says nothing."""
-        said = self.config.get("dtype") or self.config.get("torch_dtype") or self.text.get("dtype")
-        return str(said or self.text.get("torch_dtype") or "")
+        """As `dtype_of`."""
+        return dtype_of(self.config)
 
     @property
     def vision(self) -> bool:
-        """Whether the model takes pictures."""
-        return any(
-            key in self.config
-            for key in ("vision_config", "visual", "vision_tower", "mm_vision_tower", "img_processor")
-        )
+        """As `takes_pictures`."""
+        return takes_pictures(self.config)
 
     @property
     def remote_files(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.subject import text_config
+from ..export.subject import dtype_of, takes_pictures, text_config
 from ..recipes.folder import read_config, shard_names
 from ..recipes.sizes import count_of
 
@@ -33,7 +33,6 @@ class Shape:
     quantized: str | None  # quantization_config's quant_method, None for 16 bit
     vision: bool
     dtype: str
-    heads: int = 1  # attention heads of the decoder, which tensor parallelism deals out
 
 
 @dataclass(frozen=True)
@@ -154,13 +153,12 @@ def read_shape(folder: Path) -> Shape:
     text = text_config(config)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
     method = quantization.get("quant_method") or ("bitsandbytes" if quantization.get("load_in_4bit") else None)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
+    dtype = dtype_of(config) or "bfloat16"
     return Shape(
         weights=weight_bytes(folder),
         kv_token=kv_token_bytes(config, itemsize=min(DTYPE_BYTES.get(dtype, 2), 2)),
         context=context_length(config),
         quantized=method,
-        vision="vision_config" in config or "visual" in config or "vision_tower" in config,
+        vision=takes_pictures(config),
         dtype=dtype,
-        heads=int(text.get("num_attention_heads") or 1),
     )

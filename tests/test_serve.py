@@ -18,6 +18,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from mmq.export.subject import read_subject
 from mmq.recipes.pebble.tasks import exact, samples
 from mmq.recipes.samples import Sample, as_openai
 from mmq.serve.bill import Ask, read_model
@@ -263,6 +264,24 @@ def test_nvidia_smi_is_read() -> None:
     here = this_machine()
     assert here.cores >= 1
     assert 0 < here.available <= here.memory
+
+
+def test_a_model_sees_however_its_config_says_so(checkpoint: Callable[..., Path]) -> None:
+    """Phi-3-vision's names its `img_processor`, LLaVA's own its `mm_vision_tower`; the dtype may stand within."""
+    folder = checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    text = {key: value for key, value in config.pop("text_config").items() if key != "dtype"}
+    bare = {key: value for key, value in (config | text).items() if key not in ("vision_config", "dtype")}
+    for more, found in (
+        ({}, (False, "bfloat16")),
+        ({"img_processor": {}}, (True, "bfloat16")),
+        ({"mm_vision_tower": "a"}, (True, "bfloat16")),
+        ({"text_config": text | {"torch_dtype": "float16"}}, (False, "float16")),
+    ):
+        (folder / "config.json").write_text(json.dumps(bare | more))
+        shape = read_shape(folder)
+        assert (shape.vision, shape.dtype) == found
+        assert read_subject(folder).vision == shape.vision
 
 
 def test_files_that_were_read_do_not_fill_a_container(tmp_path: Path) -> None:
