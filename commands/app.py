@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .options import bin_option, hub_options, several
+from .options import bin_option, check_flags, hub_options, several
 from .terminal import progress
 
 
@@ -38,6 +38,7 @@ def command(
     from ..serve.running import check_port
     from ..serve.safety import Safety, key_of
 
+    check_flags(engine_flags)
     if engine_flags and "://" in target:
         raise ValueError(f"{' '.join(engine_flags)} is for an engine that is started here; {target} runs already")
     check_port("127.0.0.1", port)

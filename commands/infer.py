@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from .options import (
+    FLAG,
     LET_IN,
     bin_option,
+    check_flags,
     hub_options,
     json_option,
     let_in_options,
@@ -113,8 +115,9 @@ def command(
         target, prompt, engine_flags = root(url), target, (*([prompt] if prompt else []), *engine_flags)
     if target is None:
         raise ValueError("name what to ask: an artifact, a model, or a running server's address")
-    if prompt is not None and prompt.startswith("--"):  # there was no prompt, and `--` was before it
+    if prompt is not None and FLAG.match(prompt):  # there was no prompt, and `--` was before it
         prompt, engine_flags = None, (prompt, *engine_flags)
+    check_flags(engine_flags, instead=f'put the whole prompt in quotes, as "{prompt} {" ".join(engine_flags)}"')
     if bool(prompt) == bool(datasets) and (as_json or prompt is not None):
         raise ValueError(
             'give a prompt, as in `mmq infer out-awq "What is this?" --image photo.jpg`, or --dataset FILE; '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,15 @@ size_options = (
 lora_option = click.option(
     "--lora", multiple=True, metavar="NAME=FOLDER", help="An adapter, which requests name as their model. Repeatable."
 )
+
+FLAG = re.compile(r"--?[A-Za-z]")  # how an engine's begin
+
+
+def check_flags(words: Sequence[str], *, instead: str = "name one model") -> None:
+    """ValueError where the words that are for the engine are none of its flags, as those of a prompt without quotes."""
+    if words and not FLAG.match(words[0]):
+        raise ValueError(f"{' '.join(words)}: {instead}; an engine's own flags come after -- and begin with -")
+
 
 LET_IN = {  # of `serve.safety.Safety`, and its option
     "media_domains": "media-domain",

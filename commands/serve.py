@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import bin_option, hub_options, let_in_options, lora_option, safety_of, several, size_options
+from .options import bin_option, check_flags, hub_options, let_in_options, lora_option, safety_of, several, size_options
 from .terminal import next_step, progress, show_table
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def command(
     from ..serve.supervise import foreground
     from ..serve.target import servable
 
+    check_flags(engine_flags)
     let_in = {field.name: options.pop(field.name) for field in dataclasses.fields(Safety) if field.name in options}
     options["safety"] = safety_of(**let_in)
     with progress(quiet=print_only) as tell:
