@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from .report import Ratio
 
 LEVEL = 0.95
+WIDE = 10.0  # highest over lowest of any interval: with more, its ends say nothing
 LOUD = 2.0  # highest over lowest of any interval: with more, runs differ by more than Student's t is to be believed
 NARROW = 1.10  # highest over lowest of an interval that holds 1: less is no difference, more is noise
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..export.inert import fenced, inert
-from .intervals import unsure
+from .intervals import WIDE, unsure
 from .proof import rows as proof_rows
 from .proof import task_rows
 from .report import Figure, Level, Report, markdown_table
@@ -19,7 +19,6 @@ from .turns import runs_at
 
 SPREAD = 1.25  # fastest run over slowest: beyond it the rates are not to be trusted
 ENOUGH = 100  # requests of which a p99 is more than the slowest one
-WIDE = 10.0  # highest over lowest of an interval: beyond it the ends say nothing
 ROWS = (  # measure, title
     ("input_rate", "input tok/s"),
     ("output_rate", "output tok/s"),

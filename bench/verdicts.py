@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .intervals import unsure
+from .intervals import WIDE, unsure
 from .report import Figure, Level, Ratio, Report
 
 FASTER, SLOWER, SAME, NOISY, UNKNOWN = "faster", "slower", "the same", "noisy", "unknown"
@@ -181,7 +181,7 @@ def _at(step: Step) -> str:
 
 
 def _span(ratio: Ratio) -> str:
-    if ratio.low is None or ratio.high is None:
+    if ratio.low is None or ratio.high is None or ratio.high > WIDE * ratio.low:
         return f"{ratio.value:.2f}x"
     return f"{ratio.value:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
 

@@ -94,6 +94,12 @@ def test_noise_is_never_read_as_a_result() -> None:
     assert "too few runs" in speed_sentence("awq", "fp16", steps(BASE, once))
 
 
+def test_ends_that_say_nothing_are_not_told() -> None:
+    found = [Level(1, {"output_rate": rate(50)}, {"output_rate": Ratio(0.5, 0.002, 112.56, pairs=3)})]
+    said = speed_sentence("awq", "fp16", steps(BASE, found))
+    assert said == "awq against fp16, output tok/s: 0.50x at 1; the machine was too noisy to say."
+
+
 def test_slower_everywhere() -> None:
     said = speed_sentence("awq", "fp16", steps(BASE, levels(c1=rate(90), c8=rate(420))))
     assert said == (
