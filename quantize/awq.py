@@ -99,7 +99,7 @@ def telling_rows(weights: Sequence[Tensor], gram: Tensor, group_size: int) -> Te
         costs.append(((w.amax(-1) - w.amin(-1)).float().square() * energy).sum(1))
     cost = torch.cat(costs)
     chosen = torch.zeros_like(cost, dtype=torch.bool)
-    chosen[:: len(cost) // (FIRST_ROWS // 2)] = True
+    chosen[:: max(1, len(cost) // (FIRST_ROWS // 2))] = True
     chosen[cost.argsort(stable=True)[-(FIRST_ROWS // 2) :]] = True
     return torch.cat([w[mine] for w, mine in zip(weights, chosen.split([len(w) for w in weights]), strict=True)])
 
@@ -184,6 +184,8 @@ def _fold_into_norm(name: str, s: Tensor, moved: Scaled, *, stored: torch.dtype,
     norm = moved.weights[key].float()
     folded = ((norm + offset) / s - offset).to(stored).float()
     kept = folded.isfinite() & (folded + offset != 0) & (norm + offset != 0)
+    if bias in moved.weights:
+        kept &= (moved.weights[bias].float() * (folded + offset) / (norm + offset)).to(stored).isfinite()
     folded = torch.where(kept, folded, norm)  # past float16's range: left as it was
     moved.weights[key] = moved.changed[key] = folded
     carried = torch.where(kept, (norm + offset) / (folded + offset), torch.ones_like(s))

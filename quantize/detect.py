@@ -52,17 +52,16 @@ def detect(module: Any) -> tuple[Family, tuple[str, ...]]:
     kinds = [_kind(layer) for layer in layers]
     groups: dict[Any, tuple[Group, ...]] = {}
     notes: dict[str, None] = {}
-    heads = _heads(module.config)
-    with torch.no_grad(), filled(module, layers), torch.random.fork_rng(devices=[]):
+    text = module.get_submodule(path.rpartition(".")[0])
+    with torch.no_grad(), filled(module, text, layers), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = torch.tensor([_plain_tokens(module.config)])
-        text = module.get_submodule(path.rpartition(".")[0])
         with Lockstep(layers, [lambda: text(input_ids=ids, use_cache=False)]) as steps:
             try:
                 for stop in steps:
                     kind = kinds[stop.index]
                     if kind not in groups:
-                        groups[kind], more = _layer_groups(stop, heads)
+                        groups[kind], more = _layer_groups(stop, heads_of(module.config, stop.index))
                         notes |= dict.fromkeys(more)
                     if all(k in groups for k in kinds):
                         stop.calls.clear()
@@ -89,9 +88,11 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _heads(config: Any) -> tuple[int, int]:
-    """How many heads of values there are, and the width of one."""
+def heads_of(config: Any, index: int) -> tuple[int, int]:
+    """How many heads of values decoder layer `index` has, and the width of one."""
     text = config.get_text_config(decoder=True)
+    if getattr(text, "is_heterogeneous", False):  # its layers differ: Gemma 4
+        text = text.per_layer_config[index]
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
 

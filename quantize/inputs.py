@@ -43,9 +43,20 @@ def _encode(skeleton: Skeleton, sample: Sample, *, prompt_only: bool = False) ->
         media["videos"] = list(sample.videos)
     try:
         inputs = processor(text=[text], return_tensors="pt", **media)
-    except (ValueError, TypeError, IndexError) as e:
-        raise ValueError(f"the model's processor refuses a sample: {str(e).splitlines()[0]}") from None
+    except (ValueError, TypeError, LookupError, RuntimeError) as e:
+        raise ValueError(f"the model's processor refuses a sample ({_begin(text)}): {_first_line(e)}") from None
+    if not inputs["input_ids"].numel():
+        raise ValueError("a sample has no tokens: its messages are empty, and the model's chat template adds nothing")
     return {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+
+
+def _begin(text: str) -> str:
+    """By what a user finds a sample again: as it was put to the model."""
+    return repr(text if len(text) <= 120 else f"{text[:80]}...{text[-37:]}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def conversation(processor: Any, messages: Sequence[Mapping[str, Any]], *, opened: bool, parts: bool) -> str:
@@ -70,7 +81,7 @@ def conversation(processor: Any, messages: Sequence[Mapping[str, Any]], *, opene
         return owner.apply_chat_template(said, tokenize=False, add_generation_prompt=opened)
     except TemplateError as e:
         if messages[0]["role"] != "system" or len(messages) < 2:
-            raise ValueError(f"the model's chat template refuses a sample: {str(e).partition(chr(10))[0]}") from None
+            raise ValueError(f"the model's chat template refuses a sample: {_first_line(e)}") from None
         system, asked = ([p] if isinstance(p, str) else p for p in (m["content"] for m in messages[:2]))
         both = [p if not isinstance(p, str) else {"type": "text", "text": p} for p in (*system, "\n\n", *asked)]
         merged = [{**messages[1], "content": both}, *messages[2:]]

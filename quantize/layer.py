@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
 from .awq import Scaled
+from .detect import heads_of
 from .family import Group
 from .gather import collect_grams
 from .grid import Grid, Quantized
@@ -104,7 +104,8 @@ def _quantize_common(skeleton: Skeleton, stop: Stop, groups: tuple[Group, ...], 
     grams, left_out = collect_grams(replace(stop, calls=[a for a, _ in pairs]) if pairs else stop, groups)
     how.lap("forward and Gram matrices")
     weights = {n: p.detach() for n, p in original.items()}
-    problem = Problem(weights, groups, grams, skeleton.stored, head_dim(skeleton.module.config), how.tokens)
+    _, head_dim = heads_of(skeleton.module.config, stop.index)
+    problem = Problem(weights, groups, grams, skeleton.stored, head_dim, how.tokens)
 
     def fresh(group: Group, moved: Scaled, quantized: Mapping[str, Quantized]) -> tuple[Tensor, Tensor] | None:
         for name, value in moved.changed.items():
@@ -185,9 +186,3 @@ def sound(solution: Solution, index: int) -> Solution:
 def ready(skeleton: Skeleton, value: Tensor) -> Tensor:
     """A tensor as an engine would hold it: rounded to the stored dtype, then in the compute dtype."""
     return value.to(skeleton.device).to(skeleton.stored).to(skeleton.dtype)
-
-
-def head_dim(config: Any) -> int:
-    """Width of one attention head of the text model."""
-    text = config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -31,7 +31,7 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
             for name in group.linears:
                 full = f"{prefix}{name}"
                 spellings = (full, name, skeleton.names[f"{full}.weight"].removesuffix(".weight"))
-                hits = [k for k in keep if any(f"{s}.".startswith(k.rstrip(".") + ".") for s in spellings)]
+                hits = [k for k in keep if any(_begins(s, k) for s in spellings)]
                 used.update(hits)
                 kept.append(bool(hits))
             if any(kept) and not all(kept):
@@ -46,13 +46,21 @@ def linears(skeleton: Skeleton, keep: Sequence[str] = ()) -> dict[int, tuple[Gro
                 f"keep splits the experts of layer {index}; engines make them one tensor: keep all or none"
             )
         found[index] = tuple(chosen)
-    outside = {n for n in skeleton.names if not n.startswith(skeleton.family.layers + ".")}
+    beside = {n for n in skeleton.names if not n.startswith(skeleton.family.layers + ".")}
     for k in keep:
-        if k not in used and not any(n.startswith(k) or skeleton.names[n].startswith(k) for n in outside):
+        if k not in used and not any(_begins(n, k) or _begins(skeleton.names[n], k) for n in beside):
             raise ValueError(f"keep: nothing in the model is named {k!r}")
     if not any(found.values()):
-        raise ValueError("keep leaves no linear to quantize; name fewer modules")
+        if used:
+            raise ValueError("keep leaves no linear to quantize; name fewer modules")
+        why = "; ".join(skeleton.notes)
+        raise ValueError(f"the model's decoder layers have no linear that could be quantized{why and f' ({why})'}")
     return found
+
+
+def _begins(name: str, entry: str) -> bool:
+    """Whether a name begins with an entry of `keep`, whole words only."""
+    return f"{name}.".startswith(f"{entry.rstrip('.')}.")
 
 
 def check_groups(skeleton: Skeleton, plan: Mapping[int, tuple[Group, ...]], group_size: int) -> None:

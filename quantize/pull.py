@@ -90,9 +90,10 @@ def drift_of(
         x = inputs_of(stop, mine, group)
         if x is None or y is None:
             continue
-        apart = (y / columns if columns is not None else y.float()) - x
-        fine = torch.isfinite(apart.sum(1))
-        x, apart = x[fine], apart[fine].to(x.dtype)
+        apart = ((y / columns if columns is not None else y.float()) - x).to(x.dtype)
+        # their squares too: what is summed is no larger
+        fine = torch.isfinite(x.float().square().sum(1)) & torch.isfinite(apart.float().square().sum(1))
+        x, apart = x[fine], apart[fine]
         if gram is None or cross is None:
             gram, cross = Gram(x.shape[1], x.device), Cross(x.shape[1], x.device)
         gram.add(x)

@@ -23,8 +23,9 @@ def is_linear(module: Any) -> bool:
 
 
 @contextmanager
-def filled(module: Any, layers: nn.ModuleList) -> Iterator[None]:
-    """The text model able to run: linears of rank two, random embeddings, random values in the small parameters."""
+def filled(module: Any, text: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
+    """The `text` model, which has the `layers`, able to run: linears of rank two, random embeddings, random values in
+    the small parameters, learned positions and the like beside the layers too."""
     words = module.get_input_embeddings()
     hidden = module.config.get_text_config(decoder=True).hidden_size
     borrowed: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -35,8 +36,8 @@ def filled(module: Any, layers: nn.ModuleList) -> Iterator[None]:
     for mixture in mixtures:
         mixture.forward = thin_experts(mixture, random)
         replaced.append(mixture)
-    inside = {m for mixture in mixtures for m in mixture.modules()}
-    for owner in layers.modules():
+    inside = {words, *(m for mixture in mixtures for m in mixture.modules())}
+    for owner in dict.fromkeys((*layers.modules(), *text.modules())):
         if owner in inside:
             continue
         if is_linear(owner):

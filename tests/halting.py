@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmq.quantize.detect import heads_of
 from mmq.quantize.family import Group
 from mmq.quantize.gather import collect_grams
 from mmq.quantize.inputs import encode
-from mmq.quantize.layer import head_dim
 from mmq.quantize.lockstep import Lockstep, Stop
 from mmq.quantize.method import Problem
 from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside
@@ -32,7 +32,8 @@ class Halted:
     inputs: dict[Group, Tensor]
 
     def problem(self, stored: torch.dtype) -> Problem:
-        return Problem(self.weights, tuple(self.grams), dict(self.grams), stored, head_dim(self.skeleton.module.config))
+        _, head_dim = heads_of(self.skeleton.module.config, self.stop.index)
+        return Problem(self.weights, tuple(self.grams), dict(self.grams), stored, head_dim)
 
 
 @contextmanager

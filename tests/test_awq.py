@@ -60,6 +60,13 @@ def test_the_search_in_two_stages_finds_nearly_the_best(
     assert in_stages == (1 if tried == 512 else 4)
 
 
+def test_of_few_rows_all_are_telling() -> None:
+    """A mixture of two small experts has no more."""
+    weights = [torch.randn(rows, 64) for rows in (32, 200)]
+    assert torch.equal(awq.telling_rows(weights[:1], torch.eye(64), 32), weights[0])
+    assert torch.equal(awq.telling_rows(weights, torch.eye(64), 32), torch.cat(weights))
+
+
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize(("stored", "apart"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-3)])
 def test_moved_scales_leave_the_layer_as_it_was(tmp_path: Path, kind: str, stored: torch.dtype, apart: float) -> None:

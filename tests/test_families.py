@@ -16,6 +16,7 @@ from mmq.bench.check import check
 from mmq.export.artifact import open_artifact
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
+from mmq.quantize.detect import heads_of
 from mmq.quantize.inputs import conversation, encode
 from mmq.quantize.lockstep import Lockstep
 from mmq.quantize.skeleton import Skeleton, build, load_layer, load_outside, release_layer
@@ -98,18 +99,16 @@ def test_folding_alone_changes_nothing(family: tuple[str, Path]) -> None:
                 load_layer(skeleton, stop.index)
                 before = stop.run(stop.calls[0])
                 for group in skeleton.family.groups[stop.index]:
-                    fold(stop.layer, dataclasses.asdict(group), skeleton)
+                    fold(stop.layer, dataclasses.asdict(group), heads_of(skeleton.module.config, stop.index)[1])
                 after = stop.run(stop.calls[0])
                 before, after = (x[0] if isinstance(x, tuple) else x for x in (before, after))
                 assert torch.allclose(before, after, atol=2e-4 * float(before.abs().max()))
                 stop.advance()
 
 
-def fold(layer: torch.nn.Module, group: dict, skeleton: Skeleton) -> None:
+def fold(layer: torch.nn.Module, group: dict, head_dim: int) -> None:
     if group["absorber"] is None:
         return
-    from mmq.quantize.layer import head_dim
-
     absorber = layer.get_submodule(group["absorber"])
     weight = absorber.get_parameter("weight")
     s = torch.rand(group["last"] or weight.shape[0]) * 1.5 + 0.5
@@ -121,8 +120,7 @@ def fold(layer: torch.nn.Module, group: dict, skeleton: Skeleton) -> None:
         absorber.get_parameter("bias")[-len(s) :].div_(s)
     first = layer.get_submodule(group["linears"][0]).get_parameter("weight")
     if len(s) < first.shape[1]:
-        width = head_dim(skeleton.module.config)
-        s = s.view(-1, width).repeat_interleave(first.shape[1] // len(s), 0).flatten()
+        s = s.view(-1, head_dim).repeat_interleave(first.shape[1] // len(s), 0).flatten()
     for name in (*group["linears"], *group["beside"]):
         layer.get_submodule(name).get_parameter("weight").mul_(s)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import vlm
 
@@ -27,6 +29,7 @@ from mmq.quantize.steps import STEPS, solve
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
 from mmq.recipes.recipe import Recipe
+from mmq.recipes.samples import Sample
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -81,8 +84,31 @@ def test_keep_leaves_a_group_in_16_bit(checkpoint: Path) -> None:
         linears(skeleton, ["mpl"])
     with pytest.raises(ValueError, match=r"nothing in the model is named 'mlp\.down'"):
         linears(skeleton, ["mlp.down"])  # whole words only, so that layers.1 is not layers.10
+    for part in ("model.lang", "lm"):  # the embeddings and the head begin so, but no word of theirs is this
+        with pytest.raises(ValueError, match=f"nothing in the model is named '{part}'"):
+            linears(skeleton, [part])
+    assert linears(skeleton, ["lm_head", "model.language_model.embed_tokens."]) == linears(skeleton)
     with pytest.raises(ValueError, match="keep leaves no linear to quantize"):
         linears(skeleton, ["self_attn", "mlp"])
+
+
+def test_a_model_without_a_linear_to_quantize_says_why(checkpoint: Path) -> None:
+    skeleton = build(checkpoint)
+    bare = dataclasses.replace(skeleton, family=dataclasses.replace(skeleton.family, groups=((), (), ())))
+    with pytest.raises(ValueError, match=r"have no linear that could be quantized$"):
+        linears(bare)
+    with pytest.raises(ValueError, match=r"could be quantized \(mlp\.up_proj: too narrow for int4"):
+        linears(dataclasses.replace(bare, notes=("mlp.up_proj: too narrow for int4, left in 16 bit",)))
+
+
+def test_a_sample_that_cannot_be_read_is_told_by_its_words(checkpoint: Path) -> None:
+    skeleton = build(checkpoint)
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "这是什么？"}]}
+    with pytest.raises(ValueError, match=r"refuses a sample \('.*这是什么？.*'\): .*aspect ratio"):
+        encode(skeleton, Sample([question], (Image.new("RGB", (3000, 1)),)))
+    skeleton.processor.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="a sample has no tokens: its messages are empty"):
+        encode(skeleton, Sample([{"role": "user", "content": ""}]))
 
 
 def test_a_linear_kept_in_16_bit_absorbs_no_scale() -> None:

@@ -24,6 +24,7 @@ from mmq.quantize.gather import collect_grams
 from mmq.quantize.grid import Grid, Quantized, dequantize, quantize
 from mmq.quantize.lockstep import Lockstep, Stop
 from mmq.quantize.method import Problem, Solution, output_squares, restored
+from mmq.quantize.pull import drift_of
 from mmq.quantize.steps import STEPS, UNREACHED, solve
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
@@ -264,6 +265,21 @@ def test_scales_stay_inside_float16(case: Case) -> None:
     assert "self_attn.o_proj" not in moved.columns
 
 
+def test_a_norms_bias_stays_inside_float16(case: Case) -> None:
+    """Where it would leave, its channel takes no scale; the others do."""
+    case.weights["input_layernorm.bias"] = torch.full((WIDTH,), 60000.0)
+    case.x *= torch.linspace(0.01, 3, WIDTH)
+    for asked in (("awq", "fast"), ("awq", "default")):
+        solution = solve(case.problem(stored=torch.float16), Grid(scale_dtype=torch.float16), STEPS[asked])
+        bias, weight = (solution.changed[f"input_layernorm.{n}"] for n in ("bias", "weight"))
+        assert bias.isfinite().all()
+        same = weight == case.weights["input_layernorm.weight"]
+        assert 20 < int(same.sum()) < WIDTH - 20
+        torch.testing.assert_close(
+            bias / 60000, weight / case.weights["input_layernorm.weight"], rtol=1e-3, atol=0
+        )  # both are divided by one scale
+
+
 class Experts(nn.Module):
     """A decoder layer with two experts, of which the second is asked for tokens that begin with a large number."""
 
@@ -312,6 +328,23 @@ def test_tokens_that_are_not_finite_are_left_out(bad: float) -> None:
     assert left_out == 5
     fine = torch.cat([good[0], spoilt[0, :3], spoilt[0, 8:]])
     torch.testing.assert_close(grams[GROUPS[0]], fine.T @ fine / 65)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("where", [0, 1])
+def test_drift_leaves_out_what_is_not_finite(bad: float, where: int) -> None:
+    """In either of the two streams, squares too."""
+    streams = [torch.randn(1, 30, 64), torch.randn(1, 30, 64)]
+    streams[where][0, 4:7, 9] = bad
+
+    def watched(stop: Stop) -> Any:
+        now = dict(stop.layer.named_parameters())
+        return drift_of(stop, [(stop.calls[0], stop.calls[1])], GROUPS[0], now=now, original=now, columns=None)
+
+    h, c = gathered(streams, watched)
+    x, y = (torch.cat([s[0, :4], s[0, 7:]]) for s in streams)
+    torch.testing.assert_close(h, x.T @ x / 27)
+    torch.testing.assert_close(c, (y - x).T @ x / 27, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_finite_is_an_error() -> None:

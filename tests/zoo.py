@@ -309,6 +309,28 @@ KINDS: dict[str, Kind] = {
     "phi3": words_only("phi3", packed=8),
     "gemma2": words_only("gemma2", tie_word_embeddings=True, query_pre_attn_scalar=64, sliding_window=64),
     "gemma3_text": words_only("gemma3_text", tie_word_embeddings=True, query_pre_attn_scalar=64, sliding_window=64),
+    "gemma4_text": Kind(
+        lambda w: text(
+            w,
+            "gemma4_text",
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            sliding_window=64,
+            global_head_dim=128,  # of the layers that see everything
+            num_kv_shared_layers=2,  # the last two read the keys and values of the first two
+            hidden_size_per_layer_input=128,
+            vocab_size_per_layer_input=len(w),
+        ),
+        packed=9 + 9 + 7 + 7,
+    ),
+    "opt": Kind(
+        lambda w: {
+            k: v
+            for k, v in text(w, "opt", ffn_dim=256, word_embed_proj_dim=128).items()
+            if k not in ("intermediate_size", "num_key_value_heads", "head_dim")
+        },
+        packed=12,
+    ),
     "internvl": internvl_kind("qwen2"),
     "internvl_llama": internvl_kind("llama"),
     "llava": Kind(lambda w: whole("llava", w, "llama", CLIP, "<image>"), llava, IMAGE, LLAVA),
@@ -731,6 +753,8 @@ def write(kind: str, out: Path) -> Path:
                 p.normal_(0, 0.06)
             elif p.ndim == 1:
                 p.add_(torch.randn_like(p) * 0.05)
+            if kind == "gemma4_text" and name.endswith("q_norm.weight"):
+                p.mul_(0.125)  # it stands for the root of a head's width, which its attention does not divide by
     number = words.convert_tokens_to_ids
     model.generation_config = t.GenerationConfig(
         eos_token_id=[number("<|im_end|>"), number("<|endoftext|>")], pad_token_id=number("<|endoftext|>")
