@@ -76,8 +76,8 @@ class Endpoint:
             return refusal(broken(e), 500)
 
     def _read(self, wanted: Asked) -> Ready | str:
-        """The request, ready, or what is wrong with it. Templates and processors raise anything, StopIteration too, which no
-        future can hold: it would be waited for without an end."""
+        """The request, ready, or what is wrong with it. Templates and processors raise anything, StopIteration too, and
+        no future can hold: it would be waited for without an end."""
         try:
             return self._ready(wanted)
         except Exception as e:
