@@ -15,7 +15,6 @@ from .table import ROWS, tails
 BESIDES = {
     "startup": "start of the server (s)",
     "kv_token": "cache of one token",
-    "itl_p90": "between tokens, p90 (ms)",
 }
 
 
@@ -69,6 +68,7 @@ def reading(report: Report) -> str:
         pairs = max(r.pairs for r in known)
         said += f" Under a ratio: its {known[0].level:.0%} interval, from {pairs} pairs taken in turns;"
         said += " coloured where that leaves out 1. Of twenty such intervals one misses the truth."
+        said += " A ratio is of the pairs, one by one, so that it need not be the quotient of the two medians."
     else:
         said += " Ratios of speeds have no interval here: too few runs were taken in turns."
     return said

@@ -36,6 +36,7 @@ ROWS = (  # measure, title
     ("tpot_p90", "time per output token, p90 (ms)"),
     ("tpot_p99", "time per output token, p99 (ms)"),
     ("itl", "between tokens, median (ms)"),
+    ("itl_p90", "between tokens, p90 (ms)"),
     ("itl_p99", "between tokens, p99 (ms)"),
     ("e2e", "a whole answer, median (ms)"),
     ("e2e_p90", "a whole answer, p90 (ms)"),
@@ -120,8 +121,8 @@ def tails(report: Report, *, sweep: bool = False) -> str:
     load = load_of(report)
     levels = report.settings.get("levels", ()) if sweep else ()
     least = min(load.at(n).requests * runs_at(load, n) for n in [load.concurrency, *levels])
-    where = "at some level" if levels else "here"
-    return f"Of {least} requests, as {where}, a p99 is little else than the slowest." if least < ENOUGH else ""
+    where = ", as one level has," if levels else ""
+    return f"Of {least} requests{where} a p99 is little else than the slowest." if least < ENOUGH else ""
 
 
 def warnings(report: Report) -> list[str]:
@@ -176,7 +177,10 @@ def markdown(report: Report) -> str:
     lines.append(f"- Load: {inert(load_line(report))}. Output tok/s over the runs: {sentence('; '.join(spread))}.")
     if "interleave" in settings and len(report.numbers) > 1:
         mode = MODES[settings["interleave"]["mode"]]
-        how = "the mean of the log ratios of paired runs, with its 95% t interval where there is one"
+        how = (
+            "the mean of the log ratios of paired runs (so not the quotient of medians), with its 95% t interval where "
+        )
+        how += "there is one"
         lines.append(f"- In turns: {mode}. Ratios: {how}.")
     lines += [
         f"- {budget_line(report)}",

@@ -592,8 +592,8 @@ def test_a_sweep_is_a_row_a_level_and_noise_is_called_so() -> None:
     assert "p99 is little else" not in markdown(sure)
     quick = {**sure.settings, "load": dataclasses.asdict(Load(requests=32, runs=3)), "levels": [1, 8]}
     few = dataclasses.replace(sure, settings=quick)
-    assert tails(few) == "Of 96 requests, as here, a p99 is little else than the slowest."
-    assert "Of 24 requests, as at some level, a p99 is little else than the slowest." in markdown(few)
+    assert tails(few) == "Of 96 requests a p99 is little else than the slowest."
+    assert "Of 24 requests, as one level has, a p99 is little else than the slowest." in markdown(few)
     failed = dataclasses.replace(sure, settings={**sure.settings, "failed": {"gptq": "no room"}})
     assert warnings(failed) == ["gptq failed: no room"]
 
