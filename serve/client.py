@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import openai
 
+from .safety import USUAL, key_of
+
 TIMEOUT = 600.0  # seconds for one answer
 NO_KEY = "none"  # what openai's client, which must have a key, is given without one
 # by name: openai has its HTTP client from httpx or httpx2, as its version will; the server was there, and is gone
@@ -64,8 +66,10 @@ def _client_options(url: str, api_key: str | None, timeout: float, retries: int)
 
 
 def key_here() -> str:
-    """The key that the environment has for servers, `NO_KEY` where it has none."""
-    return os.environ.get("MMQ_API_KEY") or os.environ.get("VLLM_API_KEY") or NO_KEY
+    """The key that the environment has for servers, `NO_KEY` where it has none. ValueError for one that no request can
+    carry."""
+    found = key_of(USUAL, os.environ)
+    return found.value if found else NO_KEY
 
 
 def connect(url: str, *, api_key: str | None = None, timeout: float = TIMEOUT, retries: int = 2) -> openai.OpenAI:

@@ -149,6 +149,10 @@ def test_a_server_that_wants_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
             _ = Client(url).models
         with pytest.raises(OSError, match="wants another API key;"):
             _ = Client(url, api_key="old").models
+    monkeypatch.setenv("MMQ_API_KEY", "密钥")
+    with pytest.raises(ValueError, match="the API key in MMQ_API_KEY must be one word of ASCII"):
+        _ = Client(url).models
+    monkeypatch.delenv("MMQ_API_KEY")
     said = b'{"error": {"message": "ask for 127.0.0.1"}}'
     with answering(403, "application/json", said) as url, pytest.raises(ValueError, match=r"\(403\): ask for 127"):
         _ = Client(url).models
