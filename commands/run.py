@@ -109,7 +109,7 @@ def command(
             else:
                 run(jobs, settings, on_done=keep, tell=tell)
     finally:
-        if as_json:
+        if results and as_json:
             click.echo(json.dumps(facts(results), ensure_ascii=False))
         elif results:
             show(results, settings.out)

@@ -230,6 +230,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         assert not out.exists()  # nothing came into it
     with alone(out, "mmq run"):
         (out / "run.json").write_text("{}")
+        refused = mmq("pebble", "--json", "-o", "out", folder=tmp_path)
+        assert (refused.returncode, refused.stdout) == (2, "")  # no results with code 0
     assert [p.name for p in out.iterdir()] == ["run.json"]
 
 
