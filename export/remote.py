@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..recipes.remote import LEGAL
+from ..recipes.remote import is_legal
 from .artifact import MANIFEST, hash_file
 
 KEPT = (".gitattributes", ".gitignore", "configuration.json")  # the hubs' own, which no publish takes away
@@ -95,7 +95,7 @@ def differences(items: Iterable[Item], there: There) -> tuple[list[Item], list[s
     what mmq published stays; the one that a new repository was made with may be any."""
     ours = {one.path: one for one in items}
     lacking = [one for one in ours.values() if not same(one, there.files.get(one.path))]
-    kept = (*KEPT, *(n for n in there.files if n.startswith(LEGAL) and MANIFEST in there.files))
+    kept = (*KEPT, *(n for n in there.files if is_legal(n) and MANIFEST in there.files))
     return lacking, sorted(n for n in there.files if n not in ours and n not in kept)
 
 

@@ -17,7 +17,7 @@ SMALL = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LEFT_BEHIND = (".safetensors", *PICKLES, ".gguf", ".onnx", ".msgpack", ".h5", ".md", ".part")
 TEMPLATES = "additional_chat_templates"  # a folder of chat templates by name, beside the one that is the model's
-LEGAL = ("LICENSE", "NOTICE")  # which go with whatever is made of the model, LICENSE.md too
+LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")  # how their names begin, in any letters
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,20 @@ def small(files: Iterable[RemoteFile]) -> list[RemoteFile]:
         if path.parts[:-1] == (TEMPLATES,):
             return path.suffix == ".jinja"
         top = len(path.parts) == 1
-        return top and (path.suffix in SMALL or path.name.startswith(LEGAL)) and not _training(path.name)
+        return top and (path.suffix in SMALL or is_legal(path.name)) and not _training(path.name)
 
     return [f for f in files if wanted(PurePosixPath(f.path))]
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file is terms, which go with whatever is made of the model."""
+    return name.upper().startswith(LEGAL)
 
 
 def goes_along(name: str) -> bool:
     """Whether a file at a checkpoint's top goes with what is made of it: not weights, the card, or what is hidden, of
     the hub, of git, or of the user (a .env with a token)."""
-    return not name.startswith(".") and (not name.endswith(LEFT_BEHIND) or name.startswith(LEGAL))
+    return not name.startswith(".") and (not name.endswith(LEFT_BEHIND) or is_legal(name))
 
 
 def weights(model: str, files: Iterable[RemoteFile], *, index: Mapping[str, Any] | None = None) -> list[RemoteFile]:

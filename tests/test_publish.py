@@ -371,10 +371,11 @@ def test_the_licence_goes_with_the_artifact(tmp_path: Path) -> None:
 
     (tmp_path / "base").mkdir()
     (tmp_path / "out").mkdir()
-    for name in ("LICENSE.md", "NOTICE", "LICENSE", "README.md", ".env", "tokenizer.json", "notes.md"):
+    terms = ["LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md", "licence.md"]
+    for name in (*terms, "README.md", ".env", "tokenizer.json", "notes.md"):
         (tmp_path / "base" / name).write_text(name)
     copy_small_files(tmp_path / "base", tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == ["LICENSE", "LICENSE.md", "NOTICE", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*terms, "tokenizer.json"])
 
 
 def test_no_token_in_any_process_list(keeper: HubKeeper, mine: Path, tmp_path: Path) -> None:
