@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from pathlib import Path
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -26,6 +28,24 @@ def check_port(host: str, port: int) -> None:
         raise ValueError(f"{host} is no address of this machine; --host 127.0.0.1 is the usual one") from None
     except OSError as e:
         raise ValueError(f"port {port} on {host} cannot be used ({e.strerror}); give another with --port") from None
+    if _held(host, port):
+        raise ValueError(f"port {port} on {host} is held by a server that is still starting; give another with --port")
+
+
+def _held(host: str, port: int) -> bool:
+    """Whether somebody has the port and does not listen yet, as vLLM while it loads: it lets a second one have it too
+    (SO_REUSEADDR, and SO_REUSEPORT where it has several servers), of which whoever is up first would be asked.
+
+    The kernel tells of no such socket; but without SO_REUSEADDR the port is refused, though no old connection has it.
+    """
+    with socket.socket(_family(host), socket.SOCK_STREAM) as s, contextlib.suppress(OSError):
+        s.bind((host, port))
+        return False
+    try:
+        rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()]
+    except OSError:
+        return False
+    return not any(row[1].endswith(f":{port:04X}") for row in rows)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -602,3 +603,19 @@ def test_a_running_server_is_measured(served: Server) -> None:
 def test_shell_words_are_quoted() -> None:
     launch = replace(small(), argv=("vllm", "serve", "a folder", '{"image":8}'), env={"A": "b c"})
     assert shlex.split(shell_line(launch)) == ["A=b c", "vllm", "serve", "a folder", '{"image":8}']
+
+
+def test_a_port_that_an_engine_holds_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    with socket.socket() as loading:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # as vLLM's
+            loading.setsockopt(socket.SOL_SOCKET, option, 1)
+        loading.bind(("127.0.0.1", port))
+        with pytest.raises(ValueError, match=f"port {port} on 127.0.0.1 is held by a server that is still starting"):
+            check_port("127.0.0.1", port)
+        loading.listen()
+        client = socket.create_connection(("127.0.0.1", port))
+        served, _ = loading.accept()
+        served.close()
+        client.close()
+    check_port("127.0.0.1", port)  # though the kernel keeps the old connection for a minute
