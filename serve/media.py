@@ -118,6 +118,8 @@ def _data_url(kind: str, path: Path) -> str:
         raise ValueError(f"no {kind} {path}") from None
     except OSError as e:
         raise ValueError(f"the {kind} {path} cannot be read: {e.strerror or e}") from None
+    if not data:
+        raise ValueError(f"the {kind} {path} is empty")
     if _is_text(data[:4096]):  # a dataset from elsewhere might name a key or a password here
         raise ValueError(f"{path} is text and no {kind}")
     guessed = mimetypes.guess_type(path.name)[0] or ""

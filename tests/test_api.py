@@ -70,6 +70,7 @@ def test_tags_take_the_media_in_order() -> None:
         (InferRequest([user("<audio>")], ["http://a/1.png"]), "more <audio> tags than audios"),
         (InferRequest([user("a")], ["none.png"]), "no picture none.png"),
         (InferRequest([user("a")], videos=["none.mp4"]), "no video none.mp4"),
+        (InferRequest([user("a")], videos=[Path(__file__)]), "is text and no video"),
         (InferRequest([{"role": "user", "content": [{"type": "image"}]}]), "more <image> tags than images"),
         (InferRequest([{"role": "user", "content": [{"type": "picture"}]}]), "its type must be text, image"),
         (InferRequest([{"role": "user", "content": [{"type": "image", "image": 3}]}]), "image is 3; it must be a path"),
@@ -82,6 +83,12 @@ def test_what_cannot_be_sent_is_told_before_a_request(request_: InferRequest, me
     nobody = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ValueError, match=message):
         Client(nobody).infer([request_])
+
+
+def test_an_empty_video(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ValueError, match=r"the video .*a\.mp4 is empty"):
+        InferRequest([user("a")], videos=[tmp_path / "a.mp4"]).as_openai()
 
 
 def test_a_server_that_is_not_there() -> None:
