@@ -51,13 +51,13 @@ UNKNOWN: Mapping[str, str] = {
 @dataclass(frozen=True)
 class Adapter:
     """One adapter. `rank` is the largest of its modules', `modules` their names as PEFT has them, without its prefix,
-    and each one's (inputs, outputs), 0 where the headers do not tell; `factors` what B A is multiplied by in each."""
+    and each one's (inputs, outputs), 0 where the headers do not tell, and `ranks` each one's rank."""
 
     name: str
     folder: Path
     rank: int
     modules: Mapping[str, tuple[int, int]]
-    factors: Mapping[str, float]
+    ranks: Mapping[str, int]
 
 
 def read_adapters(
@@ -103,7 +103,7 @@ def read_adapter(name: str, folder: Path) -> Adapter:
             raise ValueError(f"adapter {name}: {pickled} is a pickle, which can run code; {mend}")
         raise OSError(f"adapter {name}: {folder} has no {TENSORS}")
     ranks, modules = _modules(name, headers(folder / TENSORS))
-    return Adapter(name, folder, max(ranks.values()), modules, {m: _factor(name, config, m, ranks[m]) for m in modules})
+    return Adapter(name, folder, max(ranks.values()), modules, ranks)
 
 
 def _check_kind(name: str, config: Mapping[str, Any]) -> None:
@@ -124,15 +124,27 @@ def _check_kind(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _factor(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, as PEFT finds alpha; of rank-stabilized LoRA alpha / sqrt(rank) (arXiv 2312.03732)."""
-    try:
-        patterns = dict(config.get("alpha_pattern") or {})
+def factors(adapter: Adapter) -> dict[str, float]:
+    """What B A of each module is multiplied by: alpha / rank, as PEFT finds alpha, or of rank-stabilized LoRA
+    alpha / sqrt(rank) (arXiv 2312.03732). ValueError where the config gives no alpha that can be found."""
+    config = object_of(read_json(adapter.folder / CONFIG), where=str(adapter.folder / CONFIG))
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(_is_name(key) for key in patterns):
+        why = f"adapter {adapter.name}: alpha_pattern in {CONFIG} is {patterns!r:.100}"
+        raise ValueError(f"{why}; it must be an object of modules' names and numbers")
+    found = {}
+    for module, rank in adapter.ranks.items():
         own = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-        alpha = float(config.get("lora_alpha", 8) if own is None else patterns[own])
-    except (TypeError, ValueError, re.error) as e:
-        raise ValueError(f"adapter {name}: {CONFIG} has no alpha for {module}: {e}") from None
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        alpha = config.get("lora_alpha", 8) if own is None else patterns[own]
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"adapter {adapter.name}: lora_alpha of {module} is {alpha!r:.60}; it must be a number")
+        found[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return found
+
+
+def _is_name(key: str) -> bool:
+    """Whether a pattern is a module's name with a few numbers left open: no name takes long to be held against it."""
+    return re.fullmatch(r"\^?(?:[\w.-]|\\[.d]\+?)+\$?", key) is not None and key.count("+") <= 3
 
 
 def _modules(name: str, header: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
@@ -151,9 +163,9 @@ def _modules(name: str, header: Mapping[str, Any]) -> tuple[dict[str, int], dict
     flat = [m for m, s in sides.items() if any(len(shape) < 2 for shape in s.values())]
     if flat:
         raise OSError(f"adapter {name}: {TENSORS} holds {first_of(flat)}, which is no matrix; get the file again")
-    broken = [m for m, s in sides.items() if set(s) != {"A", "B"} or s["A"][0] != s["B"][-1]]
+    broken = [m for m, s in sides.items() if set(s) != {"A", "B"} or s["A"][0] != s["B"][-1] or not s["A"][0]]
     if broken or not sides:
-        what = f"{first_of(broken)} without its other half" if broken else "no module at all"
+        what = f"{first_of(broken)} of rank 0, or without its other half" if broken else "no module at all"
         raise OSError(f"adapter {name}: {TENSORS} holds {what}; get the file again")
     return {m: s["A"][0] for m, s in sides.items()}, {m: (s["A"][-1], s["B"][0]) for m, s in sides.items()}
 
@@ -200,6 +212,7 @@ def _check_pytorch(adapter: Adapter, subject: Subject, extra: Sequence[str]) -> 
         why = f"adapter {adapter.name} changes routed experts ({first_of(experts)}), which transformers keeps as one"
         raise ValueError(f"{why} tensor; --engine vllm computes it, or merge it into the model")
     _check_names(adapter, subject, TRANSFORMERS.get(subject.architecture, SAME))
+    factors(adapter)
 
 
 # engine -> its check of an adapter against a model, and the engine's own flags
@@ -211,7 +224,7 @@ CHECKS: Mapping[str, Callable[[Adapter, Subject, Sequence[str]], None]] = {
 
 def held_bytes(adapters: Iterable[Adapter]) -> int:
     """Bytes of the adapters in 16 bit, beside a model that is kept as it is."""
-    return sum(2 * a.rank * sum(inputs + outputs for inputs, outputs in a.modules.values()) for a in adapters)
+    return sum(2 * a.ranks[m] * (inputs + outputs) for a in adapters for m, (inputs, outputs) in a.modules.items())
 
 
 def rank_of(adapters: Sequence[Adapter]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..export.names import SAME, TRANSFORMERS
-from .lora import EMBEDDED, PREFIX, TENSORS, Adapter
+from .lora import EMBEDDED, PREFIX, TENSORS, Adapter, factors
 
 
 @dataclass
@@ -50,6 +50,7 @@ def attach(model: Any, adapters: Sequence[Adapter], *, architecture: str) -> Cho
     }
     terms: dict[nn.Module, dict[str, Term]] = {}
     for adapter in adapters:
+        scale = factors(adapter)
         with safe_open(adapter.folder / TENSORS, "pt") as file:
             sides = {key.removeprefix(PREFIX): key for key in file.keys()}  # noqa: SIM118 (no mapping)
             for name, shape in adapter.modules.items():
@@ -57,7 +58,7 @@ def attach(model: Any, adapters: Sequence[Adapter], *, architecture: str) -> Cho
                 if module is None or shape != _shape(module):
                     raise ValueError(f"adapter {adapter.name} changes {name}, which is no such linear in this engine")
                 a, b = (file.get_tensor(sides[name + part]) for part in _parts(module))
-                terms.setdefault(module, {})[adapter.name] = _term(model, module, a, b, adapter.factors[name])
+                terms.setdefault(module, {})[adapter.name] = _term(model, module, a, b, scale[name])
     choice = Choice()
     for module, of in terms.items():
         module.register_forward_hook(partial(_added, of, choice))

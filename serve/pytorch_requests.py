@@ -77,7 +77,7 @@ class Endpoint:
 
     def _read(self, wanted: Asked) -> Ready | str:
         """The request, ready, or what is wrong with it. Templates and processors raise anything, StopIteration too, and
-        no future can hold: it would be waited for without an end."""
+        no future can hold that: it would be waited for without an end."""
         try:
             return self._ready(wanted)
         except Exception as e:

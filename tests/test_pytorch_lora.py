@@ -23,7 +23,7 @@ from mmq.quantize.inputs import encode
 from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
 from mmq.serve.engines import plan
-from mmq.serve.lora import Adapter, held_bytes, read_adapter, read_adapters
+from mmq.serve.lora import Adapter, factors, held_bytes, read_adapter, read_adapters
 from mmq.serve.machine import GIB, Machine
 from mmq.serve.pytorch_lora import attach
 
@@ -185,14 +185,17 @@ def test_the_picture_encoder_takes_adapters(pebble: Path, tmp_path: Path) -> Non
 def test_factors_are_pefts(tmp_path: Path) -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
     tensors = {key: value for name in names for key, value in pair(name, 8, 8).items()}
-    plain = {"lora_alpha": 16, "alpha_pattern": {"layers.0.self_attn.q_proj": 32, "up_proj": 2}}
-    found = write(tmp_path / "plain", tensors, **plain)
-    assert [found.factors[name] for name in names] == [8, 4, 0.5]
-    steady = write(tmp_path / "rslora", tensors, **plain, use_rslora=True)
-    assert [steady.factors[name] for name in names] == [16, 8, 1]
-    for at, wrong in enumerate(({"lora_alpha": "much"}, {"alpha_pattern": {"(": 1}}, {"alpha_pattern": 5})):
-        with pytest.raises(ValueError, match=r"adapter it: adapter_config\.json has no alpha for model"):
-            write(tmp_path / f"wrong{at}", tensors, **wrong)
+    plain = {"lora_alpha": 16, "alpha_pattern": {"layers.0.self_attn.q_proj": 32, r"layers.\d+.mlp.up_proj": 2}}
+    found = factors(write(tmp_path / "plain", tensors, **plain))
+    assert [found[name] for name in names] == [8, 4, 0.5]
+    steady = factors(write(tmp_path / "rslora", tensors, **plain, use_rslora=True))
+    assert [steady[name] for name in names] == [16, 8, 1]
+    patterns = ({"(": 1}, 5, {"(a+)+": 1}, {r"\d+" * 4: 1})  # the last two for what they would take of time
+    for at, wrong in enumerate(({"lora_alpha": "much"}, *({"alpha_pattern": p} for p in patterns))):
+        with pytest.raises(ValueError, match=r"adapter it: .*it must be an? (object of modules' names|number)"):
+            factors(write(tmp_path / f"wrong{at}", tensors, **wrong))
+    with pytest.raises(OSError, match="other half"):
+        write(tmp_path / "none", pair(names[0], 8, 8, rank=0))
 
 
 def test_what_the_engine_would_not_compute_is_told(pebble: Path, tmp_path: Path) -> None:
