@@ -48,7 +48,10 @@ def far(one: Tensor, two: Tensor) -> float:
     return float((one.log_softmax(-1) - two.log_softmax(-1)).abs().mean())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = ("gptq", "compressed-tensors")  # restored by the same code as AWQ
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
 def test_a_model_under_each_adapter_is_the_merged_model(
     kind: str, artifact: Callable[..., Path], pebble: Path, tmp_path: Path
 ) -> None:
