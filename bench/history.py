@@ -114,7 +114,8 @@ def same(one: Report, other: Report, label: str) -> bool:
 def _conditions(report: Report, label: str) -> tuple[Any, ...]:
     subject, settings = report.subjects[label], report.settings
     base = subject["base"]["model"] if subject.get("base") else subject["path"]
-    load = json.dumps({**dataclasses.asdict(Load()), **settings["load"]}, sort_keys=True)  # older reports know less
+    asked = {**dataclasses.asdict(Load()), **settings["load"]}  # older reports know less
+    load = json.dumps({k: v for k, v in asked.items() if k != "runs"}, sort_keys=True)  # more runs are the same load
     kind = (base, subject.get("method"), subject.get("format"), subject.get("group_size"))
     # whether other servers were up at the same time is part of the load too
     turns = settings.get("interleave", {}).get("mode")

@@ -153,6 +153,9 @@ def test_other_things_are_not_compared(tmp_path: Path) -> None:
     known = {k: v for k, v in slow.settings["load"].items() if k != "seed"}  # of a version that knew less
     kept(tmp_path / "old", [report_at(1, [500, 502, 498], settings={**slow.settings, "load": known}), slow])
     assert history(tmp_path / "old").alone == ()
+    often = {**slow.settings, "load": {**slow.settings["load"], "runs": 9}}
+    kept(tmp_path / "runs", [report_at(1, [500, 502, 498]), dataclasses.replace(slow, settings=often)])
+    assert history(tmp_path / "runs").alone == ()  # more runs are the same thing, measured better
 
 
 def test_a_report_that_cannot_be_read_is_told(tmp_path: Path) -> None:
