@@ -33,8 +33,13 @@ def metrics(url: str) -> dict[str, list[tuple[dict[str, str], float]]]:
 
 
 def cache_tokens(found: Mapping[str, list[tuple[dict[str, str], float]]]) -> int | None:
-    """Tokens that the engine's key-value cache holds, by vLLM's own word in its metrics; None if it does not say."""
+    """Tokens that the engine's key-value cache holds, by vLLM's own word in its metrics; None if it does not say.
+
+    Its own sum where it has one (seen in 0.32): layers of several kinds share the blocks, which are then no tokens.
+    """
     for labels, _ in found.get("vllm:cache_config_info", []):
+        if labels.get("kv_cache_size_tokens", "").isdigit():
+            return int(labels["kv_cache_size_tokens"])
         for blocks in ("num_gpu_blocks", "num_cpu_blocks"):  # the CPU backend counts its blocks under gpu too
             if labels.get(blocks, "").isdigit() and labels.get("block_size", "").isdigit():
                 return int(labels[blocks]) * int(labels["block_size"])

@@ -523,6 +523,9 @@ def test_metrics_are_parsed() -> None:
         "x_total": [({"a": "1", "b": 'say \\"hi\\", you'}, 2.5), ({"a": "2"}, 3.0)],
         "y": [({}, 1000.0)],
     }
+    labels = {"num_gpu_blocks": "100", "block_size": "16", "kv_cache_size_tokens": "None"}
+    assert cache_tokens({"vllm:cache_config_info": [(labels, 1.0)]}) == 1600
+    assert cache_tokens({"vllm:cache_config_info": [(labels | {"kv_cache_size_tokens": "900"}, 1.0)]}) == 900
 
 
 # the served artifact
@@ -598,6 +601,8 @@ def test_a_running_server_is_measured(served: Server) -> None:
         space = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * GIB
         shape = read_shape(Path(__file__).parent.parent / "recipes" / "pebble" / "model")
         assert cache_tokens(metrics(served.url)) == pytest.approx(space / shape.kv_token, rel=0.01)
+        (said,) = {labels["kv_cache_size_tokens"] for labels, _ in metrics(served.url)["vllm:cache_config_info"]}
+        assert f"{int(said):,} tokens" in served.log_path.read_text(encoding="utf-8", errors="replace")
 
 
 def test_shell_words_are_quoted() -> None:
