@@ -146,9 +146,9 @@ def told_token(words: Any, token: int, logprobs: Tensor, likely: int) -> Token:
 
 
 def generation_config(base: Any, how: Sampling, *, room: int) -> Any:
-    """The checkpoint's own generation config with what a request says; `room` is what the context leaves. ValueError
-    where that is less than the answer may have."""
+    """The checkpoint's own generation config with what a request says; `room` is what the context leaves."""
     config = copy.deepcopy(base)
+    config.num_beams = config.num_return_sequences = 1  # whatever the checkpoint has: beams are not told piece by piece
     config.max_new_tokens = how.max_tokens or room
     config.do_sample = how.temperature != 0
     config.top_k = config.top_k or 0  # None would mean the 50 likeliest

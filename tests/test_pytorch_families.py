@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def test_minicpmv_by_mmqs_own_class(tiny: Callable[[str], Path], tmp_path: Path)
 
 def test_a_text_model(tmp_path: Path) -> None:
     base = zoo.write("llama", tmp_path / "base")
+    sampled = {"num_beams": 3, "temperature": 0.7, "do_sample": True, "repetition_penalty": 1.05}  # as some have it
+    config = json.loads((base / "generation_config.json").read_text("utf-8"))
+    (base / "generation_config.json").write_text(json.dumps(config | sampled), "utf-8")
     recipe = Recipe(name="tiny", model=str(base), quality="fast", samples=4)
     folder = make(recipe, fetch(str(base)), tmp_path / "art", samples=text(4), calibration="text").path
     launch = plan("pytorch", folder, machine=this_machine(), port=free_port())
