@@ -19,7 +19,7 @@ from .defaults import whole
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # two-dimensional weights that no engine treats as a linear: lookups, and the head, which has rules of its own
-LOOKUPS = re.compile(r"(embed_tokens|wte|wpe|embeddings?|embeddings?_table|pos_embed)$")
+LOOKUPS = re.compile(r"(embed_(tokens(_per_layer)?|positions)|wte|wpe|embeddings?|embeddings?_table|pos_embed)$")
 HEADS = re.compile(r"(^|\.)(lm_head|output|embed_out)$")
 MAPPED = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 PICTURED = ("vision_config", "visual", "vision_tower", "mm_vision_tower", "img_processor")  # keys of models that see

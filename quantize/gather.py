@@ -32,7 +32,7 @@ def collect_grams(
 
     The groups of `everything`, each inside an expert, get the inputs that they would have if every token of the layer
     came to that expert. `hold` inputs, about, are gathered before they are multiplied; `before` each call is called
-    with it.
+    with it, a second time where the layer is run twice.
 
     Where an H is not finite the layer is run once more and the tokens are left out whose inputs are not: the second
     number is how many, in the linear that lacks most. ValueError when no token is left: no scale and no rounding can be
@@ -45,7 +45,7 @@ def collect_grams(
         del grams[group]  # before the next is summed: it may be the largest thing there is
     counts: dict[Group, tuple[int, int]] = {}
     if spoilt:
-        again, counts = _sum_grams(stop, spoilt, chosen, hold, finite_only=True)
+        again, counts = _sum_grams(stop, spoilt, chosen, hold, finite_only=True, before=before)
         grams |= again
     for group, (kept, _) in counts.items():
         if not kept or not math.isfinite(_energy(grams[group])):
@@ -75,12 +75,13 @@ def _sum_grams(
     counts: dict[str, Tensor] = {}
     keys: dict[Group, str] = {}  # groups with the same inputs share a matrix: every expert's gate, given all tokens
     handles = []
-    unseen: set[str] = set()  # in the call under way: what comes after the last input wanted need not be computed
+    here: list[Call] = []  # the call under way
+    unseen: set[str] = set()  # of its inputs: what comes after the last input wanted need not be computed
 
     def watch(key: str, inputs: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else kwargs["hidden_states"]
-            x = inputs(given.detach().flatten(0, -2))  # [tokens, in]
+            x = here[0].kept(inputs(given.detach().flatten(0, -2)))  # [tokens, in]
             if finite_only:
                 fine = x.float().square().sum(-1).isfinite()  # squares too: they are what is summed
                 counts[key] += torch.stack([fine.sum(), (~fine).sum()])
@@ -113,6 +114,7 @@ def _sum_grams(
     try:
         for call in stop.calls:
             before(call)
+            here[:] = [call]
             unseen.update(sums)
             stop.look(call)
     finally:

@@ -55,7 +55,7 @@ def inputs_of(stop: Stop, call: Call, group: Group) -> Tensor | None:
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].detach().flatten(0, -2))
+        found.append(call.kept(args[0].detach().flatten(0, -2)))
         raise Seen
 
     handle = stop.layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook)

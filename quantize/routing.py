@@ -57,6 +57,7 @@ def counting(
     tokens stand for pictures. Yielded: what is to be told of each call before it runs, and what gives the counts of
     all ranks afterwards."""
     now: list[Call] = []
+    counted: set[tuple[str, int]] = set()  # a layer that is run once more gives its experts nothing new
     mixtures = dict(experts_of(layer))
     counts: dict[str, Tensor] = {}
 
@@ -65,6 +66,9 @@ def counting(
 
     def hook(path: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (path, now[0].number) in counted:
+                return
+            counted.add((path, now[0].number))
             chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]  # [tokens, k]
             mask = media[now[0].number].to(chosen.device)
             if len(mask) != len(chosen):

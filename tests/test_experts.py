@@ -333,6 +333,21 @@ def test_experts_that_saw_few_or_nothing(tmp_path: Path) -> None:
             assert max(unseen) < 2 * max(seen)
 
 
+def test_tokens_that_are_not_finite(tmp_path: Path) -> None:
+    """A word whose embedding is no number, said in one sample: it is left out, and every token is counted once."""
+    base = moe("qwen3_moe", tmp_path / "base", num_hidden_layers=2)
+    odd = Sample([{"role": "user", "content": "What is ꙮ?"}, {"role": "assistant", "content": "A letter."}])
+    said = [encode(build(base), s)["input_ids"].flatten().tolist() for s in (*samples("qwen3_moe", 6), odd)]
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][sorted(set(said[-1]).difference(*said[:-1]))] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    given, recipe = [*samples("qwen3_moe", 6), odd], Recipe(name="tiny", model=str(base), samples=7)
+    made = make(recipe, fetch(str(base)), tmp_path / "out", samples=given, calibration="text")
+    layer = made.manifest["layers"][1]
+    assert 0 < layer["left_out"] <= len(said[-1])
+    assert sum(layer["experts"][0]["text"]) == CHOSEN * sum(len(ids) for ids in said)
+
+
 def test_all_tokens_of_a_layer() -> None:
     """The matrices of experts that are given everything, and of those that are not, against the sums themselves."""
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
 from mmq.recipes.recipe import Limits, Recipe
+from mmq.serve.rules.verdicts import chosen, verdicts
 
 
 @pytest.fixture(scope="module", params=[k for k in (*zoo.KINDS, *zoo.OTHERS) if k != "internvl_llama"])
@@ -80,6 +81,9 @@ def test_quantized_whole(family: tuple[str, Path], tmp_path: Path, method: str) 
     config = json.loads((made.path / "config.json").read_text())["quantization_config"]
     for entry in config.get("modules_to_not_convert", []):
         assert not any(entry in name for name in packed)
+    if method == "awq":  # lookups of whatever name are no linears to an engine
+        (told,) = verdicts(made.path, chosen("vllm:cuda"))
+        assert not [f for f in told.findings if f.rule == "skip list"]
     base, quantized = states(build(folder), 2), states(build(made.path, source=after), 2)
     error = sum(float((a - b).square().sum() / a.square().sum()) for a, b in zip(base, quantized, strict=True)) / 2
     assert 0 < error < 0.2, error

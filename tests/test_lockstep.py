@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmq.quantize.lockstep import Lockstep
+from mmq.quantize.family import Group
+from mmq.quantize.gather import collect_grams
+from mmq.quantize.lockstep import Call, Lockstep
+from mmq.quantize.pull import drift_of
 
 
 class Layer(nn.Module):
@@ -51,6 +54,37 @@ def test_same_as_unhalted(model: Model) -> None:
     assert met == [(i, [3, 5, 2]) for i in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(steps.results, expected, strict=True))
     assert torch.equal(model(xs[0]), expected[0])  # the model's own forward is back
+
+
+def test_inputs_that_are_the_hidden_states_outlive_their_parking(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linear reads what the layer is given, with no norm between, as in OLMo 2. What goes back to the host is
+    spoilt here, as memory is that is given to others; a GPU does it in earnest."""
+
+    def park(call: Call) -> None:
+        call.parked = call.hidden.clone()
+        call.hidden.fill_(float("nan"))
+
+    def unpark(call: Call) -> None:
+        if call.parked is not None:
+            call.hidden.copy_(call.parked)
+
+    monkeypatch.setattr(Call, "park", park)
+    monkeypatch.setattr(Call, "unpark", unpark)
+    x, y = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    group = Group(("linear",), None)
+    calls = [lambda x=x: model(x.clone()) for x in (x, y)]
+    with Lockstep(model.layers, calls, park=True) as steps:
+        stop = next(iter(steps))
+        (gram,) = collect_grams(stop, (group,))[0].values()
+        now = dict(stop.layer.named_parameters())
+        drift = drift_of(stop, [(stop.calls[0], stop.calls[1])], group, now=now, original=now, columns=None)
+        stop.calls.clear()
+    assert drift is not None
+    h, c = drift
+    both = torch.cat([x[0], y[0]])
+    torch.testing.assert_close(gram, both.T @ both / 12)
+    torch.testing.assert_close(h, x[0].T @ x[0] / 6)
+    torch.testing.assert_close(c, (y - x)[0].T @ x[0] / 6)
 
 
 def test_calls_of_different_length(model: Model) -> None:

@@ -403,7 +403,7 @@ def fetch_ids(checkpoint: Path, said: Any) -> list[int]:
 
     skeleton = build(checkpoint)
     if isinstance(said, str):
-        return skeleton.processor.tokenizer(said)["input_ids"]
+        return skeleton.words(said)["input_ids"]
     return encode(skeleton, said)["input_ids"].flatten().tolist()
 
 
