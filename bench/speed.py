@@ -69,7 +69,8 @@ CPU_LOAD = Load(requests=16, concurrency=4, input_tokens=64, output_tokens=64, p
 def load_here(*, quick: bool = False, **asked: Any) -> Load:
     """The load for this machine, a GPU's or a CPU's, with each field that was asked for (None: as it is)."""
     load = Load() if this_machine().gpus else CPU_LOAD
-    load = replace(load, warmups=1, requests=max(8, load.requests // 2)) if quick else load
+    if quick:  # with fewer, what a run does is begin and end
+        load = replace(load, warmups=1, requests=max(WAVES * load.concurrency, load.requests // 2))
     return replace(load, **{k: v for k, v in asked.items() if v is not None})
 
 

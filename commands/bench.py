@@ -36,7 +36,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
 @click.option(
     "--compare", is_flag=True, help="NAMES side by side, each against the first (what several names do anyway)."
 )
-@click.option("--quick", is_flag=True, help="The shortest run that says something: two loads, half the requests.")
+@click.option("--quick", is_flag=True, help="The shortest run that says something: two loads, few requests.")
 @click.option("--engine", default="vllm", show_default=True, help="vllm, lmdeploy or pytorch.")
 @bin_option
 @click.option("--vram", metavar="SIZE", help="The memory that all memory figures are for.  [default: 24GiB]")

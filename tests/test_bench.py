@@ -39,7 +39,7 @@ from mmq.bench.report import (
     read_report,
     write_report,
 )
-from mmq.bench.speed import Load, Run, figures, measures, percentile, read_run
+from mmq.bench.speed import Load, Run, figures, load_here, measures, percentile, read_run
 from mmq.bench.table import markdown, sweep_table, table, tails, warnings
 from mmq.bench.turns import block_of, levels_of, mode_of, runs_at, saturated, turn, visits
 from mmq.bench.variants import Variant, dropped, flags_for, servers
@@ -774,6 +774,13 @@ def test_a_context_too_long_is_told_before_any_start(folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="a context of 8192 tokens is more than awq can do: 4096"):
         compare(["awq"], folder=folder, out=tmp_path / "results", context=8192)
     assert not (tmp_path / "results").exists()
+
+
+def test_a_quick_load_fills_its_places_often_enough() -> None:
+    quick, usual = load_here(quick=True), load_here()
+    assert 4 * quick.concurrency <= quick.requests <= usual.requests
+    assert (quick.runs, quick.warmups) == (usual.runs, 1)
+    assert load_here(quick=True, requests=3, runs=None).requests == 3
 
 
 def test_a_load_is_checked() -> None:
