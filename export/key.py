@@ -27,6 +27,7 @@ DIGESTED = ("revision", "calibration", "samples")
 WRITES = (
     "beside",
     "config",
+    "defaults",
     "layers",
     "make",
     "names",
