@@ -36,7 +36,8 @@ def shown(report: Report) -> Report:
 def title(report: Report) -> str:
     """What is compared, of which model where one is common to all."""
     models = {str(s["base"]["model"]) for s in report.subjects.values() if isinstance(s.get("base"), Mapping)}
-    what = " against ".join([next(iter(report.numbers)), ", ".join(list(report.numbers)[1:])]).removesuffix(" against ")
+    first, *others = report.numbers
+    what = f"{first} against {', '.join(others)}" if others else first
     return f"{models.pop()}: {what}" if len(models) == 1 else what
 
 

@@ -127,10 +127,9 @@ def raw_of(journal: Journal, label: str, load: Load) -> dict[str, Any]:
     runs = runs_of(journal, label, load.concurrency).values()
     kept = [{k: v for k, v in dataclasses.asdict(run).items() if k != "itl"} for run in runs]
     lines = [line for line in journal.lines if line.get("label") == label]
-    files = {str(line["concurrency"]): [] for line in lines if line["kind"] == "run"}
-    for line in lines:
-        if line["kind"] == "run":
-            files[str(line["concurrency"])].append(line["file"])
+    files: dict[str, list[str]] = {}
+    for line in journal.found("run", label=label):
+        files.setdefault(str(line["concurrency"]), []).append(line["file"])
     return {"runs": kept, "files": files, "journal": [line for line in lines if line["kind"] != "run"]}
 
 
