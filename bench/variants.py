@@ -28,11 +28,9 @@ from .nvml import Card, Spell, begin
 from .report import digest_of
 from .speed import Load
 
-# random prompts would hit no cache, but warm-ups and repetitions may: switched off, so every run does all its work
+# a template's beginning is in every prompt, and a dataset's rows come again: without caches a run does all its work
 SAME_FOR_ALL = {"vllm": ("--no-enable-prefix-caching",)}  # the other engines keep no prefix unless told to
-OWN_PICTURES = {
-    "vllm": ("--mm-processor-cache-gb", "0")
-}  # a dataset's pictures come again and again, random ones do not
+OWN_PICTURES = {"vllm": ("--mm-processor-cache-gb", "0")}  # of a dataset; random pictures never come again
 RUNTIME = 2 * GIB  # what an engine's processes take on a CPU beside weights and cache (2.3 GiB seen with a tiny model)
 KEPT_FREE = 0.15  # of the memory that is available, for the load generator and all else
 
