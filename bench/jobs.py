@@ -12,6 +12,7 @@ from ..export.remote import parse_target
 from ..recipes.recipe import METHODS, Recipe, recipe_for
 from .produce import settle
 
+LONGEST = 200  # bytes of a name, of which the method and a suffix make a file's, 255 at most
 FIELDS = ("name", "method", "version")  # of a hub address, in braces
 
 
@@ -61,8 +62,11 @@ def _job(source: str, method: str | None, trust: bool, publish: Sequence[str]) -
     try:
         allowed = trust and recipe_for(source).trust_remote_code  # of those that ask for it
         recipe = settle(source, method=method, trust_remote_code=allowed or None).recipe
-        if not re.fullmatch(r"\w[\w.-]*", recipe.name):
-            raise ValueError(f"{source}: name {recipe.name!r} is no folder's; letters, digits, '-', '_' and '.' are")
+        if not re.fullmatch(r"\w[\w.-]*", recipe.name) or len(recipe.name.encode()) > LONGEST:
+            told = recipe.name if len(recipe.name) <= 40 else f"{recipe.name[:40]}..."
+            raise ValueError(
+                f"{source}: name {told!r} is no folder's: letters, digits, '-', '_', '.', {LONGEST} bytes at most"
+            )
         job = Job(source, recipe.method, recipe)
         addresses(publish, job)
         return job

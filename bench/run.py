@@ -74,17 +74,22 @@ def run(
 
 def run_job(job: Job, settings: Settings, *, tell: Tell = silent) -> Done:
     """One job, from its key to where it is published; whatever goes wrong with it is in the result."""
-    found = Done(job.name, job.source, job.method, log=str(settings.log(job)))
-    if job.recipe is None:
-        return _ended(found, INPUT, (job.problem,))
-    settings.log(job).parent.mkdir(parents=True, exist_ok=True)
+    begun = Done(job.name, job.source, job.method, log=str(settings.log(job)))
     try:
-        check_pinned(job.recipe, local=Path(job.recipe.model).is_dir())  # before the commit of now is filled in
-        key, commit = key_before(job.recipe, hub=settings.hub)
+        return _done(begun, job, settings, tell)
     except (ValueError, OSError) as e:
-        return _ended(found, INPUT, (" ".join(str(e).split()),))
+        return _ended(begun, INPUT, (" ".join(str(e).split()),))
     except Exception as e:  # a fault of ours in one job is none of the others'
-        return _ended(found, FAULT, (f"a fault in mmq: {type(e).__name__}: {' '.join(str(e).split())}",))
+        return _ended(begun, FAULT, (f"a fault in mmq: {type(e).__name__}: {' '.join(str(e).split())}",))
+
+
+def _done(found: Done, job: Job, settings: Settings, tell: Tell) -> Done:
+    """The same, and what went wrong in this process as the exception that it is."""
+    if job.recipe is None:
+        raise ValueError(job.problem)
+    settings.log(job).parent.mkdir(parents=True, exist_ok=True)
+    check_pinned(job.recipe, local=Path(job.recipe.model).is_dir())  # before the commit of now is filled in
+    key, commit = key_before(job.recipe, hub=settings.hub)
     found = replace(found, key=key["digest"])
     artifact = kept_artifact(settings.folder(job), key, job.recipe)
     found, go_on = _step(found, "quantize", quantize_line(job, settings, commit), settings, job, tell, kept=artifact)

@@ -259,6 +259,22 @@ def test_what_the_hub_does_not_have_is_that_jobs_alone(tmp_path: Path, monkeypat
     assert told == [["failed", "not begun"], ["failed", "failed"]]
 
 
+def test_what_a_folder_does_not_take_is_that_jobs_alone(tmp_path: Path) -> None:
+    """A name that is none of a file's, and a log that cannot be written."""
+    (tmp_path / "long.yaml").write_text(f"name: {'配' * 90}\nmodel: pebble\n", encoding="utf-8")
+    (tmp_path / "held.yaml").write_text("name: held\nmodel: pebble\n", encoding="utf-8")
+    settings = Settings(tmp_path / "out", samples=1)
+    settings.out.mkdir()
+    (settings.out / "logs" / "held-awq.log").mkdir(parents=True)
+    named, held, other = run(
+        matrix([str(tmp_path / "long.yaml"), str(tmp_path / "held.yaml"), str(tmp_path / "none.yaml")]), settings
+    )
+    assert (named.code, held.code, other.code) == (2, 2, 2)
+    assert "200 bytes at most" in named.why[0]
+    assert "held-awq.log" in held.why[0]
+    assert "no recipe file" in other.why[0]
+
+
 def begun(folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
     """A run of bad.yaml and strict.yaml that has finished its first layer, and that layer's file."""
     for name, text in (("strict", STRICT), ("bad", "name: bad\n")):
