@@ -31,7 +31,7 @@ FEWER_PIXELS = (1280, 512)  # tokens a picture, to be tried where the largest pi
 class Plan:
     """`parts` and `cache` in bytes on each card; `tokens` is what the cache holds, `context` what the flags say.
 
-    `kv_token` is a token's share of a sequence of `context`, where layers keep a window of it alone.
+    `kv_token` is a token's share of a sequence of `context`, where layers keep a window of it, or a state.
     `max_context` is for the concurrency asked (else one sequence), `max_batch` for `context`, of each of `ask.dp`
     replicas; `problem` is "" where what was asked fits, and `changes` are then empty.
     """
@@ -76,7 +76,7 @@ def _planned(model: Model, card: Gpu, ask: Ask) -> Plan:
     longest = _longest(model, card, ask, share, layers)
     context = ask.context or longest
     length = context or min(context_length(model.config), MIN_CONTEXT)
-    windows = any(kind.window for kind in layers)
+    even = all(kind.even for kind in layers) or not token_bytes(layers)
     parts = parts_of(model, card, ask, max(context, 1))
     cache = room(parts, card, share)
     tokens = held(cache, layers, length, flying=flying)
@@ -89,7 +89,7 @@ def _planned(model: Model, card: Gpu, ask: Ask) -> Plan:
         share=share,
         sequences=sequences_of(card, ask),
         parts=parts,
-        kv_token=math.ceil(sequence_bytes(layers, length, flying=flying) / length) if windows else token_bytes(layers),
+        kv_token=token_bytes(layers) if even else math.ceil(sequence_bytes(layers, length, flying=flying) / length),
         cache=max(0, cache),
         tokens=tokens,
         context=context,

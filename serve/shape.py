@@ -17,8 +17,10 @@ from ..recipes.folder import read_config, shard_names
 from ..recipes.sizes import count_of
 
 BLOCK = 16  # tokens; vLLM's cache is handed out in blocks of so many on a GPU
-# layers of other kinds (Mamba, gated delta net) keep a state of fixed size, not a cache that grows with each token
+# layers of other kinds keep a state of fixed size, not a cache that grows: gated delta nets' is counted, Mamba's is not
 FULL = ("full_attention", "attention")
+LINEAR = "linear_attention"
+STATES = 2  # of a sequence that vLLM keeps in each such layer: prefix caching wants the one before too ("align")
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -38,11 +40,17 @@ class Shape:
 @dataclass(frozen=True)
 class Layers:
     """So many layers alike, each with a cache of `width` bytes a token; `window`: the last tokens that they look at, 0
-    for all."""
+    for all. Or with a `state` of so many bytes, and no width."""
 
     count: int
     width: int
     window: int = 0
+    state: int = 0
+
+    @property
+    def even(self) -> bool:
+        """Whether each token takes as much as any other, however long the sequence."""
+        return not self.window and not self.state
 
 
 def cached(config: Mapping[str, Any], *, itemsize: int = 2, tp: int = 1) -> tuple[Layers, ...]:
@@ -61,9 +69,19 @@ def cached(config: Mapping[str, Any], *, itemsize: int = 2, tp: int = 1) -> tupl
             found = Counter(
                 (2 * math.ceil(heads / tp) * width * itemsize, window) for heads, width, window in _kinds(text)
             )
+        states = (text.get("layer_types") or []).count(LINEAR) if text.get("linear_num_value_heads") else 0
+        linear = (Layers(states, 0, state=_state(text, tp)),) if states else ()
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise ValueError(f"config.json does not tell the cache's size: {e} is missing or not a number") from None
-    return tuple(Layers(count, width, window) for (width, window), count in found.items())
+    return (*(Layers(count, width, window) for (width, window), count in found.items()), *linear)
+
+
+def _state(text: Mapping[str, Any], tp: int) -> int:
+    """Bytes of a gated delta net's state (`gated_delta_net_state_shape` in vLLM's mamba_utils.py)."""
+    wide, deep = int(text["linear_value_head_dim"]), int(text["linear_key_head_dim"])
+    heads, keys = int(text["linear_num_value_heads"]), int(text["linear_num_key_heads"])
+    kept = (int(text["linear_conv_kernel_dim"]) - 1) * (2 * deep * keys + wide * heads) * 2
+    return math.ceil((kept + heads * wide * deep * (4 if text.get("mamba_ssm_dtype") == "float32" else 2)) / tp)
 
 
 def _kinds(text: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
@@ -105,17 +123,20 @@ def sequence_bytes(layers: Sequence[Layers], context: int, *, flying: int) -> in
     """Bytes that one sequence of `context` tokens keeps; `flying` of them are scheduled and not done.
 
     As vLLM 0.32 has them (v1/core/kv_cache_utils.py): all pages are of one size, so narrow layers have more tokens on
-    one; layers alike are dealt into groups of one size, of which the last may be short of some; a layer with a window
-    keeps that, what is flying, and a page more.
+    one, and a state takes a whole one, which is made as large; layers alike are dealt into groups of one size, of which
+    the last may be short of some; a layer with a window keeps that, what is flying, and a page more.
     """
     widest, counts = max(kind.width for kind in layers), [kind.count for kind in layers]
+    block = BLOCK * max(1, math.ceil(max(kind.state for kind in layers) / (BLOCK * widest)))  # tokens of a page
     group = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
     pages = 0
     for kind in layers:
-        tokens = min(kind.window - 1 + flying, context) if kind.window else context
-        each = math.ceil(tokens / (BLOCK * max(1, widest // kind.width))) + bool(kind.window)
+        each = STATES
+        if kind.width:
+            tokens = min(kind.window - 1 + flying, context) if kind.window else context
+            each = math.ceil(tokens / (block * max(1, widest // kind.width))) + bool(kind.window)
         pages += math.ceil(kind.count / group) * group * each
-    return pages * widest * BLOCK
+    return pages * widest * block
 
 
 def is_mixture(config: Mapping[str, Any]) -> bool:
@@ -135,9 +156,9 @@ def tokens_in(room: int, kv_token: int) -> int:
 
 
 def held(room: int, layers: Sequence[Layers], context: int, *, flying: int) -> int:
-    """Tokens that `room` bytes hold in sequences of `context` tokens, as vLLM tells them: of long ones with windows
-    more than of short ones."""
-    if not any(kind.window for kind in layers):
+    """Tokens that `room` bytes hold in sequences of `context` tokens, as vLLM tells them: of long ones with windows or
+    states more than of short ones."""
+    if all(kind.even for kind in layers) or not token_bytes(layers):
         return tokens_in(room, token_bytes(layers))
     return max(0, room) * context // sequence_bytes(layers, context, flying=flying)
 

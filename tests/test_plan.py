@@ -248,42 +248,52 @@ import json, sys
 from types import SimpleNamespace as N
 import torch
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-for full, sliding, window, batched, context in json.loads(sys.argv[1]):
-    same = {"block_size": 16, "dtype": torch.bfloat16}
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+asked = json.loads(sys.argv[1])
+for full, sliding, window, batched, context, state, block in asked:
+    same = {"block_size": block, "dtype": torch.bfloat16}
     spec = {f"f{n}": FullAttentionSpec(num_kv_heads=full[1], head_size=full[2], **same) for n in range(full[0])}
     for n in range(sliding[0]):
         heads, width = sliding[1:]
         spec[f"s{n}"] = SlidingWindowSpec(num_kv_heads=heads, head_size=width, sliding_window=window, **same)
+    for n in range(state[0]):
+        page, shapes = spec["f0"].page_size_bytes, ((state[1],),)
+        more = {"page_size_padded": page, "mamba_cache_mode": "align", "dtypes": (torch.int8,)}
+        spec[f"m{n}"] = MambaSpec(block_size=block, shapes=shapes, **more)
     config = N(
         scheduler_config=N(disable_hybrid_kv_cache_manager=False),
         max_in_flight_tokens=2 * batched,
         model_config=N(max_model_len=context),
         parallel_config=N(decode_context_parallel_size=1),
-        cache_config=N(get_resolved_kv_cache_layout=lambda: N(is_block_outermost=False)),
+        cache_config=N(get_resolved_kv_cache_layout=lambda: N(is_block_outermost=False), mamba_cache_mode="align"),
         speculative_config=None,
     )
     groups = kv_cache_utils.get_kv_cache_groups(config, spec)
     print(kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups))
 """
-WINDOWED = [  # layers, key-value heads and their width, of those that see all and of those that see a window of it
-    ((10, 16, 128), (52, 16, 128), 1024, 2048, 131072),  # Gemma 3 27B
-    ((5, 4, 256), (29, 4, 256), 1024, 8192, 8192),  # 4B
-    ((13, 4, 256), (13, 4, 256), 4096, 2048, 8192),  # Gemma 2 2B
-    ((7, 1, 512), (28, 2, 256), 512, 2048, 32768),  # widths that differ, as in Gemma 4
-    ((5, 8, 512), (23, 8, 256), 512, 2048, 5000),
+NO_STATE = ((0, 0), 16)
+# layers, key-value heads and their width, of those that see all and of those that see a window of it; the window, the
+# batch, the context; layers with a state and its bytes; the tokens of a page
+UNEVEN = [
+    ((10, 16, 128), (52, 16, 128), 1024, 2048, 131072, *NO_STATE),  # Gemma 3 27B
+    ((5, 4, 256), (29, 4, 256), 1024, 8192, 8192, *NO_STATE),  # 4B
+    ((13, 4, 256), (13, 4, 256), 4096, 2048, 8192, *NO_STATE),  # Gemma 2 2B
+    ((7, 1, 512), (28, 2, 256), 512, 2048, 32768, *NO_STATE),  # widths that differ, as in Gemma 4
+    ((5, 8, 512), (23, 8, 256), 512, 2048, 5000, *NO_STATE),
+    ((8, 4, 256), (0, 0, 0), 0, 2048, 32768, (24, 2146304), 528),  # a gated delta net in three of four layers
 ]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_engines_own_bytes_of_a_sequence() -> None:
-    asking = [sys.executable, "-c", ASK_VLLM_PAGES, json.dumps(WINDOWED)]
+    asking = [sys.executable, "-c", ASK_VLLM_PAGES, json.dumps(UNEVEN)]
     done = subprocess.run(asking, capture_output=True, text=True, check=True, timeout=300)
     said = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     found = []
-    for full, sliding, window, batched, context in WINDOWED:
-        kinds = Layers(full[0], 4 * full[1] * full[2]), Layers(sliding[0], 4 * sliding[1] * sliding[2], window)
-        found.append(sequence_bytes(kinds, context, flying=2 * batched))
+    for full, sliding, window, batched, context, state, _ in UNEVEN:
+        kinds = [Layers(full[0], 4 * full[1] * full[2]), Layers(sliding[0], 4 * sliding[1] * sliding[2], window)]
+        kinds.append(Layers(state[0], 0, state=state[1]))
+        found.append(sequence_bytes([kind for kind in kinds if kind.count], context, flying=2 * batched))
     assert found == said
 
 
@@ -300,6 +310,12 @@ def test_layers_with_a_cache() -> None:
     assert token_bytes(cached(published, tp=4)) == 2 * 1024 + 2 * 2048
     assert cached(published | {"num_kv_shared_layers": 2}) == (Layers(1, 4096, 512), Layers(1, 4096))
     assert cached({"num_hidden_layers": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 64}) == (Layers(3, 1152),)
+    kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+    delta = {"num_hidden_layers": 4, "layer_types": kinds, "num_attention_heads": 16, "num_key_value_heads": 4}
+    delta |= {"head_dim": 256, "linear_num_value_heads": 32, "linear_num_key_heads": 16, "linear_key_head_dim": 128}
+    delta |= {"linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "mamba_ssm_dtype": "float32"}
+    assert cached(delta) == (Layers(1, 4096), Layers(3, 0, state=32 * 128 * 128 * 4 + 3 * 8192 * 2))
+    assert cached(delta, tp=2)[1].state == cached(delta)[1].state / 2
 
 
 @pytest.mark.parametrize("kind", sorted(DEFAULTS))
