@@ -30,12 +30,13 @@ from ..export.restored import load_model
 from ..quantize.classes import open_processor
 from ..quantize.family import row_of
 from ..quantize.skeleton import read_config
+from .adapter import Adapter, read_adapter, split_name
 from .inside.mmq_guard import Guard
-from .lora import Adapter, read_adapter, split_name
+from .pytorch_gone import heeding
 from .pytorch_lora import Choice, attach
 from .pytorch_own import load_own
 from .pytorch_replies import failure
-from .pytorch_requests import Endpoint, heeding
+from .pytorch_requests import Endpoint
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")  # no other is opened
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2"}  # of videos: transformers' name, the package's

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..export.names import SAME, TRANSFORMERS
-from .lora import EMBEDDED, PREFIX, TENSORS, Adapter, factors
+from .adapter import EMBEDDED, PREFIX, TENSORS, Adapter, factors
 
 
 @dataclass

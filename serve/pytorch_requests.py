@@ -12,7 +12,6 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +22,11 @@ from transformers.utils.chat_template_utils import _get_template_variables
 
 from .pytorch_answer import Drawing, draw, ends_of, generation_config
 from .pytorch_face import Asked, asked
+from .pytorch_gone import GONE
 from .pytorch_lora import Choice
 from .pytorch_prompt import prompt_logprobs
 from .pytorch_replies import Answer, Form, Piece, event, failure
 
-GONE: ContextVar[threading.Event] = ContextVar("gone")  # set when the client of the request under way is gone
 READER = ThreadPoolExecutor(1, "mmq-reader")  # pictures become tensors here, while the server goes on answering
 
 
@@ -248,34 +247,3 @@ def broken(error: Exception) -> str:
 def refusal(why: str, status: int) -> JSONResponse:
     """An error as OpenAI's servers have it."""
     return JSONResponse(failure(why, status), status)
-
-
-def heeding(app: Any) -> Any:
-    """The ASGI app with `GONE` of each request, whose body has come whole: it is set when the client leaves."""
-
-    async def heeded(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await app(scope, receive, send)
-        gone, left = threading.Event(), asyncio.Event()
-        GONE.set(gone)
-        bodies = [await receive()]
-
-        async def until_left() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
-            left.set()
-
-        async def given() -> Any:
-            if bodies:
-                return bodies.pop()
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        watch = asyncio.ensure_future(until_left())
-        try:
-            return await app(scope, given, send)
-        finally:
-            watch.cancel()
-
-    return heeded

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..export.subject import Subject, read_subject
+from .adapter import Adapter
 from .bill import PICTURES, read_model
 from .flags import Flag, Launch, given, host_reason, launch_of, number, whole
-from .lora import Adapter, lora_bytes, lora_flags, rank_of, read_adapters, slots_of
+from .lora import lora_bytes, lora_flags, rank_of, read_adapters, slots_of
 from .machine import GIB, Machine
 from .parallel import Spread, check_spread, encoder_flags, node_flags, size_flags, spread_of, variables_of
 from .plan_flags import asked_in

@@ -23,12 +23,13 @@ from mmq.export.subject import read_subject
 from mmq.export.view import view
 from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
+from mmq.serve.adapter import read_adapter
 from mmq.serve.api import Client, InferRequest, RequestConfig
 from mmq.serve.bill import Ask, parts_of, read_model
 from mmq.serve.cards import card_named
 from mmq.serve.client import ask, connect
 from mmq.serve.engines import plan
-from mmq.serve.lora import lora_bytes, lora_flags, rank_of, read_adapter, read_adapters
+from mmq.serve.lora import lora_bytes, lora_flags, rank_of, read_adapters
 from mmq.serve.machine import this_machine
 from mmq.serve.media import user_message
 from mmq.serve.running import free_port, running

@@ -22,8 +22,9 @@ from mmq.export.view import view
 from mmq.quantize.inputs import encode
 from mmq.quantize.skeleton import build
 from mmq.recipes.pebble.tasks import samples
+from mmq.serve.adapter import Adapter, factors, read_adapter
 from mmq.serve.engines import plan
-from mmq.serve.lora import Adapter, factors, held_bytes, read_adapter, read_adapters
+from mmq.serve.lora import held_bytes, read_adapters
 from mmq.serve.machine import GIB, Machine
 from mmq.serve.pytorch_lora import attach
 
