@@ -538,6 +538,28 @@ def test_pages_from_elsewhere_are_refused_without_a_key(serve: Callable[..., Cli
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
+def test_bodies_that_wait_to_be_judged_count(
+    guard: Any, serve: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, go = serve(max_body=1000), threading.Event()
+    monkeypatch.setattr(guard, "SMALL", 0)
+    monkeypatch.setattr(client.app, "_media_of", lambda *_: (go.wait(20), [], False))
+    answers: list[int] = []
+    body = b'"' + b"x" * 998 + b'"'
+    senders = [threading.Thread(target=lambda: answers.append(client.send(body)[0])) for _ in range(guard.AT_ONCE)]
+    for sender in senders:
+        sender.start()
+    while client.app.arriving < guard.AT_ONCE * 1000:
+        time.sleep(0.01)
+    assert client.send(body)[0] == 429
+    go.set()
+    for sender in senders:
+        sender.join()
+    assert answers == [200] * guard.AT_ONCE
+    assert client.app.arriving == 0
+    assert client.send(body)[0] == 200
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(
     guard: Any, serve: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from mmq_schema import endless
 from mmq_settings import Allowance, Settings, mebibytes, settings_of
 
 OPEN = ("/health", "/ping")  # answered without the key: they say that the server lives, and nothing else
-AT_ONCE = 16  # bodies of the greatest size that may be arriving together
+AT_ONCE = 16  # bodies of the greatest size that may be arriving, or wait to be judged, together
 SMALL = 64 * 1024  # bytes of a body that is looked at on the spot; a larger one in a thread
 PATIENCE = 30.0  # seconds that a body may take, and one more for each
 SLOWEST = 8 * 1024  # bytes of it
@@ -47,7 +47,7 @@ class Guard:
         self.key = _digest(key) if key else None
         self.door = os.environ.get("MMQ_DOOR")  # the folder by which `serve/process.py` and this know of each other
         self.under_way = 0
-        self.arriving = 0  # bytes of bodies that are not whole yet
+        self.arriving = 0  # bytes of bodies that are not whole yet, or not judged
         self.readers = ThreadPoolExecutor(2, "mmq-guard")
         self.fetchers = ThreadPoolExecutor(32, "mmq-fetch")  # slow hosts wait here, and nobody without a URL for them
 
@@ -64,11 +64,15 @@ class Guard:
             self._enter(scope, headers)
             if not unread:
                 return await self.app(scope, receive, send)
-            body = await self._body(headers, receive)
-            if body is None:  # the client is gone
-                return None
-            unread = False
-            body = await self._judged(body, headers)
+            sizes: list[int] = []
+            try:
+                body = await self._body(headers, receive, sizes)
+                if body is None:  # the client is gone
+                    return None
+                unread = False
+                body = await self._judged(body, headers)
+            finally:
+                self.arriving -= sum(sizes)
         except Refused as no:
             return await refuse(scope, receive, send, no, unread=unread)
         kept = [(k, v) for k, v in scope["headers"] if k.lower() not in (b"content-length", b"transfer-encoding")]
@@ -118,8 +122,8 @@ class Guard:
         if kind.lower() != "bearer" or not hmac.compare_digest(_digest(given.strip()), self.key):
             raise Refused(401, "a valid API key is needed, in the header `Authorization: Bearer KEY`")
 
-    async def _body(self, headers: Mapping[str, str], receive: Any) -> bytes | None:
-        """The whole body, counted as it comes; None when the client left."""
+    async def _body(self, headers: Mapping[str, str], receive: Any, sizes: list[int]) -> bytes | None:
+        """The whole body, counted in `sizes` and in `arriving` as it comes; None when the client left."""
         most = self.settings.max_body
         too_long = Refused(413, f"a request may have {mebibytes(most)}; send smaller pictures, or fewer at once")
         with contextlib.suppress(ValueError):
@@ -127,27 +131,25 @@ class Guard:
                 raise too_long
         chunks: list[bytes] = []
         size, begun = 0, time.monotonic()
-        try:
-            while True:
-                left = begun + PATIENCE + size / SLOWEST - time.monotonic()
-                try:
-                    message = await _within(max(left, 0.001), receive())
-                except asyncio.TimeoutError:  # noqa: UP041  another class before Python 3.11
-                    raise Refused(408, "the request came too slowly") from None
-                if message["type"] == "http.disconnect":
-                    return None
-                chunk = message.get("body", b"")
-                chunks.append(chunk)
-                size += len(chunk)
-                self.arriving += len(chunk)
-                if size > most:
-                    raise too_long
-                if self.arriving > AT_ONCE * most:
-                    raise Refused(429, "too much is being sent to this server at once; try again in a moment")
-                if not message.get("more_body"):
-                    return b"".join(chunks)
-        finally:
-            self.arriving -= size
+        while True:
+            left = begun + PATIENCE + size / SLOWEST - time.monotonic()
+            try:
+                message = await _within(max(left, 0.001), receive())
+            except asyncio.TimeoutError:  # noqa: UP041  another class before Python 3.11
+                raise Refused(408, "the request came too slowly") from None
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            chunks.append(chunk)
+            size += len(chunk)
+            sizes.append(len(chunk))
+            self.arriving += len(chunk)
+            if size > most:
+                raise too_long
+            if self.arriving > AT_ONCE * most:
+                raise Refused(429, "too much is being sent to this server at once; try again in a moment")
+            if not message.get("more_body"):
+                return b"".join(chunks)
 
     async def _judged(self, body: bytes, headers: Mapping[str, str]) -> bytes:
         """The body as it is handed on: its own bytes, or in OpenAI's form, with the media in it that it only named."""
