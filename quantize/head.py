@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .family import Group
 from .gram import Gram
@@ -21,7 +21,7 @@ from .inputs import media_mask
 from .judge import PIECE
 from .method import Problem, Solution, output_squares
 from .ranks import total
-from .skeleton import Skeleton, outside
+from .skeleton import Skeleton, names_of, outside, vision
 from .steps import STEPS, solve
 
 EIGHT = 8  # rows that share a word in some formats: no block may end within one
@@ -71,12 +71,14 @@ def _beside(embedding: str) -> str:
 
 
 def after_layers(skeleton: Skeleton) -> list[str]:
-    """The parameters that run between the last decoder layer and the head: the final norm."""
-    text = skeleton.family.layers.rpartition(".")[0] + "."
-    apart = [m for m in (skeleton.module.get_input_embeddings(), skeleton.module.get_output_embeddings()) if m]
-    others = {id(p) for m in apart for p in m.parameters()}
-    named = dict(skeleton.module.named_parameters())
-    return [n for n in outside(skeleton) if n.startswith(text) and n in named and id(named[n]) not in others]
+    """The parameters that run between the last decoder layer and the head: the final norm, of all that is beside the
+    layers and neither a lookup (Gemma 4 has one larger than its layers) nor a tower (Phi-4-multimodal)."""
+    module, text = skeleton.module, skeleton.family.layers.rpartition(".")[0] + "."
+    lookups = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    apart = (module.get_input_embeddings(), module.get_output_embeddings(), *lookups)
+    others = set(vision(skeleton)).union(*(names_of(skeleton, m) for m in apart))
+    named = dict(module.named_parameters())
+    return [n for n in outside(skeleton) if n.startswith(text) and n in named and n not in others]
 
 
 class Listener:

@@ -26,7 +26,7 @@ class Problem:
     """One decoder layer to quantize. `weights`: on the device, by name inside the layer (norms and biases too), in the
     compute dtype. `grams`: per group, H = sum over tokens of x x^T / tokens, float32 [in, in]; none for a group that no
     token reached. `stored` is the dtype that norms and biases are written in, `head_dim` the width of an attention
-    head, `tokens` how many there were.
+    head, `tokens` how many the calibration has: what H is damped by (gptq.damping).
     """
 
     weights: Mapping[str, Tensor]
@@ -34,7 +34,7 @@ class Problem:
     grams: dict[Group, Tensor]
     stored: torch.dtype = torch.bfloat16
     head_dim: int = 128
-    tokens: int = 2**30  # that H is the mean of
+    tokens: int = 2**30
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Solution:
     """`quantized` by linear name; `changed` are 16-bit parameters that absorbed a scale, by parameter name.
 
     `errors`: by linear, tr(dW H dW^T) / tr(W H W^T): the share of its output's energy on the calibrated inputs that
-    quantizing it costs, everything else as before; of the weight's own energy when not calibrated. `fallbacks`: linears
+    quantizing it costs, everything else as before (under a pull: what it is away from where it was pulled); of the
+    weight's own energy when not calibrated. `fallbacks`: linears
     that plain rounding to nearest serves better than what was asked for, or that nothing could judge, and why.
     """
 

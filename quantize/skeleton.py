@@ -226,23 +226,28 @@ def load_outside(skeleton: Skeleton) -> None:
 
 def embeddings(skeleton: Skeleton) -> list[str]:
     """What runs before the first decoder layer: vision tower, projector and token embeddings."""
-    head = skeleton.module.get_output_embeddings()
-    after = {id(p) for p in head.parameters()} if head is not None else set()
-    own = {id(p) for p in skeleton.module.get_input_embeddings().parameters()}
-    named = dict(skeleton.module.named_parameters(remove_duplicate=False))
-    return [n for n in outside(skeleton) if id(named.get(n)) in own or id(named.get(n)) not in after]
+    own, head = names_of(skeleton, skeleton.module.get_input_embeddings()), _head(skeleton)
+    return [n for n in outside(skeleton) if n in own or n not in head]
+
+
+def _head(skeleton: Skeleton) -> set[str]:
+    """The parameters of the output head, which may be the embeddings' too."""
+    return names_of(skeleton, skeleton.module.get_output_embeddings())
+
+
+def names_of(skeleton: Skeleton, part: nn.Module | None) -> set[str]:
+    """All names of the parameters that `part` of the model has."""
+    own = set() if part is None else {id(p) for p in part.parameters()}
+    return {n for n, p in skeleton.module.named_parameters(remove_duplicate=False) if id(p) in own}
 
 
 def vision(skeleton: Skeleton) -> list[str]:
     """The parameters that are needed only before the first decoder layer and only for pictures (or sound)."""
-    text = skeleton.family.layers.rpartition(".")[0]
-    head = skeleton.module.get_output_embeddings()
-    after = {id(p) for p in head.parameters()} if head is not None else set()
-    named = dict(skeleton.module.named_parameters(remove_duplicate=False))
+    text, head = skeleton.family.layers.rpartition(".")[0], _head(skeleton)
     towers = [  # parts with linears of their own that stand beside the layers
         f"{text}.{name}."
         for name, child in skeleton.module.get_submodule(text).named_children()
         if child is not skeleton.layers and any(isinstance(m, nn.Linear) and m is not child for m in child.modules())
     ]
     beside = [n for n in outside(skeleton) if not n.startswith(f"{text}.") or n.startswith(tuple(towers))]
-    return [n for n in beside if id(named.get(n)) not in after]
+    return [n for n in beside if n not in head]

@@ -72,6 +72,11 @@ def thin(linear: Any, random: torch.Generator) -> Callable[..., Tensor]:
 
 
 def thin_experts(mixture: Any, random: torch.Generator) -> Callable[..., Tensor]:
-    """The forward of one such matrix in the place of all experts: what they have to say is told by their names."""
+    """The forward of one such matrix in the place of all experts: what they have to say is told by their names. What
+    the router says shows all the same, weights that add up to one too: no two experts count alike."""
     wide = thin(nn.Linear(*[mixture[0].gate_proj.in_features] * 2, bias=False, device="meta"), random)
-    return lambda hidden_states, top_k_index, top_k_weights: wide(hidden_states).relu() * top_k_weights.sum(-1, True)
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return wide(hidden_states).relu() * (top_k_weights * (top_k_index + 1)).sum(-1, True)
+
+    return forward

@@ -289,6 +289,27 @@ def test_one_scale_for_all_that_read_the_norm(tmp_path: Path, monkeypatch: pytes
     assert scaled < 0.8 * off("unscaled")
 
 
+def test_a_router_that_reads_a_copy_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the norm, though not the same memory: a scale that the norm absorbs would turn its choice, and that its
+    weights add up to one must not hide it."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    def forward(block: Any, hidden: torch.Tensor) -> torch.Tensor:
+        x = hidden.flatten(0, 1)
+        _, weights, chosen = block.gate(x.clone())
+        return block.experts(x, chosen, weights).view_as(hidden)
+
+    base = moe("qwen3_moe", tmp_path / "base", norm_topk_prob=True)
+
+    def absorbers() -> set[str | None]:
+        groups = build(base).family.groups[1]
+        return {g.absorber for g in groups if "mlp.experts.0.up_proj" in g.linears}
+
+    assert absorbers() == {"post_attention_layernorm"}
+    monkeypatch.setattr(Qwen3MoeSparseMoeBlock, "forward", forward)
+    assert absorbers() == {None}
+
+
 def test_experts_kept_in_16_bit(tmp_path: Path) -> None:
     """Of a layer all or none, as engines hold them in one tensor; and only where the format can say so."""
     base = moe("qwen3_vl_moe", tmp_path / "base", num_hidden_layers=2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from tiny import vlm
 
 from mmq.bench.check import check
@@ -21,7 +22,7 @@ from mmq.export.packing import LAYOUTS, pack_blocks
 from mmq.export.view import view
 from mmq.quantize import head as heads
 from mmq.quantize.grid import Grid, quantize
-from mmq.quantize.head import Listener, head_of, quantize_head
+from mmq.quantize.head import Listener, after_layers, head_of, quantize_head
 from mmq.quantize.inputs import encode, media_mask
 from mmq.quantize.memory import Memory, Workload, head_flops, host_bytes
 from mmq.quantize.skeleton import build, load_layer, load_outside
@@ -173,6 +174,15 @@ def test_what_the_head_hears_are_words(pebble: Path) -> None:
     spoilt = Listener(skeleton, head_of(skeleton, Grid()))
     spoilt.hear(ids, output)
     assert spoilt.mean()[1] == 1
+
+
+def test_before_the_head_no_tower_and_no_lookup_is_loaded(tmp_path: Path) -> None:
+    """Phi-4's towers and Gemma 4's inputs for each layer are parts of the module that holds the layers."""
+    inputs = {"per_layer_model_projection.weight", "per_layer_projection_norm.weight"}  # small
+    for kind, more in (("phi4_multimodal", set()), ("gemma4_text", inputs), ("llava", set())):
+        skeleton = build(zoo.write(kind, tmp_path / kind))
+        text = skeleton.family.layers.removesuffix("layers")
+        assert set(after_layers(skeleton)) == {f"{text}{name}" for name in {"norm.weight", *more}}
 
 
 def test_interrupted_before_the_head_it_is_taken_up(tmp_path: Path) -> None:
