@@ -270,3 +270,45 @@ def test_its_scripts_are_cancelled_go_on_check_and_publish(tmp_path: Path) -> No
         assert "no folder" in page
         assert not list(tmp_path.rglob("pwned"))
     assert set(runner.skipped) == set(INSTALL)
+
+
+BACKEND = """
+import zipfile
+
+def build_wheel(to, config_settings=None, metadata_directory=None):
+    name = "small-1.0-py3-none-any.whl"
+    head = "Metadata-Version: 2.1\\nName: small\\nVersion: 1.0\\n"
+    kind = "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+    with zipfile.ZipFile(f"{to}/{name}", "w") as wheel:
+        wheel.write("small.py")
+        for part, text in (("METADATA", head), ("WHEEL", kind), ("RECORD", "")):
+            wheel.writestr(f"small-1.0.dist-info/{part}", text)
+    return name
+"""
+
+
+def test_another_commit_of_the_same_version_is_installed_anew(tmp_path: Path) -> None:
+    """On a machine whose folder stays, .mmq/python is there from the last run, and pip would leave its mmq as it is."""
+    source, work = tmp_path / "source", tmp_path / "work"
+    source.mkdir()
+    work.mkdir()
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (source / "pyproject.toml").write_text(build, encoding="utf-8")
+    (source / "backend.py").write_text(BACKEND, encoding="utf-8")
+    (step,) = [s for s in PUBLISH["jobs"]["make"]["steps"] if s.get("name") == "Install mmq"]
+    (tmp_path / "script.sh").write_text(step["run"], encoding="utf-8")
+    git = ["git", "-C", str(source), "-c", "user.name=me", "-c", "user.email=me@x.y"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    for commit in ("one", "two"):
+        (source / "small.py").write_text(f"commit = {commit!r}\n", encoding="utf-8")
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "--quiet", "-m", commit], check=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        told = {"PACKAGE": f"git+{source.as_uri()}@{head}", "GITHUB_PATH": str(tmp_path / "path")}
+        environ = {**os.environ, **told, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = ["bash", "--noprofile", "--norc", "-e", str(tmp_path / "script.sh")]
+        done = subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        python = work / ".mmq" / "python" / "bin" / "python"
+        said = subprocess.run([python, "-c", "import small; print(small.commit)"], capture_output=True, text=True)
+        assert said.stdout.strip() == commit
