@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .flags import Launch
 from .ports import check_port
@@ -32,20 +33,24 @@ def _environment(launch: Launch, door: Path) -> dict[str, str]:
     return env
 
 
-def _spawn(launch: Launch, stdout: Any, door: Path) -> subprocess.Popen[bytes]:
+# The engine's process: tells the watch, which reads what is written to our standard input, its number before it becomes
+# the engine, so that however early we are killed the watch knows whom to end.
+_START = 'echo "$$" >&0; exec "$@" < /dev/null'
+
+
+def _spawn(launch: Launch, stdout: Any, door: Path, watch: IO[bytes]) -> subprocess.Popen[bytes]:
     if launch.serves:
         check_port(launch.host, launch.port)
-    try:
-        return subprocess.Popen(
-            launch.argv,
-            env=_environment(launch, door),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as e:
-        raise RuntimeError(f"{launch.argv[0]} cannot be started: {e.strerror}") from None
+    if shutil.which(launch.argv[0]) is None:
+        raise RuntimeError(f"{launch.argv[0]} cannot be started: it is no program that may be run")
+    return subprocess.Popen(
+        ["/bin/sh", "-c", _START, "mmq-start", *launch.argv],
+        env=_environment(launch, door),
+        stdin=watch,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def _group_alive(pgid: int) -> bool:
@@ -61,22 +66,25 @@ def _group_alive(pgid: int) -> bool:
     return True
 
 
-# $1 is the engine's process and its group; $2 and $3 are fifths of a second for requests under way and for its end, $4
-# is the door. Reads until we, who hold the other end of its standard input, are gone, however that came about; then
-# ends the engine as we would have.
+# $1 is our process, for who reads `ps`; $2 and $3 are fifths of a second for requests under way and for the engine's
+# end, $4 is the door. The first line read is the engine's process and its group. Then reads until we, who hold the
+# other end of its standard input, are gone, however that came about, and ends the engine as we would have.
 _WATCH = """
+read -r engine
 read -r nothing
 mkdir -p "$4/busy" && touch "$4/closed"
 busy() { for mark in "$4"/busy/*; do [ -e "$mark" ] && return; done; return 1; }
 wait_while() { while "$@" && [ "$left" -gt 0 ]; do sleep 0.2; left=$((left - 1)); done; }
-left=$2
-wait_while busy "$@"
-left=$3
-kill -TERM "$1"
-wait_while kill -0 "$1"
-kill -TERM "-$1"
-wait_while kill -0 "-$1"
-kill -KILL "-$1"
+if [ -n "$engine" ]; then
+    left=$2
+    wait_while busy "$@"
+    left=$3
+    kill -TERM "$engine"
+    wait_while kill -0 "$engine"
+    kill -TERM "-$engine"
+    wait_while kill -0 "-$engine"
+    kill -KILL "-$engine"
+fi
 rm -rf "$4/closed" "$4/busy" && rmdir "$4"
 """
 
@@ -88,11 +96,12 @@ def started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
     with tempfile.TemporaryDirectory(prefix="mmq-serve-", ignore_cleanup_errors=True) as place:
         door = Path(place)
         (door / "busy").mkdir()  # the guard's files, one for each process that has requests under way
-        process = _spawn(launch, stdout, door)
         times = [str(int(seconds * 5)) for seconds in (launch.grace, GRACE)]
-        argv = ["/bin/sh", "-c", _WATCH, "mmq-watch", str(process.pid), *times, place]
+        argv = ["/bin/sh", "-c", _WATCH, "mmq-watch", str(os.getpid()), *times, place]
         quiet = subprocess.DEVNULL
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True) as watch:
+            assert watch.stdin is not None
+            process = _spawn(launch, stdout, door, watch.stdin)  # interrupted here, the watch ends what was begun
             try:
                 yield process
             finally:

@@ -112,7 +112,7 @@ def test_no_engine_outlives_us(how: str, number: signal.Signals, tmp_path: Path)
     assert gone(engine, child)
     process.stdout.close()
     watches = [
-        int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if b"mmq-watch\0%d\0" % engine in _read(p)
+        int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if b"mmq-watch\0%d\0" % process.pid in _read(p)
     ]
     assert gone(*watches)  # and it goes itself
 
@@ -134,6 +134,27 @@ print(os.waitpid(-1, os.WNOHANG))
     done = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, check=False)
     assert "ChildProcessError" in done.stderr  # no child is left
     assert float(done.stdout) < 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_engine_outlives_us_from_its_first_moment(number: signal.Signals, tmp_path: Path) -> None:
+    """We are killed as soon as its process is there, six times."""
+    for attempt in range(6):
+        code = f"import time; time.sleep(600)  # {tmp_path}/{attempt}"
+        argv = [sys.executable, "-c", MMQ, "foreground", code, str(free_port()), str(tmp_path / "log"), "0"]
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 30
+            while not (found := _running(code) - {process.pid}) and time.monotonic() < until:
+                pass
+            process.send_signal(number)
+            process.wait(30)
+        assert found
+        assert gone(*found, *_running(code))
+
+
+def _running(code: str) -> set[int]:
+    """Processes that have `code` among their words."""
+    return {int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if code.encode() in _read(p)}
 
 
 def test_a_second_machine_ends_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
