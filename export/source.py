@@ -106,7 +106,8 @@ def with_metadata(source: Source, data: Mapping[str, Any]) -> Source:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{1,60}", license):
         license = ""
     name, link = (str(data.get(key) or "") for key in ("license_name", "license_link"))
-    languages = tuple(x for x in _list(data.get("language")) if re.fullmatch(r"[a-z]{2,3}|multilingual", x))
+    spoken = _list(data.get("language"), no="no")  # Norwegian, which YAML reads as false
+    languages = tuple(x for x in spoken if re.fullmatch(r"[a-z]{2,3}|multilingual", x))
     if re.fullmatch(r"[\w./-]{1,80}", link) and ".." not in link and source.url:  # a file beside the base's card
         link = f"{source.url}/{'blob/main' if source.hub == 'hf' else 'file/view/master'}/{link}"
     return replace(
@@ -118,8 +119,9 @@ def with_metadata(source: Source, data: Mapping[str, Any]) -> Source:
     )
 
 
-def _list(value: Any) -> list[str]:
+def _list(value: Any, *, no: str | None = None) -> list[str]:
     found = value if isinstance(value, list) else [value]
+    found = [no if x is False else x for x in found]
     return [x for x in found if isinstance(x, str)]
 
 

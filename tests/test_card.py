@@ -293,6 +293,16 @@ def test_what_another_package_packed_is_not_said_to_be_mmqs() -> None:
     assert commands(mine, SOURCE)[0].startswith("mmq quantize org/model")
 
 
+@pytest.mark.parametrize(
+    ("said", "languages"),
+    [("no", ("no",)), ("[en, no, zh]", ("en", "no", "zh")), ("en", ("en",)), ("[5, EN, english]", ()), ("{a: b}", ())],
+)
+def test_the_bases_languages_are_taken_over(said: str, languages: tuple[str, ...]) -> None:
+    found = with_metadata(SOURCE, metadata(f"---\nlanguage: {said}\nlicense: mit\n---\n"))
+    assert (found.languages, found.license) == (languages, "mit")
+    assert ModelCard(card(artifact(), found, TOLD)).data.language == (list(languages) or None)
+
+
 def test_no_path_of_this_machine_is_published() -> None:
     local = {"model": "/home/me/secret/Qwen-mine", "hub": "local", "revision": None, "weight_bytes": 1}
     manifest = {**MANIFEST, "base": local, "recipe": {**MANIFEST["recipe"], "model": local["model"]}}
