@@ -300,7 +300,7 @@ def test_what_another_package_packed_is_not_said_to_be_mmqs() -> None:
 def test_the_bases_languages_are_taken_over(said: str, languages: tuple[str, ...]) -> None:
     found = with_metadata(SOURCE, metadata(f"---\nlanguage: {said}\nlicense: mit\n---\n"))
     assert (found.languages, found.license) == (languages, "mit")
-    assert ModelCard(card(artifact(), found, TOLD)).data.language == (list(languages) or None)
+    assert ModelCard(card(artifact(), found, TOLD)).data.to_dict().get("language") == (list(languages) or None)
 
 
 def test_no_path_of_this_machine_is_published() -> None:
