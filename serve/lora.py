@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ..export.names import SAME, TRANSFORMERS, VLLM, Names
 from ..export.subject import HEADS, Subject
 from .adapter import Adapter, factors, read_adapter, split_name
-from .flags import Flag, given
+from .flags import Flag, switched
 from .rules.rule import first_of, per_rank
 from .rules.vllm_classes import ENCODER_LORA, NO_HEAD_LORA, NO_LORA
 from .weights import EMBEDDINGS, part_of
@@ -68,7 +68,7 @@ def _check_vllm(adapter: Adapter, subject: Subject, extra: Sequence[str]) -> Non
         why = f"adapter {adapter.name} changes {first_of(ends)}"
         raise ValueError(f"{why}, which vLLM's {subject.architecture} cannot; merge it into the model")
     seen = [m for m in adapter.modules if part_of(f"{m}.weight") in ("vision tower", "projector")]
-    if seen and given(extra, ENCODER_FLAG) is None:
+    if seen and not switched(extra, ENCODER_FLAG):
         can = subject.architecture in ENCODER_LORA
         way = f"`-- {ENCODER_FLAG}` makes it (experimental in vLLM)" if can else "merge it into the model"
         why = f"adapter {adapter.name} changes the picture encoder ({first_of(seen)}), which vLLM leaves as it is"

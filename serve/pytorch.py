@@ -17,7 +17,7 @@ from typing import Any
 
 from ..export.subject import Subject, read_subject
 from ..quantize.family import row_of
-from .flags import Flag, Launch, given, host_reason, launch_of, number
+from .flags import Flag, Launch, given, host_reason, launch_of, number, switched
 from .lora import held_bytes, read_adapters
 from .machine import GIB, Machine
 from .planner import MIN_CONTEXT
@@ -56,7 +56,7 @@ def pytorch(
     """
     if asked := [name for name, value in others.items() if value]:
         raise ValueError(f"the engine pytorch has no --{asked[0].replace('_', '-')}; --engine vllm has")
-    if given(extra, "--continuous-batching") is not None:
+    if switched(extra, "--continuous-batching"):
         raise ValueError("--continuous-batching draws every answer as the first was asked for; leave it out")
     subject = read_subject(target)
     program = python_of(find_program("pytorch", environ, named=engine_bin))
@@ -70,7 +70,7 @@ def pytorch(
     if max_model_len is not None and max_model_len < 1:
         raise ValueError(f"max model length is {max_model_len}; it must be a number of tokens >= 1")
     adapters = read_adapters(lora, subject, engine="pytorch", taken=name)
-    packed = given(extra, "--keep-packed") is not None
+    packed = switched(extra, "--keep-packed")
     seat = _seat(subject, machine, packages, packed=packed, beside=held_bytes(adapters))
     length, length_why = _context(read_shape(target), max_model_len, seat.room)
     flags = [

@@ -540,6 +540,7 @@ def test_where_it_runs(artifact: Callable[..., Path], pebble: Path) -> None:
         plan("pytorch", pebble, machine=LAPTOP, pp=2)
     with pytest.raises(ValueError, match="--continuous-batching draws"):
         plan("pytorch", pebble, machine=LAPTOP, extra=("--continuous-batching",))
+    plan("pytorch", pebble, machine=LAPTOP, extra=("--no-continuous-batching",))  # off is how it is
     with pytest.raises(OSError, match="MMQ_PYTORCH names /nowhere"):
         plan("pytorch", pebble, machine=LAPTOP, environ={"MMQ_PYTORCH": "/nowhere"})
 
