@@ -147,7 +147,7 @@ def _quantize_experts(
         how.lap("forward and Gram matrices")
         names = [f"{n}.weight" for g in portion for n in g.linears]
         weights = {n: stop.layer.get_parameter(n).detach() for n in names}
-        # of an expert too: damped by its own few tokens it loses 1.3 to 2.1 times as much (docs/mixtures.md)
+        # by the tokens of the layer: an expert's own serve it better only where gate and up are scaled, and not always
         problem = Problem(weights, portion, grams, skeleton.stored, tokens=how.tokens)
         solved = sound(solve(problem, how.grid, plain, how.lap), stop.index)
         del grams, problem, weights
