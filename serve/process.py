@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,8 +35,15 @@ def _environment(launch: Launch, door: Path) -> dict[str, str]:
 
 
 # The engine's process: tells the watch, which reads what is written to our standard input, its number before it becomes
-# the engine, so that however early we are killed the watch knows whom to end.
-_START = 'echo "$$" >&0; exec "$@" < /dev/null'
+# the engine, so that however early we are killed the watch knows whom to end. Not a shell: some pass on no variable
+# whose name they could not have themselves.
+_START = """
+import os, signal, sys
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python ignores, and what is ignored is inherited
+os.write(0, b"%d\\n" % os.getpid())
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 def _spawn(launch: Launch, stdout: Any, door: Path, watch: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -44,7 +52,7 @@ def _spawn(launch: Launch, stdout: Any, door: Path, watch: IO[bytes]) -> subproc
     if shutil.which(launch.argv[0]) is None:
         raise RuntimeError(f"{launch.argv[0]} cannot be started: it is no program that may be run")
     return subprocess.Popen(
-        ["/bin/sh", "-c", _START, "mmq-start", *launch.argv],
+        [sys.executable, "-I", "-S", "-c", _START, *launch.argv],
         env=_environment(launch, door),
         stdin=watch,
         stdout=stdout,

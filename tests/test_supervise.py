@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -384,6 +385,17 @@ def test_the_engine_has_the_key_and_ps_has_not(tmp_path: Path) -> None:
         assert "key s3cret" in (tmp_path / "log").read_text()
         assert b"s3cret" not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
     assert "s3cret" not in repr(launch)
+
+
+def test_an_engine_has_the_whole_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that no shell could have, too; and signals as a program begins with them."""
+    monkeypatch.setenv("its.own-name", "here")
+    launch = replace(small(), argv=("/bin/cat", "/proc/self/status", "/proc/self/environ"))
+    with pytest.raises(RuntimeError), running(launch, log_path=tmp_path / "log"):
+        pass
+    said = (tmp_path / "log").read_text()
+    assert "its.own-name=here" in said
+    assert int(said.split("SigIgn:")[1].split()[0], 16) & 1 << (signal.SIGPIPE - 1) == 0
 
 
 def test_silent_deaths_are_told_as_such(tmp_path: Path) -> None:
