@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..recipes.hub import fetch
 from ..recipes.pebble.tasks import samples
 from ..recipes.samples import Sample
 
+AS_EXPERTS = {way: replace(STEPS["awq", way], even=False) for way in ("fast", "default")}  # as quantize/layer.py has it
 COUNTS = (0, 64, 256, 1024, 4096)  # tokens that the expert saw
 CLUSTERS = 5
 LAYERS = (1, 2, 3)
@@ -110,7 +112,7 @@ def scales(x: Tensor, test: Tensor, weights: Mapping[str, Tensor]) -> dict[str, 
     mine, theirs = (nearest(t, centres) for t in (x, test))
     found: dict[str, Any] = {}
     for quality in ("fast", "default"):
-        steps = STEPS["awq", quality]
+        steps = AS_EXPERTS[quality]
         ones = torch.ones(x.shape[1])
         for way, scale in (("none", ones), ("one", one_scale(grams(x, weights)[GATE_UP], weights, steps, len(x)))):
             packed = {n: w if "down_proj" in n else w * scale for n, w in weights.items()}
@@ -162,7 +164,7 @@ def errors(
     weights: Mapping[str, Tensor],
     *,
     tokens: int,
-    steps: Steps = STEPS["awq", "default"],
+    steps: Steps = AS_EXPERTS["default"],
 ) -> tuple[float, float]:
     """Of the MLP quantized on `chosen`, on the tokens `judged` [tokens, hidden]: relative squared error of all
     together, and the mean over tokens."""

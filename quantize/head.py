@@ -120,7 +120,7 @@ def quantize_head(
     left on the host; `tell(rows)` is called after each block."""
     weight = skeleton.source.get(head.source)
     step = max(EIGHT, PIECE // head.width // EIGHT * EIGHT)
-    how = replace(STEPS[steps], pull=False)
+    how = replace(STEPS[steps], pull=False, even=False)  # even, each block would go by its own rows, for nothing
     group = Group((head.name,), None)
     q = torch.empty((head.rows, head.width), dtype=torch.uint8)
     scale = torch.empty((head.rows, head.width // grid.group_size))

@@ -128,7 +128,7 @@ def _quantize_experts(
 ) -> tuple[Solution, int, tuple[Routed, ...]]:
     """The experts, after the rest of the layer is quantized, so many at a time as their Gram matrices leave room for.
     Which experts a token goes to differs between the quantized and the 16-bit model, so there is nothing to pull to."""
-    plain = replace(how.steps, pull=False)
+    plain = replace(how.steps, pull=False, even=False)  # for what few tokens of an expert's own say, damped too little
     mine = replace(stop, calls=stop.calls[::2]) if how.steps.pull else stop
     solution, left_out, mixtures = Solution({}), 0, ()
     for portion in portions(stop.layer, groups, how.held):

@@ -7,7 +7,7 @@ a format is free to hold any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +37,7 @@ class Steps:
     clip: bool = False
     feedback: bool = False
     pull: bool = False  # towards what the group puts out in the 16-bit model, on the inputs it really gets
+    even: bool = True  # where `scale` finds nothing to take one, H is damped as if something had
 
 
 STEPS: dict[tuple[str, str], Steps] = {
@@ -149,13 +150,17 @@ def _factors(
             continue
         tied = {"tie": ties[group], "tie_block": problem.head_dim} if group in ties else {}
         weights = [problem.weights[f"{n}.weight"] for n in group.linears]
-        start = first_scale(weights, gram, **tied) if tied else None
+        damp = _damp(problem, group, steps)
         try:
-            factor = factored(gram, start, damp=_damp(problem, group, steps))
+            if tied:
+                factor = factored(gram, first_scale(weights, gram, **tied), damp=damp)
+                scales[group] = descended(weights, factor, grid, **tied)
+            elif steps.pull:
+                continue
+            else:
+                factor = _unscaled(weights, gram, damp, steps)
         except ValueError:  # rounding meets it again, and says so
             continue
-        if tied:
-            scales[group] = descended(weights, factor, grid, **tied)
         if not steps.pull:  # else H is taken anew when the group's turn comes
             found[group] = factor
         del factor
@@ -165,6 +170,15 @@ def _factors(
         if group in found:
             found[group] = rescaled(found[group], moved.columns.get(group.linears[0], none))
     return found
+
+
+def _unscaled(weights: Sequence[Tensor], gram: Tensor, damp: float, steps: Steps) -> Factor:
+    """The factor of H where nothing takes a scale. Damped as it would be had something taken one: the mean of a
+    diagonal with outliers in it is theirs, and a share of it drowns all other channels (docs/quality.md)."""
+    if not (steps.scale and steps.even):
+        return factored(gram, damp=damp)
+    factor = factored(gram, first_scale(weights, gram), damp=damp)
+    return rescaled(factor, torch.ones_like(gram.diagonal()))
 
 
 def _round(
@@ -188,6 +202,9 @@ def _round(
             shrink = best_shrink(weight, blocks, grid)
         return nearest(weight, grid, shrink), None, ""
     try:
+        if factor is None and columns is None:
+            whole = [moved.weights[f"{n}.weight"] for n in group.linears]  # of all ranks' rows, so that all damp alike
+            factor = _unscaled(whole, gram, damp, steps)
         factor = factor or factored(gram, columns, damp=damp)
     except ValueError as e:
         return nearest(weight, grid), None, f"no error feedback: {e}"

@@ -199,3 +199,21 @@ def test_dead_and_loud_channels(grid: Grid, loud: float) -> None:
     assert (found > 0).all()
     assert float((found / start).log().abs().max()) < 2 * descent.STEPS * descent.LENGTH
     assert not torch.equal(found, start)
+
+
+def test_damping_goes_by_no_units_where_nothing_takes_a_scale() -> None:
+    """A model whose channels were rescaled is rounded with the same errors handed on. A share of H's mean diagonal, as
+    it is, would leave to one loud channel what all others are damped by."""
+    weight, gram = problem()
+    by = torch.exp(0.8 * torch.randn(128, generator=torch.Generator().manual_seed(1)))
+    steps = STEPS["awq", "default"]
+    one = pipeline._unscaled([weight[:40], weight[40:]], gram, 0.2, steps)
+    other = pipeline._unscaled([weight / by], gram * by[:, None] * by, 0.2, steps)
+    assert torch.equal(one.order, other.order)
+    b = by[one.order]
+    torch.testing.assert_close(
+        other.follow, one.follow * b[:, None] / b, rtol=1e-3, atol=1e-3 * float(b.max() / b.min())
+    )
+    torch.testing.assert_close(other.pivots, one.pivots * b.square(), rtol=1e-3, atol=0)
+    published = pipeline._unscaled([weight], gram, 0.2, STEPS["gptq", "fast"])
+    torch.testing.assert_close(published.pivots, factored(gram, damp=0.2).pivots)
