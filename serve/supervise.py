@@ -21,7 +21,7 @@ from .process import started
 from .running import DIED, START_TIMEOUT, Server, terminate_is_exit, wait_healthy
 
 LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
-LOOK = 3.0  # seconds between two looks at the first of several machines, and
+LOOK = 1.0  # seconds between two looks at the first of several machines, and
 GONE = 15.0  # for how long it must not have listened, once it did, to be taken for gone
 
 

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,7 @@ from mmq.serve.parallel import Spread, check_spread, encoder_flags, node_flags, 
 from mmq.serve.rules import vllm_classes
 from mmq.serve.running import Server, free_port, running
 from mmq.serve.shape import kv_token_bytes
+from mmq.serve.supervise import LOOK
 
 LIMIT = 0.05  # nats, the largest difference of any answer token's logprob
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -417,3 +419,4 @@ def test_two_machines_on_one(
         assert distance(server, expected) <= LIMIT
         if size == "dp":
             assert min(shared(server)) > 0
+        time.sleep(3 * LOOK)  # the other has seen this one listen
