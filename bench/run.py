@@ -21,6 +21,7 @@ from ..export.artifact import Artifact, open_artifact
 from ..export.key import key_before
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import check_pinned
+from ..serve.process import wait
 from ..serve.running import terminate_is_exit
 from .done import FAULT, INPUT, INTERRUPTED, Done, StepDone, state_of
 from .jobs import Job, addresses
@@ -173,7 +174,7 @@ def call(line: Sequence[str], log: Path) -> tuple[int, tuple[str, ...]]:
         )
         with process, _watched(process):
             try:
-                code = process.wait()
+                code = wait(process)
             except (KeyboardInterrupt, SystemExit):
                 _interrupt(process)
                 raise

@@ -53,4 +53,5 @@ def command(
         if browse:
             click.launch(address)
         with suppress(KeyboardInterrupt):  # that is how it ends
-            Event().wait()
+            while not Event().wait(1):  # without an end, a Ctrl-C in the moment in which it begins would not be seen
+                pass

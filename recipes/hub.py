@@ -15,7 +15,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from .progress import Step, Tell, silent
 from .remote import INDEX, Remote, RemoteFile, Unreachable, small, weights
 
 GIB = 1 << 30
+LOOK = 0.2  # seconds between two looks for a Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,15 @@ def _get(hub: Hub, model: str, commit: str, files: Sequence[RemoteFile], path: P
 
 
 def _interruptible(work: Callable[[], None], stop: threading.Event) -> None:
-    """Run `work` in a thread, so that Ctrl-C sets `stop`: the libraries' thread pools would first end their files."""
+    """Run `work` in a thread, so that Ctrl-C sets `stop`: the libraries' thread pools would first end their files.
+
+    It is looked for again and again: a signal that comes while a wait begins is seen only at that wait's end.
+    """
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
         try:
+            future = pool.submit(work)
+            while not wait([future], timeout=LOOK).done:
+                pass
             future.result()
         finally:
             stop.set()

@@ -123,6 +123,14 @@ def started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
                     watch.kill()
 
 
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """The status of `process` once it ends, looked for each second: a signal to us that comes in the moment in which a
+    wait begins is seen only at that wait's end."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(1)
+
+
 def end(
     process: subprocess.Popen[bytes], *, grace: float = GRACE, busy: Path | None = None, patience: float = 0.0
 ) -> None:

@@ -17,7 +17,7 @@ from .flags import Launch
 from .lines import begin, keep
 from .log import why_it_died
 from .ports import listening
-from .process import started
+from .process import started, wait
 from .running import DIED, START_TIMEOUT, Server, terminate_is_exit, wait_healthy
 
 LONGEST_PAUSE = 60.0  # seconds between a crash and the next start
@@ -101,7 +101,7 @@ def _once(
                 startup = wait_healthy(process, launch, log_path, timeout, tell, written=last_words)
                 note = f"ending: requests under way have {launch.grace:.0f} s; Ctrl-C again cuts them off"
                 on_ready(Server(launch.url, launch.name, process.pid, log_path, startup))
-                code = process.wait() if launch.serves else _waited(process, launch)
+                code = wait(process) if launch.serves else _waited(process, launch)
             except (KeyboardInterrupt, SystemExit):
                 if launch.grace:
                     on_note(note)

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer, Repo, safetensors
 
-from mmq.recipes.hub import Base, fetch
+from mmq.recipes.hub import Base, _interruptible, fetch
 from mmq.recipes.progress import Step
 from mmq.recipes.remote import RemoteFile, small, weights
 
@@ -233,6 +235,20 @@ def test_ctrl_c_ends_a_download_without_waiting_for_its_end(here):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
     assert (json.loads(out)["kind"], err) == ("KeyboardInterrupt", "")
+
+
+def test_ctrl_c_that_does_not_wake_us_is_seen():
+    """A signal that comes just before a wait begins leaves it asleep; as does one that another thread takes."""
+    stop, stopped = threading.Event(), list[bool]()
+
+    def work() -> None:
+        time.sleep(1)  # by then it is awaited
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        stopped.append(stop.wait(20))
+
+    with pytest.raises(KeyboardInterrupt):
+        _interruptible(work, stop)
+    assert stopped == [True]
 
 
 def test_a_wrong_hash_is_named_and_the_file_deleted(here):

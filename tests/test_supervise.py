@@ -24,6 +24,7 @@ import pytest
 from mmq.serve import lines, supervise
 from mmq.serve.flags import Launch, Secret
 from mmq.serve.log import why_it_died
+from mmq.serve.process import wait
 from mmq.serve.running import Server, free_port, healthy, running
 from mmq.serve.supervise import foreground
 
@@ -235,6 +236,19 @@ def test_a_second_signal_cuts_them_off(tmp_path: Path) -> None:
     assert gone(engine, child)
     process.stdout.close()
     assert not healthy(f"http://127.0.0.1:{port}", timeout=0.5)
+
+
+def test_a_signal_that_does_not_wake_us_is_seen() -> None:
+    """As one does that comes just before a wait begins, or that another thread takes."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        other = threading.Timer(1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+        other.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                wait(process)
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 def test_a_dead_engine_is_started_again_so_often(tmp_path: Path) -> None:
