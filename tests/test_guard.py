@@ -379,7 +379,7 @@ def test_what_is_given_up_in_a_handshake_ends(guard: Any) -> None:
         with silent.accept()[0] as wire:
             assert wire.recv(1)  # the handshake has begun, and nothing answers it
             target.give_up()
-            assert ended.wait(5)
+            assert ended.wait(30)
             with pytest.raises(guard.Refused, match="ConnectionAborted"):
                 target.fetch(guard.Allowance(1), "image")
 
@@ -471,8 +471,8 @@ def test_a_slow_host_and_a_large_medium_end(
         assert (status, "1 MiB together" in text) == (413, True)
         begun = time.monotonic()
         assert "within 0 s" in client.refused(asking(f"http://127.0.0.1:{port}/slow"))
-        assert time.monotonic() - begun < 3
-        assert done.wait(5)  # the connection was ended, not left to the host
+        assert time.monotonic() - begun < 15
+        assert done.wait(30)  # the connection was ended, not left to the host
 
 
 def test_local_files_only_under_the_folder(serve: Callable[..., Client], tmp_path: Path) -> None:

@@ -421,7 +421,7 @@ def test_what_nobody_waits_for_is_not_drawn(served_as: tuple[Path, Server]) -> N
         list(pool.map(leave, range(3)))
         begun = time.monotonic()
         assert client.completions.create(model=server.name, prompt="A", max_tokens=1).usage
-        assert time.monotonic() - begun < 3  # one alone takes many times that
+        assert time.monotonic() - begun < 15  # one alone takes many times that
 
 
 @needs_server

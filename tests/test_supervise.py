@@ -110,7 +110,7 @@ def test_no_engine_outlives_us(how: str, number: signal.Signals, tmp_path: Path)
     process, _, engine, child = started(how, tmp_path)
     assert process.stdout is not None
     process.send_signal(number)
-    assert process.wait(10) == -number
+    assert process.wait(60) == -number
     assert gone(engine, child)
     process.stdout.close()
     watches = [
@@ -232,7 +232,7 @@ def test_a_second_signal_cuts_them_off(tmp_path: Path) -> None:
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert gone(engine, child)
     process.stdout.close()
     assert not healthy(f"http://127.0.0.1:{port}", timeout=0.5)
