@@ -31,7 +31,8 @@ def artifacts_in(folder: Path) -> list[Artifact]:
 
 def find(names: Sequence[str], *, folder: Path, tell: Tell = silent) -> list[Subject]:
     """The subjects that `names` mean, in their order, no two with one label. A name is `fp16` (the common base of the
-    artifacts compared, or of all in `folder`), a path, or an artifact's method, format, name or folder.
+    artifacts compared, or of all in `folder`), a path, or an artifact's method, format, name or folder; what
+    `mmq convert` made is meant only where nothing else fits.
 
     ValueError when a name means nothing or several things, when two names mean one, or when the artifacts have no
     common base.
@@ -69,6 +70,7 @@ def _one(name: str, near: Sequence[Artifact], folder: Path) -> Subject:
         return Subject(path.resolve().name, path, None, name)
     for key in ("method", "format", "name"):
         fitting = [a for a in near if a.manifest.get(key) == name]
+        fitting = [a for a in fitting if not a.manifest.get("converted_from")] or fitting  # the same weights once more
         if len(fitting) > 1:
             places = ", ".join(str(a.path) for a in fitting)
             raise ValueError(f"{name!r} could be any of {places}; give the path of one")

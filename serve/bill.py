@@ -141,11 +141,11 @@ def parts_of(model: Model, card: Gpu, ask: Ask, context: int) -> tuple[Part, ...
             2 if ask.lora_slots else 1
         )  # with adapters and without
         size = overhead.GRAPHS + graphs * overhead.GRAPH
-        found.append(Part("CUDA graphs", size, f"{graphs} graphs; constants laid above published logs"))
-    found.append(Part("libraries", overhead.LIBRARIES, "cuBLAS and attention workspaces: assumed"))
+        found.append(Part("CUDA graphs", size, f"{graphs} graphs; fitted to vLLM 0.26's logs"))
+    found.append(Part("libraries", overhead.LIBRARIES, "cuBLAS and attention workspaces; from vLLM 0.26's logs"))
     if ask.tp * ask.pp > 1 or (ask.dp > 1 and is_mixture(model.config)):  # replicas of a dense model never talk
         found.append(Part("NCCL", overhead.NCCL, "buffers between cards: assumed"))
-    found.append(Part("margin", int(overhead.MARGIN * card.memory), f"{overhead.MARGIN:.0%} of the card: assumed"))
+    found.append(Part("margin", int(overhead.MARGIN * card.memory), f"{overhead.MARGIN:.1%} of the card: assumed"))
     return tuple(found)
 
 

@@ -44,6 +44,7 @@ from mmq.bench.table import markdown, sweep_table, table, tails, warnings
 from mmq.bench.turns import block_of, levels_of, mode_of, runs_at, saturated, turn, visits
 from mmq.bench.variants import Variant, dropped, flags_for, servers
 from mmq.export.alone import alone
+from mmq.export.convert import convert
 from mmq.recipes.hub import fetch
 from mmq.recipes.progress import silent
 from mmq.serve.bill import Ask, read_model
@@ -469,6 +470,14 @@ def test_folders_of_one_name_are_told_apart(folder: Path, artifact: Callable[...
     assert [s.label for s in found] == ["monday-out-awq", "tuesday-out-awq", "gptq"]
     with pytest.raises(ValueError, match="cannot be told apart"):
         find([str(days[0]), f"{days[0]}/"], folder=folder)
+
+
+def test_a_conversion_does_not_make_a_name_ambiguous(folder: Path, artifact: Callable[..., Path]) -> None:
+    """`mmq convert out-awq --format compressed-tensors`, then `mmq bench --compare fp16 awq`."""
+    other = folder / "out-awq-compressed-tensors"
+    convert(artifact("awq"), other, format="compressed-tensors")
+    assert [s.path for s in find(["awq"], folder=folder)] == [folder / "out-awq"]
+    assert [s.path for s in find(["compressed-tensors"], folder=folder)] == [other]
 
 
 def test_names_that_mean_nothing_or_too_much(folder: Path, artifact: Callable[..., Path], tmp_path: Path) -> None:

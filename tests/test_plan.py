@@ -524,6 +524,8 @@ def test_a_busy_card_and_an_unknown_family(pebble: Path) -> None:
     part = next(p for p in planned(strange, CARD, Ask()).parts if p.name == "vision tower at work")
     assert part.size == GIB
     assert "not known here: assumed" in part.why
+    margin = next(p for p in planned(model, CARD, Ask()).parts if p.name == "margin")
+    assert margin.why == "0.5% of the card: assumed"
 
 
 @pytest.mark.parametrize(
