@@ -6,6 +6,7 @@ report of another artifact, of other limits or of numbers that are none does not
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ def gate(artifact: Artifact) -> Gate:
     missing = ""
     if CHECK not in mine:
         why = "is of another artifact" if CHECK in found else "is not there"
-        missing = f"{artifact.path / CHECK} {why}: run `mmq check {artifact.path}` first, or publish with --no-gate"
+        run = shlex.join(["mmq", "check", str(artifact.path)])
+        missing = f"{artifact.path / CHECK} {why}: run `{run}` first, or publish with --no-gate"
     return Gate(mine, tuple(failures), missing)
 
 

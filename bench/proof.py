@@ -6,6 +6,7 @@ A check counts only for the bytes it was made of: its digest must be the artifac
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def proof(artifact: Artifact) -> dict[str, Any]:
     """{"measures", "layers", "passed", "failures", "date"} of the check beside the artifact, for `Report.quality`; or
     {"unchecked": why, and what to type} where there is none, or one of other weights. OSError for a broken file."""
     path = artifact.path / CHECK
-    type_this = f"mmq check {artifact.path}"
+    type_this = shlex.join(["mmq", "check", str(artifact.path)])
     if not path.is_file():
         return {"unchecked": f"not checked; {type_this}"}
     try:

@@ -155,4 +155,5 @@ def command(
     if not as_json:
         *_, last = report.subjects.values()
         made = next((told for told in report.subjects.values() if "method" in told), last)
-        next_step(f"mmq serve {made['path']}")
+        trust = ["--trust-remote-code"] if given["trust_remote_code"] else []
+        next_step("mmq", "serve", *trust, made["path"])

@@ -49,6 +49,7 @@ def command(
     opened = open_artifact(artifact, verify=True)
     load_torch()
     from ..bench.examine import examine
+    from ..bench.reload import trusts
     from ..bench.verdict import facts, limits_of, rows
 
     if asked["engine"] and device != "auto":
@@ -65,7 +66,7 @@ def command(
         click.echo(f"report: {path} and {path.with_suffix('.md').name}")
     exit_past_limits(result)
     if not as_json:
-        next_step(f"mmq serve {artifact}")
+        next_step("mmq", "serve", *(["--trust-remote-code"] if trusts(opened) else []), artifact)
 
 
 def check_engines(folder: Path, engines: str, tp: int, *, as_json: bool) -> None:

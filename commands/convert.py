@@ -37,4 +37,4 @@ def command(
         click.echo(json.dumps(facts))
         return
     show_table(["", ""], [[name, str(value)] for name, value in facts.items()])
-    next_step(f"mmq check --engines all {out}")
+    next_step("mmq", "check", "--engines", "all", out)

@@ -92,4 +92,5 @@ def command(
         show_table(["", ""], rows(artifact, told) + ([["check", in_short(result, job.out)]] if result else []))
     exit_past_limits(result)
     if not as_json:
-        next_step(f"mmq serve {job.out}" if result else f"mmq check {job.out}")
+        trust = ["--trust-remote-code"] if job.recipe.trust_remote_code else []
+        next_step("mmq", "serve" if result else "check", *trust, job.out)

@@ -28,4 +28,4 @@ def command(name: str | None, as_json: bool) -> None:
         return
     rows = [[n, r.card or "", r.description] for n, r in found.items()]
     show_table(["recipe", "card", ""], rows)
-    next_step("mmq quantize pebble")
+    next_step("mmq", "quantize", "pebble")

@@ -76,6 +76,8 @@ def command(
 
     Flags after `--` go to the engine as they are and win over mmq's own.
     """
+    from ..export.subject import takes_pictures
+    from ..recipes.folder import read_config
     from ..serve.engines import lines, plan
     from ..serve.machine import this_machine
     from ..serve.ports import check_port
@@ -113,8 +115,12 @@ def command(
         say(f"\nready after {server.startup_s:.0f} s: {server.url}/v1, model {names}", "green")
         for why in (why for _, why in launch.reasons if why.startswith("WARNING")):  # its row above is long gone
             say(why, "yellow")
+        asks = (
+            ["What is in the picture?", "--image", "FILE"] if takes_pictures(read_config(folder)) else ["Who are you?"]
+        )
+        key = ["--api-key-file", options["safety"].api_key_file] if options["safety"].api_key_file else []
         with suppress(OSError):
-            next_step(f'mmq infer {server.url} "What is in the picture?" --image FILE   (Ctrl-C here ends the server)')
+            next_step("mmq", "infer", server.url, *asks, *key, remark="   (Ctrl-C here ends the server)")
 
     log, note = Path.cwd() / f"mmq-serve-{launch.port}.log", partial(say, color="yellow")
     sys.exit(foreground(launch, log_path=log, on_line=say, on_ready=ready, on_note=note, restarts=restart))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -59,9 +60,9 @@ def show_table(head: list[str], rows: list[list[str]], *, err: bool = False) -> 
     Console(stderr=err).print(table(head, rows))
 
 
-def next_step(line: str) -> None:
-    """The next command to type."""
-    click.echo(f"\nnext: {line}")
+def next_step(*words: object, remark: str = "") -> None:
+    """The next command, as it is typed: a folder's name may have spaces."""
+    click.echo(f"\nnext: {shlex.join(str(word) for word in words)}{remark}")
 
 
 @contextmanager

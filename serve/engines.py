@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
@@ -86,6 +87,10 @@ def _refuse(engine: str, target: Path, launch: Launch) -> None:
         if place.engine == engine and place.where == (launch.backend or launch.device):
             fatal = [f for f in judge(subject, place, setting_of(place, tp, packages)).findings if f.fatal]
             if fatal:
-                more = f" (and {len(fatal) - 1} more: `mmq check --engines {engine} {target}`)" if fatal[1:] else ""
+                more = (
+                    f" (and {len(fatal) - 1} more: `mmq check --engines {engine} {quote(str(target))}`)"
+                    if fatal[1:]
+                    else ""
+                )
                 why = f"{fatal[0].why}; {fatal[0].remedy}{more}; --ignore-rules starts it all the same"
                 raise ValueError(f"{engine} would not serve {target} as it is: {why}")

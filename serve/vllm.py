@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..export.subject import Subject, read_subject
@@ -170,8 +171,8 @@ def _cuda_flags(
     if found.problem and ask.context is None:
         if (lower := next((name for name in LOWERED if given(extra, name)), None)) is None:
             raise ValueError(
-                f"{card.name}: {found.problem}; what would fit: {'; or '.join(found.changes)} (`mmq plan {target}` "
-                "shows where the memory goes; --max-model-len N starts it all the same)"
+                f"{card.name}: {found.problem}; what would fit: {'; or '.join(found.changes)} "
+                f"(`mmq plan {quote(str(target))}` shows where the memory goes; --max-model-len N starts it anyway)"
             )
         asked = Flag("--max-model-len", "auto", f"the plan does not count what {lower} saves; vLLM takes what fits")
         return (asked, *(flag for flag in found.flags if flag.name != asked.name))

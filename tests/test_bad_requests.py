@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -172,6 +173,15 @@ WRONG: dict[str, tuple[Any, int]] = {
     "a chat template of one's own": (saying(chat_template="{{ 1 / 0 }}"), 400),
     "pixels without bounds": (saying(mm_processor_kwargs={"max_pixels": 10**12}), 400),
 }
+
+
+def test_the_next_command_works_as_typed(server: Running, tmp_path: Path) -> None:
+    """Also to a server that wants a key."""
+    (tmp_path / "FILE").write_bytes(PICTURE)
+    line = re.findall(r"^next: mmq (.*?)   \(", server.output.read_text(), re.MULTILINE)[0]
+    words = [*MMQ, *shlex.split(line), "--max-tokens", "2"]
+    asked = subprocess.run(words, cwd=tmp_path, env={**os.environ, "MMQ_API_KEY": ""}, capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr
 
 
 @pytest.mark.parametrize("what", WRONG)

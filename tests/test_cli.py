@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -268,10 +269,15 @@ def test_a_check_past_its_limits_exits_1(mmq: Run, tmp_path: Path) -> None:
 
 
 def test_summaries_name_the_next_command(mmq: Run, tmp_path: Path) -> None:
-    code, out, _ = mmq("quantize", "pebble", "--method", "rtn", "--samples", "2")
+    """As it is typed: the folder's name has a space."""
+    code, out, _ = mmq("quantize", "pebble", "--method", "rtn", "--samples", "2", "-o", "我的 rtn")
     assert code == 0
-    assert out.rstrip().endswith("next: mmq check out-rtn")
+    assert out.rstrip().endswith("next: mmq check '我的 rtn'")
     assert "x smaller" in out
+    code, out, _ = mmq("convert", "我的 rtn", "--format", "compressed-tensors")
+    assert code == 0
+    assert mmq(*shlex.split(out.rpartition("next: mmq ")[2]))[0] in (0, 1)  # not every engine reads it
+    assert "run `mmq check '我的 rtn'` first" in mmq("publish", "我的 rtn", "hf:me/x", "--dry-run")[2]
     code, out, _ = mmq("recipes")
     assert code == 0
     assert "MiniCPM-V-2_6" in out

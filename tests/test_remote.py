@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from conftest import Run
 from safetensors.torch import load_file, save_file
 
 from mmq.bench.check import check
@@ -141,6 +143,13 @@ def test_checked_with_the_flag_too(folder: Path, tmp_path: Path) -> None:
     found = check(made, folder, samples=drawn(2), limits=Limits(), max_new_tokens=2, trust=True)
     assert found.measures["coverage"] == 1.0
     assert 0 < found.measures["mean_kl"] < 0.1
+
+
+def test_the_next_command_has_the_flag(folder: Path, mmq: Run) -> None:
+    code, out, _ = mmq("quantize", folder, "--trust-remote-code", "--samples", "2", "-o", "out")
+    assert code == 0
+    typed = shlex.split(out.rpartition("next: mmq ")[2])
+    assert mmq(*typed, "--samples", "2")[0] in (0, 1)  # measured
 
 
 def test_a_hub_must_be_pinned(folder: Path, tmp_path: Path) -> None:
