@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 measured and past a limit; 2 input, files or hub; 3 an eng
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -17,6 +18,12 @@ import click
 from . import __version__
 from .commands import app, bench, check, convert, doctor, infer, plan, publish, quantize, recipes, report, run, serve
 from .commands.terminal import until_left
+
+NEXT = {
+    errno.ENOSPC: "; make room and run it again, what is finished is kept",
+    errno.EROFS: "; nothing can be written there: name another folder",
+    errno.EACCES: "; it is another user's: let yourself in, or name another folder",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -40,6 +47,14 @@ def fail(message: str, code: int) -> NoReturn:
     line = shown(message)
     click.secho(f"mmq: {line if len(line) <= 4000 else f'{line[:2000]} ... {line[-1000:]}'}", fg="red", err=True)
     sys.exit(code)
+
+
+def said(error: Exception) -> str:
+    """An error in words; the system's own say what is wrong with which file, and here what to do next."""
+    if not isinstance(error, OSError) or not error.errno or not error.strerror:
+        return " ".join(str(error).split())
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}{NEXT.get(error.errno, '')}"
 
 
 def part() -> NoReturn:
@@ -77,7 +92,7 @@ def main() -> None:
             raise
         if type(e).__name__ == "OutOfMemoryError":
             fail(f"the GPU's memory is full; fewer --samples or --device cpu need less ({str(e).split('.')[0]})", 2)
-        fail(" ".join(str(e).split()), 3 if isinstance(e, RuntimeError) else 2)
+        fail(said(e), 3 if isinstance(e, RuntimeError) else 2)
     except Exception:  # a fault of ours: its traceback, and a code that no measurement uses
         traceback.print_exc()
         fail("this is a fault in mmq; please report it with the lines above", 70)

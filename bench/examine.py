@@ -1,4 +1,4 @@
-"""A check from beginning to end: held-out samples, the comparison, the report that it leaves beside the artifact."""
+"""A check from its held-out samples to its figures. Writes nothing: the report is verdict.py's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..recipes.progress import Tell, silent
 from ..recipes.sets import CHECKED, held_out_samples
 from .check import Checked, check
 from .served import check_served
-from .verdict import limits_of, write
+from .verdict import limits_of
 
 
 def examine(
@@ -24,18 +24,15 @@ def examine(
     device: str = "cpu",
     trust: bool = False,
     tell: Tell = silent,
-) -> tuple[Checked, Path]:
-    """Hold `artifact` against the checkpoint in `base`, as it lies on disk or as `engine` serves it; the result and the
-    path of its report. Errors as `check`'s and `check_served`'s."""
-    limits = limits_of(artifact)
-    more: dict[str, Any] = {"limits": limits, "trust": trust, "tell": tell}
+) -> Checked:
+    """Hold `artifact` against the checkpoint in `base`, as it lies on disk or as `engine` serves it. Errors as
+    `check`'s and `check_served`'s."""
+    more: dict[str, Any] = {"limits": limits_of(artifact), "trust": trust, "tell": tell}
     embedded = artifact.manifest["base"]["hub"] == "embedded"
     samples = held_out_samples(dataset, count, embedded=embedded)
     if engine:
-        result = check_served(artifact, base, samples=samples, engine=engine, engine_bin=engine_bin, **more)
-    else:
-        score = None
-        if embedded and dataset is None:
-            from ..recipes.pebble.tasks import exact as score
-        result = check(artifact, base, samples=samples, score=score, device=device, **more)
-    return result, write(artifact, result, engine=engine, asked=count)
+        return check_served(artifact, base, samples=samples, engine=engine, engine_bin=engine_bin, **more)
+    score = None
+    if embedded and dataset is None:
+        from ..recipes.pebble.tasks import exact as score
+    return check(artifact, base, samples=samples, score=score, device=device, **more)

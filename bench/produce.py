@@ -16,7 +16,7 @@ from ..export.config import settle as settle_own
 from ..recipes.hub import fetch
 from ..recipes.progress import Tell, silent
 from ..recipes.recipe import Recipe, check_pinned, model_on, recipe_for, with_options
-from ..recipes.sets import calibration_samples, check_calibration
+from ..recipes.sets import CHECKED, calibration_samples, check_calibration
 from .backends import Asked
 from .backends import settle as settle_backend
 
@@ -74,11 +74,12 @@ def produce(
 ) -> tuple[Artifact, Checked | None]:
     """Make it, and check what a backend made. `renew` is `make`'s; to a backend, which takes nothing up, `overwrite`.
 
-    Errors as those of `fetch`, `make`, `quantize_with` and `examine`."""
+    Errors as those of `fetch`, `make`, `quantize_with`, `examine` and `write`."""
     from ..export.make import make
     from ..quantize.ranks import rank
     from .examine import examine
     from .peer import quantize_with
+    from .verdict import write
 
     recipe = job.recipe
     check_pinned(recipe, local=Path(recipe.model).is_dir())  # before anything is downloaded
@@ -94,4 +95,6 @@ def produce(
         if job.asked is None:
             return make(recipe, base, job.out, max_vram=max_vram, renew=renew, **options), None
         artifact = quantize_with(job.asked, recipe, base, job.out, **options)
-        return artifact, examine(artifact, base.path, device=device, tell=tell)[0]
+        result = examine(artifact, base.path, device=device, tell=tell)
+        write(artifact, result, asked=CHECKED)
+        return artifact, result

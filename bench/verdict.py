@@ -86,26 +86,29 @@ def markdown(artifact: Artifact, result: Checked, limits: Limits) -> str:
 
 def write(artifact: Artifact, result: Checked, *, engine: str | None = None, asked: int | None = None) -> Path:
     """Write check.json and check.md (or check-ENGINE) into the artifact's folder; returns the JSON's path. `asked` is
-    how many samples were wanted; an engine is asked fewer where some are videos."""
+    how many samples were wanted; an engine is asked fewer where some are videos. OSError where the folder takes no
+    file."""
     path = artifact.path / (f"check-{engine}.json" if engine else "check.json")
     limits = limits_of(artifact)
-    write_json(
-        path,
-        {
-            "kind": "check",
-            "artifact": artifact.manifest["name"],
-            "digest": artifact.digest,
-            "engine": engine,
-            "date": now(),
-            "passed": not result.failures,
-            "failures": list(result.failures),
-            "measures": dict(result.measures),
-            "limits": dataclasses.asdict(limits),
-            "layers": list(result.layers),
-            "asked": asked,
-            "samples": [dict(s) for s in result.samples],
-            "versions": versions(),
-        },
-    )
-    path.with_suffix(".md").write_text(markdown(artifact, result, limits), encoding="utf-8")
+    told = {
+        "kind": "check",
+        "artifact": artifact.manifest["name"],
+        "digest": artifact.digest,
+        "engine": engine,
+        "date": now(),
+        "passed": not result.failures,
+        "failures": list(result.failures),
+        "measures": dict(result.measures),
+        "limits": dataclasses.asdict(limits),
+        "layers": list(result.layers),
+        "asked": asked,
+        "samples": [dict(s) for s in result.samples],
+        "versions": versions(),
+    }
+    try:
+        write_json(path, told)
+        path.with_suffix(".md").write_text(markdown(artifact, result, limits), encoding="utf-8")
+    except OSError as e:
+        why = f"the report cannot be written to {path} ({e.strerror})"
+        raise OSError(f"{why}, and `mmq publish` wants it: check the artifact in a folder that takes files") from None
     return path

@@ -50,7 +50,7 @@ def command(
     load_torch()
     from ..bench.examine import examine
     from ..bench.reload import trusts
-    from ..bench.verdict import facts, limits_of, rows
+    from ..bench.verdict import facts, limits_of, rows, write
 
     if asked["engine"] and device != "auto":
         raise ValueError(
@@ -58,11 +58,15 @@ def command(
         )
     place = "cpu" if asked["engine"] else pick_device(device)
     with progress(quiet=as_json) as tell:
-        result, path = examine(opened, base or base_of(opened, tell=tell).path, device=place, tell=tell, **asked)
-    if as_json:
-        click.echo(json.dumps(facts(result)))
-    else:
-        show_table(["measure", "value", "limit"], rows(result, limits_of(opened)))
+        result = examine(opened, base or base_of(opened, tell=tell).path, device=place, tell=tell, **asked)
+    try:
+        path = write(opened, result, engine=asked["engine"], asked=asked["count"])
+    finally:  # also where the folder takes no file
+        if as_json:
+            click.echo(json.dumps(facts(result)))
+        else:
+            show_table(["measure", "value", "limit"], rows(result, limits_of(opened)))
+    if not as_json:
         click.echo(f"report: {path} and {path.with_suffix('.md').name}")
     exit_past_limits(result)
     if not as_json:

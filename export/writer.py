@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -130,6 +131,9 @@ def copy_tensors(path: Path, tensors: Sequence[tuple[Path, str]]) -> None:
 
 def _replace(path: Path, write: Any) -> None:
     temporary = path.with_name(path.name + ".part")
-    write(temporary)
+    try:
+        write(temporary)
+    except SafetensorError as e:  # "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise OSError(f"{path} cannot be written: {str(e).rpartition(': ')[2]}; what is finished is kept") from None
     temporary.chmod(0o644)  # safetensors writes 0600, which an engine under another user could not read
     os.replace(temporary, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmq.export.beside import copy_small_files
 from mmq.export.config import settle
 from mmq.export.make import make
 from mmq.export.view import packed_linears, view
+from mmq.export.writer import Writer
 from mmq.quantize.source import open_source
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import fetch
@@ -160,6 +162,18 @@ def test_overwrite_replaces_an_artifact(artifact: Artifact, tmp_path: Path) -> N
         prepare(folder, {})
     assert prepare(folder, {"a": 1}, overwrite=True) is False
     assert [p.name for p in folder.iterdir()] == [UNFINISHED]
+
+
+def test_a_disk_that_is_full_in_the_middle_is_told(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as a full disk, with another errno
+    try:
+        with Writer() as files:
+            files.save(tmp_path / "layer.safetensors", {"a": torch.zeros(10000)}, {})
+            with pytest.raises(OSError, match=r"layer.safetensors cannot be written: File too large"):
+                files.hashes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_small_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import vlm
 from transformers import AutoTokenizer
 
+from mmq.__main__ import said
 from mmq.commands.terminal import until_left
 from mmq.export.alone import alone
 from mmq.recipes.pebble import model_folder
@@ -268,6 +271,15 @@ def test_a_check_past_its_limits_exits_1(mmq: Run, tmp_path: Path) -> None:
     assert "| mean KL to FP16" in (tmp_path / "out-rtn" / "check.md").read_text(encoding="utf-8")
 
 
+def test_a_check_is_shown_though_its_report_cannot_be_kept(mmq: Run, artifact: Callable[..., Path]) -> None:
+    shutil.copytree(artifact("awq"), "out-awq")
+    Path("out-awq/check.json.part").mkdir()
+    code, out, err = mmq("check", "out-awq", "--samples", "2")
+    assert code == 2
+    assert "mean KL to FP16" in out
+    assert "the report cannot be written to out-awq/check.json (Is a directory)" in one_line(err.splitlines()[-1])
+
+
 def test_summaries_name_the_next_command(mmq: Run, tmp_path: Path) -> None:
     """As it is typed: the folder's name has a space."""
     code, out, _ = mmq("quantize", "pebble", "--method", "rtn", "--samples", "2", "-o", "我的 rtn")
@@ -325,6 +337,13 @@ def test_a_reader_that_leaves(words: list[str], tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.ENOSPC, "/x: No space left.*make room"), (errno.EROFS, "/x: Read-")]
+)
+def test_what_the_system_says_is_told_with_what_to_do(number: int, told: str) -> None:
+    assert re.match(told, said(OSError(number, os.strerror(number), "/x")))
 
 
 def test_another_pipe_that_breaks_is_told() -> None:

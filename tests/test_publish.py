@@ -20,6 +20,7 @@ from test_upload import environment, half, point
 from mmq.bench.examine import examine
 from mmq.bench.reload import trusts
 from mmq.bench.report import Figure, Report
+from mmq.bench.verdict import write
 from mmq.export.artifact import Artifact, open_artifact
 from mmq.recipes.hub import fetch
 
@@ -32,7 +33,8 @@ Run = Callable[..., tuple[int, str, str]]
 def checked(artifact: Callable[..., Path], pebble: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """AWQ pebble and its real check; never change it."""
     folder = Path(shutil.copytree(artifact("awq"), tmp_path_factory.mktemp("checked") / "out-awq"))
-    examine(open_artifact(folder), pebble, count=3)
+    opened = open_artifact(folder)
+    write(opened, examine(opened, pebble, count=3), asked=3)
     return folder
 
 
