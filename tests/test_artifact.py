@@ -68,7 +68,7 @@ def test_the_manifest_says_what_was_done(artifact: Artifact) -> None:
     assert manifest["calibration"]["text"] > 0
     assert len(manifest["quantized"]) == 7 * len(manifest["layers"])
     assert all(0 < e < 0.2 for layer in manifest["layers"] for e in layer["errors"].values())
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # PyPI's says no CUDA version
 
 
 @pytest.mark.parametrize(

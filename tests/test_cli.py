@@ -27,6 +27,7 @@ from mmq.export.alone import alone
 from mmq.recipes.pebble import model_folder
 
 Run = Callable[..., tuple[int, str, str]]
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 def one_line(err: str) -> str:
@@ -123,7 +124,7 @@ def test_a_base_within_what_is_replaced_stays(mmq: Run, artifact: Callable[..., 
     assert (code, "is a file; name a folder with -o" in one_line(err)) == (2, True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@needs_vllm
 def test_a_port_that_is_taken(mmq: Run, tmp_path: Path) -> None:
     """Told before anything else, and the log of the server that has it stays."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -319,6 +320,7 @@ def test_what_fell_back_is_told(mmq: Run, tmp_path: Path) -> None:
     assert f"1 linears, all in mmq.json; layer 0 self_attn.o_proj: {why}" in told
 
 
+@needs_vllm
 def test_serve_print_starts_nothing(mmq: Run) -> None:
     code, out, _ = mmq("serve", "pebble", "--print", "--port", "8123", "--", "--seed", "7")
     assert code == 0
@@ -328,7 +330,9 @@ def test_serve_print_starts_nothing(mmq: Run) -> None:
     assert "only this machine can connect" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["recipes", "pebble"], ["serve", "pebble", "--print"]])
+@pytest.mark.parametrize(
+    "words", [["recipes"], ["recipes", "pebble"], pytest.param(["serve", "pebble", "--print"], marks=needs_vllm)]
+)
 def test_a_reader_that_leaves(words: list[str], tmp_path: Path) -> None:
     """As `| head`, and as other programs: no word, and no code that is a verdict."""
     reader, writer = os.pipe()
