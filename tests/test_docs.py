@@ -1,0 +1,127 @@
+"""The pages: their links lead somewhere, their commands exist, their tables are those of the files they name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from mmq.__main__ import cli
+from mmq.bench.quality_report import by_variant, rivals, tables
+from mmq.bench.quality_variants import THEIRS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [*sorted((ROOT / ".github").rglob("*.md")), ROOT / "recipes" / "pebble" / "README.md"]
+QUALITY = ROOT / "docs" / "quality"
+# What a name in the summary's table is called in the files; the files in which it is looked up, the first that has it.
+NAMED = {
+    "mmq awq, best": "awq-best",
+    "mmq gptq, best": "gptq-best",
+    "mmq awq (default)": "awq",
+    "mmq gptq": "gptq",
+    "mmq gptq, fast": "gptq-fast",
+    "mmq awq, fast": "awq-fast",
+    "AutoRound, asymmetric": "auto-round-asym",
+    "AutoRound (symmetric, its default)": "auto-round",
+    "AutoGPTQ": "auto-gptq",
+    "AutoAWQ": "autoawq",
+    "llm-compressor GPTQ": "llmcompressor-gptq",
+    "llm-compressor AWQ": "llmcompressor-awq",
+    "GPTQModel GPTQ": "gptqmodel-gptq",
+    "GPTQModel AWQ": "gptqmodel-awq",
+    "rounding to nearest": "rtn",
+}
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith(("https://", "http://")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
+    """Each `mmq ...` of a page as words, and whether it is a line to be typed, not one that is only spoken of."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    for line in text.splitlines():
+        typed = re.match(r"(?:\s{4,}|\$ )(?:[A-Z_]+=\S+ )*(mmq [a-z].*)$", line)
+        for code in [typed[1]] if typed else re.findall(r"`(?:[A-Z_]+=\S+ )*(mmq [a-z][^`]*)`", line):
+            words = shlex.split(code, comments=True)
+            ends = [i for i, w in enumerate(words) if w in ("|", ">", "2>", "&", "&&")]
+            yield words[1 : ends[0] if ends else None], bool(typed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_commands_are_taken(page: Path) -> None:
+    """Parsed by the command line as it is; nothing runs. `mmq serve` in a sentence needs no TARGET."""
+    for (name, *words), typed in commands(page):
+        spoken = (click.MissingParameter, click.BadOptionUsage)  # "`mmq bench --tasks` lets ...": something is left out
+        with contextlib.suppress(*(() if typed else spoken)), cli.commands[name].make_context(name, words):
+            pass
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_modules_have_the_options_that_they_are_given(page: Path) -> None:
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    for module, rest in re.findall(r"-m mmq\.([\w.]+)([^`\n|;]*)", text):
+        source = ROOT / f"{module.replace('.', '/')}.py"
+        assert source.is_file(), module
+        known = set(re.findall(r'"(--[\w-]+)"', source.read_text(encoding="utf-8")))
+        assert set(re.findall(r"(?<=\s|\[)--[\w-]+", rest)) - {"--enforce-eager"} <= known, (module, rest)
+
+
+def rows(text: str) -> list[str]:
+    return ["|".join(c.strip() for c in line.split("|")) for line in text.splitlines() if line.startswith("|")]
+
+
+def runs(name: str) -> list[dict]:
+    return json.loads((QUALITY / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+
+
+def test_the_study_s_tables_are_those_of_its_runs() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    theirs = [v.name for v in THEIRS]
+    made = set()
+    for name, against in (("quality", "awq-fast"), ("groups", "awq"), ("calibration", "awq"), ("head", "awq")):
+        found = runs(name)
+        made |= set(rows(tables(found, against=against).replace("\\_", "_")))
+        names = list(dict.fromkeys(r["variant"] for r in found))
+        if others := [n for n in names if n in theirs]:
+            made |= set(rows(rivals(found, [n for n in names if n not in theirs], others).replace("\\_", "_")))
+    shown = [r for r in rows(page) if re.search(r"\d\.\.\d", r)]
+    assert len(shown) > 90
+    assert not [r for r in shown if r not in made]
+
+
+def test_the_study_s_summary_is_of_the_files_it_names() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").partition("## In short")[2].partition("\n## ")[0]
+    files = [runs("since"), runs("quality")]
+    told = 0
+    for _, name, *figures, _ in (r.replace("*", "").replace("`", "").split("|") for r in rows(page)):
+        if name.strip() not in NAMED:
+            continue
+        for setting, figure in zip(("trained", "shipped", "uneven"), figures, strict=True):
+            seeds = next(
+                v[NAMED[name.strip()]] for v in (by_variant(f, setting) for f in files) if NAMED[name.strip()] in v
+            )
+            mean = statistics.fmean(m["answer.soft"] for m in seeds.values())
+            assert float(figure) == pytest.approx(mean, abs=0.0051 if mean > 1 else 0.00051), (name, setting)
+            told += 1
+    assert told == 3 * len(NAMED)
