@@ -202,10 +202,10 @@ def infer_rows(
 ) -> NoReturn:
     """Answers to datasets, by a server or a cluster; exit 1 where rows got none."""
     from ..recipes.plain import shown
+    from ..recipes.samples import source_of
     from ..recipes.terminal import answer_writer
     from ..serve.dataset import check_dataset, infer_dataset
     from ..serve.infer import at
-    from ..serve.questions import source_of
     from ..serve.results import failed
 
     out = result_path or Path(f"{source_of(datasets[0])[0].absolute().stem}-answers.jsonl")

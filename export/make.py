@@ -76,7 +76,10 @@ def make(
             "that the recipe means, or mend the recipe"
         )
     if config.get("quantization_config") or text_config(config).get("quantization_config"):
-        raise ValueError(f"{base.name} is quantized already; mmq starts from a 16-bit checkpoint")
+        raise ValueError(
+            f"{base.name} is quantized already, and mmq starts from 16 bit: name the model that it was made from (`mmq "
+            "convert` puts int4 weights as they are into another format)"
+        )
     if recipe.method in CALIBRATED and len(samples) < world():
         raise ValueError(f"{len(samples)} samples for {world()} processes: each needs at least one")
     check_pinned(recipe, local=base.hub in ("local", "embedded"))

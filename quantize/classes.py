@@ -18,6 +18,9 @@ import torch
 from .family import Row, row_of
 from .remote import ASKED, open_remote, own_code
 
+COPY = "copy it from where the model came from"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -111,4 +114,6 @@ def open_processor(folder: Path) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever its parts raise
+        if not any((folder / name).is_file() for name in TOKENIZERS) and not any(folder.glob("*.tiktoken")):
+            raise ValueError(f"{folder}: no tokenizer (tokenizer.json is missing); {COPY}") from None
         raise ValueError(f"{folder}: its processor does not load: {' '.join(str(e).split())[:300]}") from None

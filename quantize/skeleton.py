@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..recipes.plain import object_of, read_json
 from ..recipes.sizes import check_sizes
 from ..recipes.template import check_templates
-from .classes import check_class, open_model
+from .classes import COPY, check_class, open_model
 from .detect import detect
 from .experts import unfused
 from .family import Family
@@ -133,10 +133,10 @@ def template_notes(folder: Path, skeleton: Skeleton) -> list[str]:
     processor, words = skeleton.processor, skeleton.words
     notes = [] if skeleton.sees else ["a text model: calibrated on the samples' words alone"]
     if skeleton.sees and processor is words:
-        raise ValueError(f"{folder}: no processor for pictures (preprocessor_config.json is missing)")
+        raise ValueError(f"{folder}: no processor for pictures (preprocessor_config.json is missing); {COPY}")
     if not getattr(processor, "chat_template", None):
         if skeleton.sees and not (getattr(words, "chat_template", None) and hasattr(processor, "image_token")):
-            raise ValueError(f"{folder}: no chat template (chat_template.jinja is missing)")
+            raise ValueError(f"{folder}: no chat template (chat_template.jinja is missing); {COPY}")
         if not getattr(words, "chat_template", None):
             notes.append("no chat template: samples are put as 'User: ...' and 'Assistant: ...'")
     return notes

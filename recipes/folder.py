@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .plain import check_entries, check_names, object_of, parse_json, read_json
-from .remote import INDEX, RemoteFile, weights
+from .remote import INDEX, RemoteFile, no_model, weights
 from .sizes import check_sizes
 
 POINTER = b"version https://git-lfs"
@@ -52,6 +52,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     has, which would keep whoever builds it busy for ever."""
     path = folder / "config.json"
     if not path.is_file():
+        if folder.is_dir() and (other := no_model([p.name for p in folder.iterdir()])):
+            raise OSError(f"{folder} {other}")
         raise OSError(f"{folder} has no config.json; give the folder that holds the model, or a hub id")
     config = _json(path)
     try:

@@ -84,18 +84,29 @@ def weights(model: str, files: Iterable[RemoteFile], *, index: Mapping[str, Any]
     return found
 
 
+def no_model(paths: Iterable[str]) -> str:
+    """What a folder of these files is where it is known to be something else than a checkpoint; "" else."""
+    top = [p for p in paths if "/" not in p]
+    if "adapter_model.safetensors" in top or "adapter_config.json" in top:
+        return (
+            "holds a LoRA adapter, not a model: serve its base with --lora NAME=FOLDER, or merge it into its base and "
+            "give that folder"
+        )
+    if gguf := next((p for p in paths if p.endswith(".gguf")), None):
+        return f"holds GGUF files ({gguf}), which are quantized already; name the model that they were made from"
+    return ""
+
+
 def _no_safetensors(paths: list[str]) -> str:
     top = [p for p in paths if "/" not in p]
-    if "adapter_model.safetensors" in top:
-        return "holds a LoRA adapter, not a model: merge it into its base and give that folder"
+    if other := no_model(paths):
+        return other
     if pickles := [p for p in top if p.endswith(PICKLES) and not _training(p)]:
         more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
         return (
             f"has its weights as pickles alone ({pickles[0]}{more}), and unpickling runs code; "
             "use a repository with .safetensors, or convert it with save_pretrained and give that folder"
         )
-    if gguf := next((p for p in paths if p.endswith(".gguf")), None):
-        return f"holds GGUF files ({gguf}), which are quantized already; name the model that they were made from"
     return "holds no .safetensors file at its top; name the repository that holds the model's weights"
 
 

@@ -83,8 +83,23 @@ def blind(sample: Sample) -> Sample:
     return replace(sample, messages=messages, images=(), videos=())
 
 
+def source_of(text: str | Path) -> tuple[Path, int | None]:
+    """A dataset's path and how many of its rows are meant: all, or the first 100 of "file.jsonl#100".
+
+    ValueError where that is no number above 0.
+    """
+    path = Path(text).expanduser()
+    head, mark, count = str(path).rpartition("#")
+    if path.exists() or not mark:
+        return path, None
+    if not count.isdigit() or int(count) < 1:
+        raise ValueError(f"{text}: after # comes how many rows are taken, as in {head}#100")
+    return Path(head), int(count)
+
+
 def load(source: str | Path, *, count: int | None = None) -> list[Sample]:
-    """The first `count` samples (None: all) of a JSONL file, a folder with *.jsonl, or a folder of pictures.
+    """The first `count` samples (None: all) of a JSONL file, a folder with *.jsonl, or a folder of pictures; of
+    "file.jsonl#100" the first 100 at most.
 
     A line is {"messages": [...]} with OpenAI parts, the same beside "images": [...] with <image> tags or image parts
     where the pictures stand, or {"query": ..., "response": ..., "images": [...]}. Paths are relative to the file.
@@ -94,7 +109,8 @@ def load(source: str | Path, *, count: int | None = None) -> list[Sample]:
 
     if count is not None and count < 1:
         raise ValueError(f"{count} samples asked of {source}; ask for 1 or more")
-    found = list(islice(read(Path(source).expanduser()), count))
+    path, most = source_of(source)
+    found = list(islice(islice(read(path), most), count))
     if not found:
         raise ValueError(f"{source} holds no samples")
     return found

@@ -5,10 +5,9 @@ Knows no model, only whether it is the embedded one, whose pictures are small. W
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .samples import Sample, load
+from .samples import Sample, load, source_of
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -21,7 +20,7 @@ def check_calibration(name: str) -> None:
     """ValueError where `name` is neither a bundled set nor a file or folder that is there."""
     from .calibration import CALIBRATIONS
 
-    if name not in CALIBRATIONS and not Path(name).exists():
+    if name not in CALIBRATIONS and not source_of(name)[0].exists():
         names = ", ".join(CALIBRATIONS)
         raise ValueError(f"no calibration {name!r}: name a JSONL file, a folder, or one of {names}")
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.progress import Step, Tell, silent
+from ..recipes.samples import source_of
 from .client import Answer, Message, connect, served_name
 from .crowd import Asked, crowd, in_order, waited
-from .questions import Line, Question, question_of, read_lines, source_of
+from .questions import Line, Question, question_of, read_lines
 from .request import DEFAULT, RequestConfig
 from .results import Record, check_out, finished, line_of, summary, write
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.reading import DESCRIBE, files_of, from_query, rows
+from ..recipes.samples import source_of
 from .client import Message
 from .media import KINDS
 from .request import InferRequest
@@ -33,20 +34,6 @@ class Question:
     where: str
     reference: str | None
     about: dict[str, Any]
-
-
-def source_of(text: str | Path) -> tuple[Path, int | None]:
-    """A dataset's path and how many of its rows are meant: all, or the first 100 of "file.jsonl#100".
-
-    ValueError where that is no number above 0.
-    """
-    path = Path(text).expanduser()
-    head, mark, count = str(path).rpartition("#")
-    if path.exists() or not mark:
-        return path, None
-    if not count.isdigit() or int(count) < 1:
-        raise ValueError(f"{text}: after # comes how many rows are taken, as in {head}#100")
-    return Path(head), int(count)
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,15 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         build(folder)
     template.write_text(words)
-    (folder / "processor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"no processor for pictures \(preprocessor_config\.json is missing\)"):
-        build(folder)
+    for name, told in (
+        ("tokenizer.json", r"no tokenizer \(tokenizer\.json is missing\)"),
+        ("processor_config.json", r"no processor for pictures \(preprocessor_config\.json is missing\)"),
+    ):
+        (folder / name).rename(tmp_path / name)
+        with pytest.raises(ValueError, match=told):
+            build(folder)
+        if name == "tokenizer.json":
+            (tmp_path / name).rename(folder / name)
 
 
 def test_a_text_model_without_a_template_is_put_lines(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -389,6 +390,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
     ("spoil", "said"),
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "holds a LoRA adapter, not a model"),
+        (lambda f: (f / "config.json").rename(f / "a.gguf"), "holds GGUF files (a.gguf)"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda f: (f / "two.safetensors").unlink(), "lacks two.safetensors, which model.safetensors.index.json names"),
         (lambda f: cut(f / "two.safetensors"), "two.safetensors has 171 bytes where its header counts 172"),
@@ -404,7 +407,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 )
 def test_a_spoiled_folder_is_told_by_file(folder, spoil, said):
     spoil(folder)
-    with pytest.raises(OSError, match=said.replace(".", r"\.")):
+    with pytest.raises(OSError, match=re.escape(said)):
         fetch(str(folder))
 
 
