@@ -51,7 +51,9 @@ def show_history(folder: Path, *, as_json: bool) -> None:
             show_table(*table(found))
         if found.alone:
             click.echo(f"nothing earlier to compare with: {', '.join(found.alone)}")
-        click.echo(f"{found.reports} reports, the newest {found.newest} of {found.created}")
+        click.echo(
+            f"{found.reports} report{'s' if found.reports != 1 else ''}, the newest {found.newest} of {found.created}"
+        )
     for change in found.regressions:
         click.echo(f"mmq: worse: {line(change)}", err=True)
     if found.regressions:
