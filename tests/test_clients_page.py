@@ -128,3 +128,23 @@ def test_python(served: Server, web: str, place: Path, monkeypatch: pytest.Monke
         with contextlib.redirect_stdout(out):
             exec(compile(here(code, served, web), str(PAGE), "exec"), names)
         held(out.getvalue(), here(wanted, served, web), code)
+
+
+@needs_vllm
+def test_the_readme_s_python(served: Server, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the server that runs here, with fewer questions."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    shutil.copy(place / "docs" / "media" / "square.png", "x.jpg")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("### From Python\n")[2]
+    code = "\n".join(re.findall(r"^(?:    (.*))?$", section.partition("\n### ")[0], re.MULTILINE))
+    assert '"out-awq"' in code
+    assert "* 100" in code
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code.replace('"out-awq"', repr(served.url)).replace("* 100", "* 3"), "README.md", "exec"), {})
+    first, again = out.getvalue().splitlines()
+    answer, _, figures = first.partition(" {")
+    assert answer == again
+    assert "正方形" in answer
+    assert "'num_samples': 3" in figures
