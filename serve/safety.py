@@ -82,13 +82,15 @@ def key_of(safety: Safety, environ: Mapping[str, str]) -> Secret | None:
     OSError for a file that cannot be read, ValueError for a key that no HTTP header can carry.
     """
     if safety.api_key_file is not None:
-        path = safety.api_key_file.expanduser().resolve()
+        path = safety.api_key_file.expanduser().absolute()  # unresolved: `<(pass show key)` is a pipe without a name
         try:
             value = path.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not text; it must hold the API key and nothing else") from None
         except OSError as e:
             raise OSError(f"the API key's file {path} cannot be read: {e.strerror}") from None
+        if not value and path.is_fifo():
+            raise ValueError(f"{path} is a pipe that is empty, or was read already (--print reads twice); give a file")
         found, where = Secret(value, f"$(cat {shlex.quote(str(path))})"), str(path)
     else:
         name = next((name for name in KEY_VARIABLES if environ.get(name)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from mmq.serve.flags import Launch, shell_line
-from mmq.serve.safety import INSIDE, MIB, Safety, guarded
+from mmq.serve.safety import INSIDE, MIB, Safety, guarded, key_of
 
 BARE = Launch(
     ("/e/bin/vllm", "serve", "m"), {"A": "1"}, (("A=1", "why"),), "http://127.0.0.1:8", "m", "127.0.0.1", 8, "cpu"
@@ -76,6 +77,22 @@ def test_a_key_goes_by_the_environment_and_is_shown_nowhere(tmp_path: Path) -> N
         assert "s3cret" not in repr(found) + shell_line(found)
         assert f'MMQ_API_KEY="{source}"' in shell_line(found)
     assert not settings(guarded("vllm", BARE, Safety(api_key_file=file), environ={})).get("hosts")
+
+
+def test_a_key_from_a_pipe() -> None:
+    """`--api-key-file <(pass show key)`: a name under /dev/fd that leads to no file, and can be read once."""
+    reader, writer = os.pipe()
+    os.write(writer, b"s3cret\n")
+    os.close(writer)
+    asked = Safety(api_key_file=Path(f"/dev/fd/{reader}"))
+    try:
+        found = key_of(asked, {})
+        assert found is not None
+        assert found.value == "s3cret"
+        with pytest.raises(ValueError, match="is a pipe that is empty, or was read already"):
+            key_of(asked, {})
+    finally:
+        os.close(reader)
 
 
 @pytest.mark.parametrize(
