@@ -92,10 +92,16 @@ def open_artifact(path: Path, *, verify: bool = False) -> Artifact:
 
 
 def base_of(artifact: Artifact, *, tell: Tell = silent) -> Base:
-    """The FP16 checkpoint that the artifact was made from, fetched at its recorded revision. Errors as `fetch`'s."""
+    """The FP16 checkpoint that the artifact was made from, fetched at its recorded revision. OSError where the manifest
+    names none, or a folder that is gone; else errors as `fetch`'s."""
     base = artifact.manifest["base"]
     if not base["model"]:  # of a folder that others packed
         raise OSError(f"{artifact.path}: its manifest names no base; give the 16-bit checkpoint with --base")
+    if base["hub"] == "local" and not Path(base["model"]).is_dir():
+        raise OSError(
+            f"{artifact.path} was made from {base['model']}, which is not there; name where it is now (check: --base "
+            "FOLDER, bench: the folder in the place of fp16)"
+        )
     if base["hub"] in ("local", "embedded"):
         return fetch(base["model"], tell=tell)
     return fetch(base["model"], hub=base["hub"], revision=base["revision"], tell=tell)

@@ -281,6 +281,28 @@ def test_a_check_is_shown_though_its_report_cannot_be_kept(mmq: Run, artifact: C
     assert "the report cannot be written to out-awq/check.json (Is a directory)" in one_line(err.splitlines()[-1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("qwen2_5_vl", "its model type is qwen2_5_vl, not qwen2_vl"),
+        ("qwen2_vl", r"its model.embed_tokens.weight is \[1772, 256\], not \[2048, 256\]"),
+        ("", r"is not there; name where it is now \(check: --base"),
+    ],
+)
+def test_another_base_is_told_before_the_walk(
+    mmq: Run, artifact: Callable[..., Path], tmp_path: Path, kind: str, message: str
+) -> None:
+    shutil.copytree(artifact("awq"), "out-awq")
+    manifest = json.loads(Path("out-awq/mmq.json").read_text("utf-8"))
+    manifest["base"] |= {"hub": "local", "model": str(tmp_path / "other")}
+    Path("out-awq/mmq.json").write_text(json.dumps(manifest), "utf-8")
+    if kind:
+        vlm(kind, tmp_path / "other")
+    code, _, err = mmq("check", "out-awq", "--samples", "2")
+    assert code == 2
+    assert re.search(message, one_line(err)), err
+
+
 def test_summaries_name_the_next_command(mmq: Run, tmp_path: Path) -> None:
     """As it is typed: the folder's name has a space."""
     code, out, _ = mmq("quantize", "pebble", "--method", "rtn", "--samples", "2", "-o", "我的 rtn")
