@@ -80,6 +80,18 @@ def bomb(width: int, height: int) -> bytes:
 PICTURE = png(56, 56)
 
 
+def film(width: int, height: int, frames: int, *, rate: float = 2) -> bytes:
+    """A black GIF of so many frames, `rate` of them a second; each costs little to make, and is decoded by itself."""
+    buffer = io.BytesIO()
+    Image.new("P", (width, height)).save(buffer, "GIF", duration=1000 / rate)
+    whole = buffer.getvalue()
+    at = whole.index(b"\x21\xf9")  # what is before each frame
+    return whole[:at] + whole[at:-1] * frames + whole[-1:]
+
+
+FILM = film(56, 56, 8)
+
+
 def asking(*urls: str, kind: str = "image_url") -> dict[str, Any]:
     parts = [{"type": kind, kind: {"url": url}} for url in urls]
     return {"model": "m", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "图中有什么？"}]}]}
@@ -118,3 +130,10 @@ def picture(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.send_header("Content-Type", "image/webp")
     handler.end_headers()
     handler.wfile.write(PICTURE)
+
+
+def moving(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "video/gif")
+    handler.end_headers()
+    handler.wfile.write(FILM)

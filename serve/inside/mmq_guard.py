@@ -4,8 +4,9 @@ It stands outside everything else of the server: a request is judged before the 
 that says what was wrong. Media that are named by URL are fetched here and handed on as data URLs, so that the engine
 itself fetches nothing and opens no file.
 
-Standard library alone (and Pillow where it is there), for Python 3.10 and later. Settings come in the variable
-MMQ_GUARD, the key in MMQ_API_KEY; MMQ_DOOR names a folder where a file `closed` means that the server is about to end.
+Standard library alone (and Pillow and OpenCV where they are there), for Python 3.10 and later. Settings come in the
+variable MMQ_GUARD, the key in MMQ_API_KEY; MMQ_DOOR names a folder where a file `closed` means that the server is about
+to end.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmq_fetch import FETCH_SECONDS, Target
+from mmq_frames import asked
 from mmq_media import MIME, as_data_url, check_sent, media_in, read_local
 from mmq_parts import rewritten
 from mmq_refused import Refused, refuse
@@ -30,7 +33,8 @@ from mmq_settings import Allowance, Settings, mebibytes, settings_of
 
 OPEN = ("/health", "/ping")  # answered without the key: they say that the server lives, and nothing else
 AT_ONCE = 16  # bodies of the greatest size that may be arriving, or wait to be judged, together
-SMALL = 64 * 1024  # bytes of a body that is looked at on the spot; a larger one in a thread
+SMALL = 64 * 1024  # bytes of a body that is looked at on the spot; a larger one in a thread, as one that has videos
+VIDEO = re.compile(rb"video|\\u|\0")  # in a body: the word, or what JSON can write it with otherwise
 PATIENCE = 30.0  # seconds that a body may take, and one more for each
 SLOWEST = 8 * 1024  # bytes of it
 
@@ -153,8 +157,8 @@ class Guard:
 
     async def _judged(self, body: bytes, headers: Mapping[str, str]) -> bytes:
         """The body as it is handed on: its own bytes, or in OpenAI's form, with the media in it that it only named."""
-        loop, allowance = asyncio.get_running_loop(), Allowance(self.settings.max_body)
-        if len(body) <= SMALL:
+        loop, allowance = asyncio.get_running_loop(), Allowance(self.settings.max_body, self.settings.frames)
+        if len(body) <= SMALL and not VIDEO.search(body):
             tree, named, changed = self._media_of(body, headers, allowance)
         else:
             tree, named, changed = await loop.run_in_executor(self.readers, self._media_of, body, headers, allowance)
@@ -191,6 +195,8 @@ class Guard:
             raise Refused(400, str(e)) from None
         if where := endless(tree):
             raise Refused(400, f"the schema at {where[:200]} refers to nothing but itself: no answer could meet it")
+        if isinstance(tree, dict) and isinstance(said := tree.get("media_io_kwargs"), dict):
+            allowance.frames = asked(allowance.frames, said.get("video"))
         named: list[Named] = []
         for count, (holder, key, kind, raw) in enumerate(media_in(tree)):
             if count == self.settings.max_media:

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 from mmq_parts import USUAL_TYPE
 from mmq_refused import Refused
 from mmq_settings import Allowance
+from mmq_video import check_video
 
 # a part's keys that name a medium, and of what kind it is
 KINDS = {
@@ -68,15 +69,15 @@ def media_in(tree: Any) -> Iterator[tuple[Any, Any, str, bool]]:
 
 
 def check_sent(value: str, kind: str, allowance: Allowance, *, raw: bool = False) -> None:
-    """Refused unless a data URL, or bare base64 where `raw`, can be decoded, to a picture where the kind is one."""
-    pieces, pictures = [value], kind == "image"
+    """Refused unless a data URL, or bare base64 where `raw`, can be decoded, to what its kind says that it is."""
+    pieces = [value]
     if not raw or value[:5].lower() == "data:":
         head, comma, data = value.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise Refused(400, f"a data URL has no `;base64,`: {value[:40]!r}")
         pieces = [data]
         if head.lower().startswith(f"data:{FRAMES}"):
-            pieces, pictures = data.split(","), True
+            pieces, kind = data.split(","), "image"
     for piece in pieces:
         if not piece:
             raise Refused(400, "a medium is empty")
@@ -84,8 +85,14 @@ def check_sent(value: str, kind: str, allowance: Allowance, *, raw: bool = False
             data = base64.b64decode(piece, validate=True)
         except (binascii.Error, ValueError) as e:
             raise Refused(400, f"a medium's base64 is broken: {e}") from None
-        if pictures:
-            check_picture(data, allowance)
+        _check(data, kind, allowance)
+
+
+def _check(data: bytes, kind: str, allowance: Allowance) -> None:
+    if kind == "image":
+        check_picture(data, allowance)
+    elif kind == "video":
+        check_video(data, allowance)
 
 
 def check_picture(data: bytes, allowance: Allowance) -> None:
@@ -108,7 +115,7 @@ def check_picture(data: bytes, allowance: Allowance) -> None:
         raise Refused(400, f"a picture has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
     except Exception:  # a format's reader may raise anything over broken bytes
         raise Refused(400, f"a medium is no picture that can be read, of {', '.join(FORMATS)}") from None
-    allowance.show(pixels)
+    allowance.show(pixels, "send smaller ones")
 
 
 def read_local(url: str, folder: str | None, allowance: Allowance) -> bytes:
@@ -130,9 +137,8 @@ def read_local(url: str, folder: str | None, allowance: Allowance) -> bytes:
 
 
 def as_data_url(data: bytes, mime: str, allowance: Allowance) -> str:
-    """Bytes as a data URL. Refused when there are none, or they are no picture and should be."""
+    """Bytes as a data URL. Refused when there are none, or they are not what they should be."""
     if not data:
         raise Refused(400, "a medium is empty")
-    if mime.startswith("image/"):
-        check_picture(data, allowance)
+    _check(data, mime.partition("/")[0], allowance)
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
