@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..export.artifact import Artifact, open_artifact
 from ..export.key import key_before
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import check_pinned
-from ..serve.process import wait
+from ..serve.process import announced, wait, watch
 from ..serve.running import terminate_is_exit
 from .done import FAULT, INPUT, INTERRUPTED, Done, StepDone, state_of
 from .jobs import Job, addresses
@@ -39,11 +39,18 @@ from .steps import (
 
 SAYS = "mmq: "  # how a line of mmq's own begins, where something went wrong
 PATIENCE = 20.0  # seconds between SIGINT to a step and the end of what is left of it
-# Reads until we, who hold the other end of its standard input, are gone, however that came about; then ends the step,
-# $1 and its group, as we would have: nobody else may write to its folder meanwhile.
-_WATCH = (
-    'read -r n; kill -INT "$1"; t=100; while kill -0 "$1" && [ $((t-=1)) -gt 0 ]; do sleep 0.2; done; kill -9 "-$1"'
-)
+# The first line read is the step's process and its group. Then reads until we, who hold the other end of its standard
+# input, are gone, however that came about, and ends the step as we would have: nobody else may write to its folder
+# meanwhile.
+_WATCH = """
+read -r step
+read -r nothing
+[ -n "$step" ] || exit
+kill -INT "$step"
+left=100
+while kill -0 "$step" && [ "$left" -gt 0 ]; do sleep 0.2; left=$((left - 1)); done
+kill -KILL "-$step"
+"""
 
 
 def run(
@@ -169,32 +176,28 @@ def call(line: Sequence[str], log: Path) -> tuple[int, tuple[str, ...]]:
         file.write(f"\n$ mmq {' '.join(line)}\n".encode())
         file.flush()
         begin = file.tell()
-        process = subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        with process, _watched(process):
+        with watch(_WATCH) as watching:
+            process = subprocess.Popen(  # interrupted here, the watch ends what was begun
+                announced(argv),
+                env=env,
+                stdin=watching.stdin,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 code = wait(process)
             except (KeyboardInterrupt, SystemExit):
                 _interrupt(process)
                 raise
+            finally:
+                watching.kill()
     said = log.read_bytes()[begin:].decode("utf-8", "replace").splitlines()
     why = tuple(text.removeprefix(SAYS) for text in said if text.startswith(SAYS))
     if code < 0:
         told = "; the system may have run out of memory" if code == -signal.SIGKILL else ""
         return FAULT, (f"mmq {line[0]} was ended by {signal.Signals(-code).name}{told}",)
     return code, why or ((said[-1].strip() if said else f"mmq {line[0]} said nothing"),) if code else ()
-
-
-@contextlib.contextmanager
-def _watched(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    argv = ["/bin/sh", "-c", _WATCH, "mmq-watch", str(process.pid)]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True) as watch:
-        try:
-            yield
-        finally:
-            watch.kill()
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,9 +34,7 @@ def _environment(launch: Launch, door: Path) -> dict[str, str]:
     return env
 
 
-# The engine's process: tells the watch, which reads what is written to our standard input, its number before it becomes
-# the engine, so that however early we are killed the watch knows whom to end. Not a shell: some pass on no variable
-# whose name they could not have themselves.
+# Not a shell: some pass on no variable whose name they could not have themselves.
 _START = """
 import os, signal, sys
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which Python ignores, and what is ignored is inherited
@@ -46,15 +44,29 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
-def _spawn(launch: Launch, stdout: Any, door: Path, watch: IO[bytes]) -> subprocess.Popen[bytes]:
+def watch(script: str, *words: str) -> subprocess.Popen[bytes]:
+    """A shell with `script`, which outlives us: $1 is our process, for who reads `ps`, then come `words`. We hold its
+    standard input, which ends when we do, however that comes about."""
+    argv = ["/bin/sh", "-c", script, "mmq-watch", str(os.getpid()), *words]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def announced(argv: Sequence[str]) -> list[str]:
+    """`argv` for a process that tells a watch its number before it becomes the program, so that however early we are
+    killed the watch knows whom to end. The watch reads what is written to the process's standard input."""
+    return [sys.executable, "-I", "-S", "-c", _START, *argv]
+
+
+def _spawn(launch: Launch, stdout: Any, door: Path, watch_input: IO[bytes]) -> subprocess.Popen[bytes]:
     if launch.serves:
         check_port(launch.host, launch.port)
     if shutil.which(launch.argv[0]) is None:
         raise RuntimeError(f"{launch.argv[0]} cannot be started: it is no program that may be run")
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _START, *launch.argv],
+        announced(launch.argv),
         env=_environment(launch, door),
-        stdin=watch,
+        stdin=watch_input,
         stdout=stdout,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -105,11 +117,9 @@ def started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
         door = Path(place)
         (door / "busy").mkdir()  # the guard's files, one for each process that has requests under way
         times = [str(int(seconds * 5)) for seconds in (launch.grace, GRACE)]
-        argv = ["/bin/sh", "-c", _WATCH, "mmq-watch", str(os.getpid()), *times, place]
-        quiet = subprocess.DEVNULL
-        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True) as watch:
-            assert watch.stdin is not None
-            process = _spawn(launch, stdout, door, watch.stdin)  # interrupted here, the watch ends what was begun
+        with watch(_WATCH, *times, place) as watching:
+            assert watching.stdin is not None
+            process = _spawn(launch, stdout, door, watching.stdin)  # interrupted here, the watch ends what was begun
             try:
                 yield process
             finally:
@@ -120,7 +130,7 @@ def started(launch: Launch, stdout: Any) -> Iterator[subprocess.Popen[bytes]]:
                     alive = process.poll() is None
                     end(process, grace=GRACE if alive else LEFT_BEHIND, busy=door / "busy", patience=launch.grace)
                 finally:
-                    watch.kill()
+                    watching.kill()
 
 
 def wait(process: subprocess.Popen[bytes]) -> int:

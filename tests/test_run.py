@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -385,6 +386,24 @@ def test_a_run_that_is_ended_or_killed_leaves_no_process(number: signal.Signals,
     assert at_work(tmp_path) == []
     assert layer.exists()
     assert not (layer.parent / "mmq.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_step_outlives_us_from_its_first_moment(number: signal.Signals, tmp_path: Path) -> None:
+    """We are killed as soon as its watch or it is there; by itself it would wait for an answer for long."""
+    for others in (1, 2, 2):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            code = f"from pathlib import Path; from mmq.bench.run import call; call(['infer', '{url}'], Path('log'))"
+            with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+                until = time.monotonic() + 30
+                while len(set(at_work(tmp_path)) - {process.pid}) < others and time.monotonic() < until:
+                    pass
+                process.send_signal(number)
+            until = time.monotonic() + 60
+            while at_work(tmp_path) and time.monotonic() < until:
+                time.sleep(0.05)
+            assert at_work(tmp_path) == []
 
 
 def test_a_job_knows_its_name_without_a_recipe() -> None:
