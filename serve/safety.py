@@ -6,16 +6,18 @@ A key goes by the environment alone: what is typed stands in `ps`, in shells' hi
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .flags import LOOPBACK, Flag, Launch, Secret, given, spelled
+from .inside.mmq_frames import TAKEN, asked
 
 INSIDE = Path(__file__).resolve().parent / "inside"
 MIB = 1 << 20
@@ -116,6 +118,7 @@ def guarded(
     key = key_of(safety, environ)
     near = launch.host in LOOPBACK
     settings, why = _settings(safety, near=near, key=key)
+    settings |= _frames(engine, extra)
     path = os.pathsep.join([str(INSIDE), *filter(None, [environ.get("PYTHONPATH")])])
     env = {"PYTHONPATH": path, "MMQ_GUARD": json.dumps(settings, ensure_ascii=False, separators=(",", ":"))}
     flags, variables = HOOKS[engine](environ) if engine in HOOKS else ((), {})
@@ -177,6 +180,18 @@ def _settings(safety: Safety, *, near: bool, key: Secret | None) -> tuple[dict[s
     files = f", file:// from {settings['folder']}" if safety.media_folder is not None else ""
     size = f"{safety.max_body / MIB:g} MiB and {safety.max_media} media a request"
     return settings, f"{size}; media by URL from {places}{files}"
+
+
+def _frames(engine: str, extra: Sequence[str]) -> dict[str, Any]:
+    """The guard's setting of how many frames the engine takes of a video, {} where that is vLLM's usual."""
+    usual = TAKEN[engine]
+    typed = given(extra, "--media-io-kwargs") or ""
+    with contextlib.suppress(ValueError):  # written in another way, or for the engine to refuse
+        said = json.loads(typed)
+        video = said.get("video") if isinstance(said, dict) else None
+        if isinstance(video, dict):
+            usual = asked(usual, {"num_frames": usual.spread, **video})
+    return {} if usual == TAKEN["vllm"] else {"frames": asdict(usual)}
 
 
 def _domain(name: str) -> str:

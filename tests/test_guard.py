@@ -730,5 +730,7 @@ def test_settings_are_read_and_checked(guard: Any) -> None:
     settings_of = guard.settings_of
     assert settings_of({}) == guard.Settings()
     assert settings_of({"MMQ_GUARD": '{"max_body": 5, "domains": ["a"]}'}) == guard.Settings(5, domains=("a",))
+    frames = settings_of({"MMQ_GUARD": '{"frames": {"spread": 8, "slowed": 1, "rate": 0, "most": 9}}'}).frames
+    assert (frames.spread, frames.slowed, frames.rate, frames.most) == (8, 1, 0, 9)
     with pytest.raises(ValueError, match="unknown settings: nonsense"):
         settings_of({"MMQ_GUARD": '{"nonsense": 1}'})

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mmq.serve.flags import Launch, shell_line
+from mmq.serve.inside.mmq_frames import Frames, taken
 from mmq.serve.safety import INSIDE, MIB, Safety, guarded, key_of
 
 BARE = Launch(
@@ -35,6 +36,19 @@ def test_the_guard_stands_before_every_engine() -> None:
     assert vllm.argv[3:5] == ("--middleware", "mmq_guard.Guard")
     assert vllm.env["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
     assert (INSIDE / "mmq_guard.py").is_file()
+
+
+def test_the_guard_is_told_how_many_frames_of_a_video_the_engine_takes() -> None:
+    def found(engine: str, *extra: str) -> Frames:
+        return Frames(**settings(guarded(engine, BARE, extra=extra, environ={})).get("frames", {}))
+
+    assert found("vllm") == Frames()
+    assert found("lmdeploy") == Frames(rate=0)
+    assert taken(found("pytorch"), 5000, 30) == 5000
+    assert taken(found("vllm", "--media-io-kwargs", '{"video": {"fps": 1}}'), 9000, 30) == 300
+    assert taken(found("vllm", '--media-io-kwargs={"video": {"num_frames": -1}}'), 9000, 30) == 9000
+    for other in ("{", "[]", '{"video": 1}', '{"image": {}}', "null"):
+        assert found("vllm", "--media-io-kwargs", other) == Frames()
 
 
 def test_pictures_come_from_the_web_only_where_nobody_else_can_ask() -> None:
