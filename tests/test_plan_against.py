@@ -104,6 +104,10 @@ def test_a_plan_comes_near_what_a_gpu_told(seen: dict[str, Any], hollows: Path) 
     weights = sum(p.size for p in told.parts if p.name.startswith("weights"))
     assert weights == pytest.approx(seen["engine_weights"], rel=WEIGHTS)
     assert told.tokens == pytest.approx(seen["engine_tokens"], rel=TOKENS)
+    off = told.tokens / seen["engine_tokens"] - 1
+    page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
+    row = f"{told.tokens:,} | {seen['engine_tokens']:,} ({off:+.1%})"
+    assert row in page or row.replace(" | ", " against ").replace(" (", " tokens (") in page
 
 
 def hollow_minicpmv(folder: Path, *, packed: bool) -> None:
