@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ import pytest
 from mmq.__main__ import cli
 from mmq.bench.quality_report import by_variant, rivals, tables
 from mmq.bench.quality_variants import THEIRS
+from mmq.bench.quantizer_measure import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,3 +127,54 @@ def test_the_study_s_summary_is_of_the_files_it_names() -> None:
             assert float(figure) == pytest.approx(mean, abs=0.0051 if mean > 1 else 0.00051), (name, setting)
             told += 1
     assert told == 3 * len(NAMED)
+
+
+def bench(name: str) -> dict:
+    return json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quantized(name: str, number: int) -> Run:
+    known = {f.name for f in dataclasses.fields(Run)}
+    return Run(**{k: v for k, v in bench(f"h100-quantizer-7b{name}")["runs"][number].items() if k in known})
+
+
+def test_the_quantizer_s_tables_are_of_the_files() -> None:
+    shown = rows((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    for label, name, number in (
+        ("awq default", "", 0),
+        ("gptq default", "-llmcompressor-gptq", 0),
+        ("awq fast (AWQ as published) *", "-fast-best", 0),
+        ("awq best *", "-fast-best", 1),
+    ):
+        run = quantized(name, number)
+        sizes = (f"{x / 2**30:.2f} GiB" for x in (run.gpu_peak, run.gpu_reserved, run.host_anonymous_peak))
+        assert "|".join(["", label, f"{run.seconds:.1f} s", f"{run.warm_layer_seconds:.3f} s", *sizes, ""]) in shown
+    for method in ("awq", "gptq"):
+        for number, label in enumerate((f"mmq {method} default", f"llm-compressor {method.upper()}")):
+            run = quantized(f"-llmcompressor-{method}", number)
+            layer = f"{run.layer_seconds:.{2 if number else 3}f} s"
+            assert f"|{label}|{run.seconds:.1f} s|{layer}|{run.gpu_peak / 2**30:.2f} GiB|" in shown
+
+
+def test_the_table_of_serving_is_of_its_reports() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    shown = {r.split("|")[1]: r.split("|")[2:-1] for r in rows(page.partition("\n### Beside the published")[0])}
+    for at, model in ((0, "qwen2.5-vl-7b"), (3, "minicpm-v-2.6")):
+        report = bench(f"h200-bench-{model}")
+        for place, label in ((at, model), (at + 1, f"{model}-awq")):
+            own = report["numbers"][label]
+            levels = report["sweep"][label]
+            rates = {level["concurrency"]: level["numbers"]["output_rate"]["value"] for level in levels}
+            rates[8] = own["output_rate"]["value"]
+            for requests, rate in rates.items():
+                assert shown[f"output tok/s, {requests} at once"][place] == f"{rate:,.0f}"
+            assert shown["time per output token, 8 at once (ms)"][place] == f"{own['tpot']['value']:.2f}"
+            assert shown["model memory"][place] == f"{own['weights']['value'] / 2**30:.2f} GiB"
+            assert shown["max batch of 2,048 tokens each"][place] == str(own["max_batch"]["value"])
+            assert shown["energy, J per output token"][place] == f"{own['energy']['value']:.2f}"
+        for measure, row in (
+            ("tpot", "time per output token, 8 at once (ms)"),
+            ("output_rate", "output tok/s, 8 at once"),
+        ):
+            told = report["ratios"][f"{model}-awq"][measure]
+            assert shown[row][at + 2] == f"{told['value']:.2f}x ({told['low']:.2f} to {told['high']:.2f})"
