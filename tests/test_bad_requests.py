@@ -25,7 +25,7 @@ from typing import Any
 
 import openai
 import pytest
-from guarding import FORBIDDEN, PICTURE, asking, bomb, picture, png, web
+from guarding import FILM, FORBIDDEN, PICTURE, asking, bomb, film, picture, png, web
 
 from mmq.serve.footprint import group_members
 from mmq.serve.running import free_port, healthy
@@ -140,6 +140,11 @@ WRONG: dict[str, tuple[Any, int]] = {
     "a video's broken base64": (asking("data:video/mp4;base64,@@@@", kind="video_url"), 400),
     "no picture": (asking(data_url(b"hello")), 400),
     "no video": (asking(data_url(b"hello" * 10, "video/mp4"), kind="video_url"), 400),
+    "a list of other videos": (
+        asking(data_url(b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/\n", "video/mp4"), kind="video_url"),
+        400,
+    ),
+    "a video of 800 million pixels": (asking(data_url(film(5000, 5000, 32), "video/gif"), kind="video_url"), 413),
     "half a picture": (asking(data_url(PICTURE[:90])), 400),
     "a picture of 400 million pixels": (asking(data_url(bomb(20_000, 20_000))), 400),
     "a picture too narrow": (asking(data_url(png(1, 1000))), 400),
@@ -196,6 +201,12 @@ def test_a_wrong_request_is_refused(server: Running, what: str) -> None:
 
 def test_it_lives_on(server: Running) -> None:
     fine(server)
+
+
+def test_a_video_is_answered(server: Running) -> None:
+    asked = asking(data_url(FILM, "video/gif"), kind="video_url") | {"model": "pebble", "max_tokens": 4}
+    status, text = server.send(asked)
+    assert status == 200, text
 
 
 def test_a_schema_with_itself_in_it_is_met(server: Running) -> None:
