@@ -17,6 +17,7 @@ from openai import OpenAI
 
 from ..export.artifact import Artifact
 from ..export.view import view
+from ..quantize.inputs import suited
 from ..quantize.skeleton import build
 from ..recipes.progress import Step, Tell, silent
 from ..recipes.recipe import Limits
@@ -26,7 +27,7 @@ from ..serve.engines import plan
 from ..serve.machine import this_machine
 from ..serve.running import free_port, running
 from .check import Checked
-from .walked import walk_both
+from .walked import Walked, walk_both
 
 
 def check_served(
@@ -49,17 +50,10 @@ def check_served(
     samples = [s for s in samples if s.answer and not s.videos]
     if not samples:
         raise ValueError("no sample to check on: each must end in an assistant's answer, and videos are left out")
-    plan(
-        engine, artifact.path, machine=this_machine(), engine_bin=engine_bin
-    )  # what cannot be served is told before the long walk
-    # no name holds the two models: their memory is the engine's from here on
-    walked = walk_both(
-        build(base, device=device, trust=trust),
-        build(artifact.path, source=view(artifact.path), device=device, trust=trust),
-        samples,
-        tell=tell,
-    )
-    launch = plan(engine, artifact.path, machine=this_machine(), port=free_port(), engine_bin=engine_bin)
+    options = {"machine": this_machine(), "engine_bin": engine_bin, "trust_remote_code": trust}
+    plan(engine, artifact.path, **options)  # what cannot be served is told before the long walk
+    samples, walked = _walk(artifact, base, samples, device=device, trust=trust, tell=tell)
+    launch = plan(engine, artifact.path, port=free_port(), **options)
     seen: list[list[float]] = []
     unseen: list[list[float] | None] = []
     with running(launch, tell=tell) as server, connect(server.url, retries=0) as client:
@@ -85,8 +79,25 @@ def check_served(
         "finite": float(all(map(math.isfinite, to_int4))),
     }
     if own_effect:
-        measures["served_image_effect"] = statistics.fmean(served_effect) / max(statistics.fmean(own_effect), 1e-9)
+        measures["served_image_effect"] = share(served_effect, own_effect)
     return Checked(measures, tuple(_failures(measures, limits, engine)), walked.layers, tuple(raw))
+
+
+def _walk(
+    artifact: Artifact, base: Path, samples: Sequence[Sample], *, device: str, trust: bool, tell: Tell
+) -> tuple[list[Sample], Walked]:
+    """Both models over the samples as they can read them. No name outside holds the two: their memory is the engine's
+    from here on."""
+    before = build(base, device=device, trust=trust)
+    after = build(artifact.path, source=view(artifact.path), device=device, trust=trust)
+    samples = suited(before, samples)
+    return samples, walk_both(before, after, samples, tell=tell)
+
+
+def share(served: Sequence[float], own: Sequence[float]) -> float:
+    """How much of the effects `own` is in `served`, by least squares: 1 where they are the same, 0 where there is none.
+    A picture makes some tokens likelier and others less, so a mean says nothing."""
+    return sum(a * b for a, b in zip(served, own, strict=True)) / max(sum(b * b for b in own), 1e-12)
 
 
 def answer_logprobs(client: OpenAI, model: str, sample: Sample, *, count: int, behind: int) -> list[float]:

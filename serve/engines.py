@@ -12,14 +12,16 @@ from typing import Any
 
 from ..export.artifact import MANIFEST, UNFINISHED, open_artifact
 from ..export.subject import read_subject
+from ..recipes.folder import read_config
 from ..recipes.template import check_templates
 from .flags import Launch, number, shell_line
 from .lmdeploy import lmdeploy
 from .parallel import ray_lines, spread_of
 from .programs import packages_beside
 from .pytorch import pytorch, restored_bytes
-from .rules.rule import judge
+from .rules.rule import REMOTE_TYPES, judge
 from .rules.verdicts import PLACES, setting_of
+from .rules.vllm import OWN_CONFIG
 from .safety import USUAL, Safety, guarded
 from .shape import read_shape
 from .vllm import vllm
@@ -52,6 +54,7 @@ def plan(
     launch = ENGINES[engine](target, served_model_name=served_model_name, **options)
     if not ignore_rules:
         _refuse(engine, target, launch)
+        _allowed(engine, target, launch)
     if not launch.serves:
         return launch  # nobody can ask it anything
     told = {key: options[key] for key in ("extra", "environ") if key in options}
@@ -74,6 +77,15 @@ def lines(engine: str, target: Path, *, nodes: int | None = None, **options: Any
 def weights_kept(engine: str, target: Path) -> int | None:
     """Bytes of weights that the engine keeps in memory, where they are not those of the files."""
     return restored_bytes(read_subject(target)) if engine == "pytorch" else None
+
+
+def _allowed(engine: str, target: Path, launch: Launch) -> None:
+    """ValueError where the engine reads the config by the checkpoint's own Python and may not: it would start, die, and
+    name another remedy."""
+    kind = str(read_config(target).get("model_type"))
+    if engine != "pytorch" and kind in REMOTE_TYPES - OWN_CONFIG and "--trust-remote-code" not in launch.argv:
+        why = f"model type {kind} brings its own Python for its config"
+        raise ValueError(f"{engine} would not serve {target} as it is: {why}; read it, then say --trust-remote-code")
 
 
 def _refuse(engine: str, target: Path, launch: Launch) -> None:

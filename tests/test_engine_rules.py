@@ -34,7 +34,7 @@ from mmq.export.view import view
 from mmq.quantize.grid import dequantize
 from mmq.recipes.pebble.tasks import samples
 from mmq.serve.engines import plan
-from mmq.serve.machine import GIB, Gpu, Machine
+from mmq.serve.machine import GIB, Gpu, Machine, this_machine
 from mmq.serve.rules.rule import Setting, Verdict, judge
 from mmq.serve.rules.verdicts import PLACES, chosen, refused, verdicts
 
@@ -686,6 +686,15 @@ def test_older_vllm_beside_newer_transformers(
     base = zoo.write(kind, tmp_path / kind)
     told = verdict(base, "vllm:cuda", version=version, packages={"transformers": beside})
     assert [f.rule for f in told.findings] == found
+
+
+@needs_vllm
+def test_python_that_the_engine_would_run_is_asked_for_before_its_start(tmp_path: Path) -> None:
+    base = zoo.write("internlm2", tmp_path)
+    with pytest.raises(ValueError, match=r"internlm2 brings its own Python.*say --trust-remote-code"):
+        plan("vllm", base, machine=this_machine())
+    for allowed in ({"trust_remote_code": True}, {"extra": ("--trust-remote-code",)}, {"ignore_rules": True}):
+        plan("vllm", base, machine=this_machine(), **allowed)
 
 
 def test_every_engine_named_is_refused_only_where_all_its_places_are(artifact: Callable[..., Path]) -> None:

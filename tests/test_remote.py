@@ -14,11 +14,13 @@ from conftest import Run
 from safetensors.torch import load_file, save_file
 
 from mmq.bench.check import check
+from mmq.bench.served import check_served
 from mmq.export.make import make
 from mmq.quantize import remote
 from mmq.quantize.skeleton import build
 from mmq.recipes.calibration import drawn
 from mmq.recipes.hub import Base, fetch
+from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.recipe import Limits, Recipe
 
 CONFIG = """
@@ -117,6 +119,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({n: t.bfloat16() for n, t in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "ours",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
         "vocab_size": len(words),
         "tie_word_embeddings": True,
         "auto_map": {
@@ -143,6 +148,16 @@ def test_checked_with_the_flag_too(folder: Path, tmp_path: Path) -> None:
     found = check(made, folder, samples=drawn(2), limits=Limits(), max_new_tokens=2, trust=True)
     assert found.measures["coverage"] == 1.0
     assert 0 < found.measures["mean_kl"] < 0.1
+
+
+def test_a_text_model_of_its_own_code_is_checked_as_it_is_served(folder: Path, tmp_path: Path) -> None:
+    """Samples with pictures are put to it in words, and the engine has the flag."""
+    pytest.importorskip("fastapi")
+    recipe = Recipe(name="ours", model=str(folder), trust_remote_code=True, samples=2)
+    made = make(recipe, fetch(str(folder)), tmp_path / "out", samples=drawn(2), calibration="drawn")
+    asked = list(samples("test", 2))
+    found = check_served(made, folder, samples=asked, limits=Limits(), engine="pytorch", trust=True)
+    assert found.measures["served_to_int4"] < found.measures["served_to_fp16"]
 
 
 def test_the_next_command_has_the_flag(folder: Path, mmq: Run) -> None:

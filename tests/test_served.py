@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmq.bench.served import check_served
+from mmq.bench.served import check_served, share
 from mmq.export.artifact import open_artifact
 from mmq.recipes.pebble.tasks import samples
 from mmq.recipes.recipe import Limits
@@ -44,6 +44,11 @@ def test_an_engine_that_loads_16_bit_fails(
     asked = list(samples("test", COUNT))
     result = check_served(opened, pebble, samples=asked, limits=Limits(), engine=engine)
     assert any("did it load 16-bit weights?" in line for line in result.failures)
+
+
+@pytest.mark.parametrize(("served", "expected"), [((1.0, -3.0), 1.0), ((0.5, -1.5), 0.5), ((0.0, 0.0), 0.0)])
+def test_a_picture_that_makes_answers_less_likely_has_its_effect_too(served: tuple, expected: float) -> None:
+    assert share(served, (1.0, -3.0)) == pytest.approx(expected)
 
 
 def test_nothing_to_ask_is_told_before_any_start(artifact: Callable[..., Path], pebble: Path) -> None:
