@@ -259,7 +259,7 @@ HELLO: Any = [{"role": "user", "content": "hello"}]
         ({"max_tokens": 0}, 400, "max_tokens is 0"),
         ({"messages": picture(b"no picture")}, 400, "picture"),
         ({"messages": [{"content": "hello"}]}, 400, "role"),
-        ({"messages": picture(png(), "<|image_pad|>")}, 400, "the model's processor cannot read this request"),
+        ({"messages": picture(png(), "<|image_pad|>")}, 400, "processor cannot read this request|the number of images"),
         ({"temperature": "warm"}, 400, "temperature"),
         ({"logit_bias": {"999999": 1}}, 400, "logit_bias names token 999999; the model has 2048"),
         ({"logit_bias": {"the": 1}}, 400, "logit_bias has 'the': 1"),
