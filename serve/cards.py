@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .machine import GIB, Gpu, Machine
+from .machine import GIB, Gpu, Machine, sized
 
 ANY = 8.9  # the compute capability of a card of which only the size is given: a current one
 INLINE_ECC = 15 / 16  # of the memory is left by error correction that is kept in it
@@ -67,7 +67,7 @@ def card_named(name: str) -> Card:
 def chosen_card(machine: Machine, *, vram: int | None = None, card: str | None = None) -> tuple[Gpu, float | None]:
     """The card to plan for and its bandwidth: `vram` bytes of some card, one of the table, else this machine's first.
 
-    ValueError for both at once, and where neither is given on a machine without a GPU.
+    ValueError for both at once, and where neither is given on a machine without a GPU, or with one of unknown size.
     """
     if vram is not None and card is not None:
         raise ValueError("give --vram or --card, not both")
@@ -78,4 +78,4 @@ def chosen_card(machine: Machine, *, vram: int | None = None, card: str | None =
         return Gpu("a card of this size", vram, vram, machine.gpus[0].capability if machine.gpus else ANY), None
     if not machine.gpus:
         raise ValueError("this machine has no GPU to plan for; give --vram 24GiB or --card 4090")
-    return machine.gpus[0], None
+    return sized(machine.gpus[0]), None

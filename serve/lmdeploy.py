@@ -16,7 +16,7 @@ from ..export.subject import Subject
 from .bill import Model, read_model
 from .flags import Flag, Launch, given, host_reason, launch_of, number, whole
 from .lmdeploy_memory import BATCH, cache_of
-from .machine import GIB, Gpu, Machine
+from .machine import GIB, Gpu, Machine, sized
 from .planner import MIN_CONTEXT
 from .programs import find_program, packages_beside, python_of
 from .rules import lmdeploy as rules
@@ -70,7 +70,7 @@ def lmdeploy(
     ]
     if model.subject.method in FORMATS:
         flags.append(Flag("--model-format", model.subject.method, "as config.json says"))
-    card = min(machine.gpus[:cards], key=lambda gpu: gpu.free)
+    card = sized(min(machine.gpus[:cards], key=lambda gpu: gpu.free))
     flags += _memory(model, card, max_model_len, backend, cards, extra)
     if cards > 1:
         flags.append(Flag("--tp", str(cards), "you asked for it: GPUs that share each layer"))

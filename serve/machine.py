@@ -6,9 +6,11 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .mig import Slice, parse_slices
 
 GIB = 1 << 30
 
@@ -94,48 +96,84 @@ def _container(total: int, available: int, root: str = "/sys/fs/cgroup") -> tupl
     return total, available
 
 
-def parse_gpus(csv: str) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's `name,memory.total,memory.free,compute_cap,uuid` lines (MiB, no units); odd lines are left
-    out."""
+def parse_gpus(csv: str, sliced: Collection[str] = ()) -> tuple[Gpu, ...]:
+    """Read nvidia-smi's `name,memory.total,memory.free,compute_cap,uuid` lines (MiB, no units); odd lines are left out,
+    but that of a card whose id is among `sliced` may lack its memory, as inside a container that has a slice of it."""
     gpus = []
     for line in csv.splitlines():
         cells = [cell.strip() for cell in line.rsplit(",", 4)]
         try:
             name, total, free, capability, uuid = cells
+            if uuid in sliced:
+                total, free = (cell if cell.isdigit() else "0" for cell in (total, free))
             gpus.append(Gpu(name, int(total) << 20, int(free) << 20, float(capability), uuid))
         except ValueError:
             continue
     return tuple(gpus)
 
 
-def visible(gpus: Sequence[Gpu], chosen: str | None) -> tuple[Gpu, ...]:
+def visible(gpus: Sequence[Gpu], chosen: str | None, slices: Sequence[Slice] = ()) -> tuple[Gpu, ...]:
     """Those that CUDA_VISIBLE_DEVICES chooses, by number or by the beginning of an id, up to the first that there is
-    not, as CUDA reads it; all where it is not set. A slice of a card (MIG) counts as the first card: whose it is, and
-    how large, is not told."""
+    not, as CUDA reads it; all where it is not set.
+
+    A card in slices (MIG) is none itself: its first slice stands for it, or the one that is chosen by its id, and CUDA
+    uses one slice and nothing beside. A slice that nvidia-smi does not list, or without its size, has memory 0.
+    """
+    if not gpus:
+        return ()
+    parts = [_part(part, gpus) for part in slices]
+    whole = [gpu for gpu in gpus if gpu.uuid not in {part.card for part in slices}]
     if chosen is None:
-        return tuple(gpus)
+        return tuple(whole) or tuple(parts[:1])
     found: list[Gpu] = []
     for item in map(str.strip, chosen.split(",")):
-        named = [gpu for at, gpu in enumerate(gpus) if str(at) == item or (item and gpu.uuid.startswith(item))]
         if item.startswith("MIG-"):
-            named = list(gpus[:1])
+            named = [part for part in parts if part.uuid.startswith(item)]
+            return tuple(found) or (named[0] if named else Gpu("MIG slice", 0, 0, gpus[0].capability, item),)
+        named = [gpu for at, gpu in enumerate(gpus) if str(at) == item or (item and gpu.uuid.startswith(item))]
         if not named:
             break
+        if named[0] not in whole:
+            return tuple(found) or tuple(_part(part, gpus) for part in slices if part.card == named[0].uuid)[:1]
         found.append(named[0])
     return tuple(found)
 
 
+def sized(gpu: Gpu) -> Gpu:
+    """The card. ValueError where it is a slice whose memory is not known."""
+    if not gpu.memory:
+        raise ValueError(
+            f"nvidia-smi does not tell how large {gpu.name} {gpu.uuid} is: `mmq plan --vram 20GiB` plans for that "
+            "size, and --max-model-len N starts vLLM without a plan"
+        )
+    return gpu
+
+
+def _part(part: Slice, gpus: Sequence[Gpu]) -> Gpu:
+    card = next((gpu for gpu in gpus if gpu.uuid == part.card), gpus[0])
+    return Gpu(f"{card.name} MIG {part.profile}", part.memory, part.free, card.capability, part.uuid)
+
+
 def _gpus() -> tuple[Gpu, ...]:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
+    query = ("--query-gpu=name,memory.total,memory.free,compute_cap,uuid", "--format=csv,noheader,nounits")
+    if not (csv := _smi(*query)):
         return ()
-    query = [smi, "--query-gpu=name,memory.total,memory.free,compute_cap,uuid", "--format=csv,noheader,nounits"]
+    listed = _smi("-L")
+    slices = parse_slices(listed, _smi("-q", "-x")) if "MIG-" in listed else ()
+    gpus = parse_gpus(csv, {part.card for part in slices})
+    return visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"), slices)
+
+
+def _smi(*words: str) -> str:
+    """What nvidia-smi says, "" where there is none or it fails."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run([program, *words], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ()
-    gpus = parse_gpus(done.stdout) if done.returncode == 0 else ()
-    return visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def this_machine() -> Machine:

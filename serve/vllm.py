@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .bill import PICTURES, read_model
 from .flags import Flag, Launch, given, host_reason, launch_of, number, whole
 from .lora import lora_bytes, lora_flags, rank_of, read_adapters, slots_of
-from .machine import GIB, Machine
+from .machine import GIB, Machine, sized
 from .parallel import Spread, check_spread, encoder_flags, node_flags, size_flags, spread_of, variables_of
 from .plan_flags import asked_in
 from .planner import MIN_CONTEXT, planned
@@ -162,6 +162,9 @@ def _cuda_flags(
     """The plan's flags for the fullest of the cards that are used here. What a user asks for by number is never refused
     here: the plan is an estimate, and the engine knows better."""
     model, card = read_model(target), min(machine.gpus[: spread.here], key=lambda gpu: (gpu.free, gpu.memory))
+    if wanted is not None and not card.memory:
+        return (Flag("--max-model-len", str(wanted), f"you asked for it; nobody knows whether {card.name} has room"),)
+    sized(card)
     ask = asked_in(extra, context=wanted)
     ask = replace(ask, tp=spread.tp, pp=spread.pp, dp=spread.dp)
     ask = replace(ask, lora_rank=rank_of(adapters), lora_slots=slots_of(adapters))

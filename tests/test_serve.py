@@ -257,7 +257,6 @@ def test_nvidia_smi_is_read() -> None:
         ("7", []),
         ("", []),
         ("NoDevFiles", []),
-        ("MIG-1", [0]),
     ):
         assert visible(gpus, chosen) == tuple(gpus[at] for at in numbers)
     assert "CUDA_DEVICE_ORDER" in Machine("x", 8, GIB, GIB, False, gpus).order
