@@ -215,7 +215,7 @@ class Guard:
         loop = asyncio.get_running_loop()
         if url[:5].lower() == "file:":
             data = await loop.run_in_executor(self.readers, read_local, url, self.settings.folder, allowance)
-            return as_data_url(data, MIME[kind], allowance)
+            return await loop.run_in_executor(self.readers, as_data_url, data, MIME[kind], allowance)
         target = Target(url, self.settings)
         job = loop.run_in_executor(self.fetchers, target.fetch, allowance, kind)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 import sys
 from typing import Any
@@ -42,7 +43,8 @@ def _opened(data: bytes) -> list[float] | None:
     if not capture.isOpened():
         return [0, 0, 0, 0]
     wanted = (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS)
-    return [capture.get(name) for name in wanted]
+    found = [capture.get(name) for name in wanted]
+    return [value if math.isfinite(value) else 0 for value in found]
 
 
 if __name__ == "__main__":

@@ -102,7 +102,10 @@ class Probe:
 def _started() -> subprocess.Popen[bytes]:
     argv = [sys.executable, str(Path(__file__).with_name("mmq_probe.py"))]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL  # FFmpeg has much to say on files that are broken
-    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=nowhere)
+    try:
+        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=nowhere)
+    except OSError as e:
+        raise Refused(503, f"no process can be started to look at videos: {e.strerror}") from None
 
 
 def _answer(process: subprocess.Popen[bytes], data: bytes) -> bytes:
