@@ -6,6 +6,7 @@ import base64
 import contextlib
 import importlib
 import os
+import signal
 import struct
 import sys
 import time
@@ -76,6 +77,8 @@ def test_frames_that_would_fill_the_memory(video: Any) -> None:
     with pytest.raises(ValueError, match=r"413 .*1073741824 pixels together; a video of 32 frames of 5000x5000 "):
         cost(video, large)
     assert cost(video, large, spread=8, rate=0) > 1 << 28  # an engine that takes fewer
+    with pytest.raises(ValueError, match="ask for fewer"):
+        cost(video, large, spread=ENDLESS, rate=0)
     allowance = video.Allowance(1 << 26)
     one = film(2000, 2000, 32)  # not too large by itself
     for _ in range(5):
@@ -126,7 +129,7 @@ def test_a_file_that_ends_opencv_ends_nothing_else(video: Any, filmed: Callable[
     first.kill()  # as a segmentation fault would: OpenCV's own depend on its version
     first.wait()
     assert cost(video, FILM) >= 0  # it was gone before it was asked
-    os.kill(video.PROBE.process.pid, 19)  # stopped: it answers nothing, and ends when its time is over
+    os.kill(video.PROBE.process.pid, signal.SIGSTOP)  # stopped: it answers nothing, and ends when its time is over
     begun, usual = time.monotonic(), video.PATIENCE
     try:
         video.PATIENCE = 0.5

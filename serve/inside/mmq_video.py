@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from mmq_frames import taken
+from mmq_frames import ENDLESS, taken
 from mmq_refused import Refused
 from mmq_settings import Allowance
 
@@ -63,7 +63,9 @@ def check_video(data: bytes, allowance: Allowance) -> None:
         raise Refused(400, f"a video says that it has {stream.total:.0f} frames; {LONGEST} at most")
     frames = taken(allowance.frames, max(stream.total, 1), stream.fps)
     what = f"a video of {frames} frames of {stream.width:.0f}x{stream.height:.0f} (those that would be looked at)"
-    allowance.show(cost(stream, frames, len(data)), f"{what} has more; send fewer seconds, or a smaller size")
+    every = allowance.frames.spread == ENDLESS  # which a request can change, where the engine takes all by itself
+    remedy = "ask for fewer (media_io_kwargs: fps)" if every else "send fewer seconds, or a smaller size"
+    allowance.show(cost(stream, frames, len(data)), f"{what} has more; {remedy}")
 
 
 def cost(stream: Stream, frames: int, size: int) -> int:
