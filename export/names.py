@@ -207,13 +207,24 @@ _QWEN_5 = Names(
         ("model.", "model.language_model."),
     )
 )
-_LLAVA_5 = Names(
+_LLAVA_5_0 = Names(
     (
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head", "lm_head"),
         ("vision_tower.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
     )
+)
+# the encoders' models stand where their wrappers did
+_LLAVA_5 = Names(_LLAVA_5_0.prefixes, substrings=(("vision_tower.vision_model.", "vision_tower."),))
+TRANSFORMERS_BEFORE: Mapping[str, Names] = dict.fromkeys(  # 5.0 and some later
+    (
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "Gemma3ForConditionalGeneration",
+    ),
+    _LLAVA_5_0,
 )
 TRANSFORMERS: Mapping[str, Names] = {
     "Qwen2VLForConditionalGeneration": _QWEN_5,

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .names import SAME, SGLANG, SGLANG_LISTS, TRANSFORMERS, VLLM, Names, expert_module, fused_name, shards
+from .names import (
+    SAME,
+    SGLANG,
+    SGLANG_LISTS,
+    TRANSFORMERS,
+    TRANSFORMERS_BEFORE,
+    VLLM,
+    Names,
+    expert_module,
+    fused_name,
+    shards,
+)
 from .subject import Subject
 
-TABLES = (VLLM, SGLANG, SGLANG_LISTS, TRANSFORMERS)
+TABLES = (VLLM, SGLANG, SGLANG_LISTS, TRANSFORMERS, TRANSFORMERS_BEFORE)
 
 
 def skip_lists(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -30,7 +41,12 @@ def skip_lists(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if subject.head is None or not subject.head.packed:
         prefixes.append("lm_head")
     names = dict.fromkeys(every_name(subject.architecture, left))
-    heads = [] if subject.head is None or subject.head.packed else [subject.head.name]
+    heads: list[str] = []
+    if (
+        subject.head is None or not subject.head.packed
+    ):  # transformers has the module where the embeddings are its weight
+        stored = [] if subject.head is None else [subject.head.name]
+        heads = [*stored, *every_name(subject.architecture, stored), "lm_head"]
     return tuple(prefixes), tuple(dict.fromkeys([*heads, *names]))
 
 

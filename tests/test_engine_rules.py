@@ -26,13 +26,19 @@ from safetensors.torch import load_file, save_file
 from test_cli import Run, one_line
 from tiny import vlm
 from torch import Tensor
+from transformers import AutoConfig
 
 from mmq.export.convert import convert
+from mmq.export.make import make
 from mmq.export.packing import unpack_awq
 from mmq.export.subject import read_subject
 from mmq.export.view import view
+from mmq.quantize.classes import model_class
 from mmq.quantize.grid import dequantize
+from mmq.recipes.calibration import drawn
+from mmq.recipes.hub import fetch
 from mmq.recipes.pebble.tasks import samples
+from mmq.recipes.recipe import Recipe
 from mmq.serve.engines import plan
 from mmq.serve.machine import GIB, Gpu, Machine, this_machine
 from mmq.serve.rules.rule import Setting, Verdict, judge
@@ -686,6 +692,34 @@ def test_older_vllm_beside_newer_transformers(
     base = zoo.write(kind, tmp_path / kind)
     told = verdict(base, "vllm:cuda", version=version, packages={"transformers": beside})
     assert [f.rule for f in told.findings] == found
+
+
+PLAIN = ("llava_next", "gemma3", "qwen2")  # encoders without their wrappers; a head that the embeddings are
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in PLAIN else pytest.mark.slow)
+        for kind in (*zoo.QWEN, *zoo.KINDS)
+        if kind not in zoo.NEEDS and kind != "phi4_multimodal"  # whose sound has linears that its files have not
+    ],
+)
+def test_plain_transformers_reads_compressed_tensors(kind: str, tmp_path: Path) -> None:
+    """Nothing is made up for what it finds no tensors for, and the rules know."""
+    base = zoo.write(kind, tmp_path / "base")
+    recipe = Recipe(name="tiny", model=str(base), method="rtn", format="compressed-tensors", samples=1)
+    made = make(recipe, fetch(str(base)), tmp_path / "out", samples=drawn(1), calibration="drawn").path
+    loads = model_class(AutoConfig.from_pretrained(made)).from_pretrained
+    _, info = loads(made, output_loading_info=True)
+    assert not any(info.values()), info
+    beside = {"compressed-tensors": "0.17.0"}
+    assert verdict(made, "transformers:any", packages=beside).answer == "yes"
+    config = json.loads((made / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    ignored.remove("lm_head")
+    (made / "config.json").write_text(json.dumps(config))
+    assert verdict(made, "transformers:any", packages=beside).answer == "no"
 
 
 @needs_vllm

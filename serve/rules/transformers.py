@@ -6,7 +6,7 @@ Imports no transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ...export.names import SAME, TRANSFORMERS
 from ...export.subject import Subject
@@ -82,6 +82,20 @@ def head(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("head", True, why, "quantize without --head int4, or in compressed-tensors")
 
 
+def compressed_head(subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Of compressed-tensors: a head is a Linear like others, also where the embeddings are its weight."""
+    groups = subject.quantization.get("config_groups")
+    targets = [t for g in (groups.values() if isinstance(groups, Mapping) else ()) for t in g.get("targets") or ()]
+    stays = subject.head is None or not subject.head.packed
+    if subject.method == "compressed-tensors" and stays and "Linear" in targets:
+        entries = [str(e) for e in subject.quantization.get("ignore") or ()]
+        if not any(matches(e, "lm_head") for e in entries):
+            why = "transformers reads ignore so that lm_head would be packed, and it is in 16 bit"
+            yield Finding(
+                "skip list", True, why, "`mmq convert FOLDER --repair` writes a list that every engine reads alike"
+            )
+
+
 def several_gpus(subject: Subject, setting: Setting) -> Iterator[Finding]:
     if setting.tp > 1 and subject.method:
         why = "how quantized linears are split over GPUs is not among mmq's rules"
@@ -136,7 +150,7 @@ PLACES = (
         "transformers",
         "any",
         SEEN,
-        (remote, new_enough, whole, files_there, packages, lists, head, several_gpus),
+        (remote, new_enough, whole, files_there, packages, lists, head, compressed_head, several_gpus),
         device="cpu",
     ),
     Place("pytorch", "cuda", SEEN, OURS),
