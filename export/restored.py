@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quantize.bnb import functional
 from ..quantize.classes import model_class
 from ..quantize.source import open_source
 from .packed_weight import packed_weight
@@ -69,6 +70,8 @@ def load_model(folder: Path, *, packed: bool = False, **options: Any) -> Any:
     cls = model_class(config)._model_mapping[type(config)]
     format = packed_format(config.to_dict())
     if format not in LAYOUTS:
+        if format == "bnb":
+            functional()  # imported first and in mmq's way, which runs no code from a hub
         return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     text = config.get_text_config()
     for part in (config, text):

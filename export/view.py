@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quantize.bnb import functional
 from ..quantize.grid import Quantized, dequantize
 from ..quantize.source import Meta, Source, open_source
 from .packing import LAYOUTS
@@ -50,13 +51,10 @@ def on_grid(linear: str, format: str, get: Callable[[str], Tensor], names: Mappi
 
 
 def _restore_nf4(linear: str, get: Callable[[str], Tensor], names: Mapping[str, Any]) -> Tensor:
-    try:
-        from bitsandbytes import functional
-    except ImportError:
-        raise ValueError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
+    library = functional()
     state = {s: get(f"{linear}.weight.{s}") for s in NF4 if f"{linear}.weight.{s}" in names}
-    quant_state = functional.QuantState.from_dict(state, device=torch.device("cpu"))
-    return functional.dequantize_4bit(get(f"{linear}.weight"), quant_state).float()
+    quant_state = library.QuantState.from_dict(state, device=torch.device("cpu"))
+    return library.dequantize_4bit(get(f"{linear}.weight"), quant_state).float()
 
 
 def restored_tensors(path: Path, format: str) -> dict[str, Tensor]:

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
+from typing import Any, cast
+
 import torch
 
 from .grid import Grid
 from .method import Nf4, Problem, Solution
 
 BLOCKSIZE = 64
+MISSING: Any = object()
+
+
+@functools.cache
+def functional() -> Any:
+    """bitsandbytes.functional. ValueError when it is not installed.
+
+    On a CPU with AVX-512 BF16 its import takes a kernel from the Hugging Face Hub and runs it, where the package
+    `kernels` is there to do that, and warns where it is not: code that nobody asked for, of no revision that is named.
+    """
+    log, modules = logging.getLogger("bitsandbytes.backends.cpu.ops"), cast(dict[str, Any], sys.modules)
+    kept, level = modules.get("kernels", MISSING), log.level
+    log.setLevel(logging.ERROR)
+    modules["kernels"] = None  # so it cannot be imported
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise ValueError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
+    finally:
+        log.setLevel(level)
+        del modules["kernels"]
+        if kept is not MISSING:
+            modules["kernels"] = kept
+    return functional
 
 
 def bnb(problem: Problem, grid: Grid) -> Solution:
@@ -26,13 +55,10 @@ def nf4(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Nf4:
 
     `dtype` is what the packed state says the weight is to become.
     """
-    try:
-        from bitsandbytes import functional
-    except ImportError:
-        raise ValueError("bitsandbytes is not installed; pip install 'mmq-toolkit[bnb]'") from None
-    packed, state = functional.quantize_4bit(
+    library = functional()
+    packed, state = library.quantize_4bit(
         weight.to(dtype), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
     )
-    restored = functional.dequantize_4bit(packed, state).float()
+    restored = library.dequantize_4bit(packed, state).float()
     tensors = {"": packed.cpu(), **{k: v.cpu() for k, v in state.as_dict(packed=True).items()}}
     return Nf4(tensors, restored)

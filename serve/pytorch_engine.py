@@ -88,7 +88,6 @@ class OneModel(model_manager.ModelManager):
             )
         )
         classes = read_config(self.folder).get("architectures") or [""]
-        classes = read_config(self.folder).get("architectures") or [""]
         self.choice = attach(model, self.adapters, architecture=classes[0])
         return model
 
