@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
+MISSING = importlib.util.find_spec("bitsandbytes") is None
 KERNELS = """
 from pathlib import Path
 
@@ -29,6 +27,7 @@ assert sys.modules["kernels"] is before
 """
 
 
+@pytest.mark.skipif(MISSING, reason="bitsandbytes is not installed")
 def test_no_kernel_comes_from_a_hub(tmp_path: Path) -> None:
     """Where the package that would fetch and run one is installed."""
     asked = tmp_path / "asked"
