@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 import zoo
 from adapters import merge, write_adapter
+from PIL import Image
 from test_minicpmv import quantized, tiny  # noqa: F401
 
 from mmq.bench.generate import answers
@@ -64,7 +67,10 @@ def test_minicpmv_by_mmqs_own_class(tiny: Callable[[str], Path], tmp_path: Path)
         assert own[0].startswith(streamed)  # random weights end within a character, which a stream holds back
         told = client.chat.completions.create(messages=sent[0], logprobs=True, **options)  # pyright: ignore
         assert len(told.choices[0].logprobs.content) == told.usage.completion_tokens
-        video = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}]
+        drawn = io.BytesIO()
+        Image.new("RGB", (56, 56)).save(drawn, "GIF")  # which the guard lets by
+        url = f"data:video/gif;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+        video = [{"type": "video_url", "video_url": {"url": url}}]
         with pytest.raises(openai.BadRequestError, match="send its frames as images"):
             client.chat.completions.create(messages=[{"role": "user", "content": video}], **options)  # pyright: ignore
 
