@@ -19,7 +19,7 @@ from ..quantize.inputs import suited
 from ..quantize.memory import Memory
 from ..quantize.plan import check_groups, linears
 from ..quantize.ranks import agreed, rank, world
-from ..quantize.skeleton import Skeleton, build, read_config
+from ..quantize.skeleton import Skeleton, build, read_config, template_notes
 from ..quantize.walk import CALIBRATED, no_lap
 from ..recipes.hub import Base
 from ..recipes.progress import Step, Tell, silent
@@ -138,6 +138,7 @@ def make(
     write_index(out, (*layer_files, *rest))
     write_config(skeleton, order)
     beside = [*copy_small_files(base.path, out), *mend_words(out)]
+    of_samples = template_notes(base.path, skeleton)
     made = finish(
         out,
         hashes,
@@ -156,7 +157,7 @@ def make(
             "quantized": sorted(quantized_names(skeleton, order)),
             "layers": notes[: len(skeleton.layers)],
             "head": notes[-1] | {"name": head.stored, "untied": head.tied} if head else None,
-            "notes": [*skeleton.notes, *beside],
+            "notes": [*(n for n in skeleton.notes if samples or n not in of_samples), *beside],
             "paces": [dataclasses.asdict(p) for p in paces(out)],  # more than one: the bytes are so within rounding
             "versions": versions(),
         },
