@@ -115,9 +115,8 @@ def command(
         say(f"\nready after {server.startup_s:.0f} s: {server.url}/v1, model {names}", "green")
         for why in (why for _, why in launch.reasons if why.startswith("WARNING")):  # its row above is long gone
             say(why, "yellow")
-        asks = (
-            ["What is in the picture?", "--image", "FILE"] if takes_pictures(read_config(folder)) else ["Who are you?"]
-        )
+        sees = takes_pictures(read_config(folder))
+        asks = ["What is in the picture?", "--image", "FILE"] if sees else ["Who are you?"]
         key = ["--api-key-file", options["safety"].api_key_file] if options["safety"].api_key_file else []
         with suppress(OSError):
             next_step("mmq", "infer", server.url, *asks, *key, remark="   (Ctrl-C here ends the server)")

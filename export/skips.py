@@ -42,9 +42,8 @@ def skip_lists(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
         prefixes.append("lm_head")
     names = dict.fromkeys(every_name(subject.architecture, left))
     heads: list[str] = []
-    if (
-        subject.head is None or not subject.head.packed
-    ):  # transformers has the module where the embeddings are its weight
+    if subject.head is None or not subject.head.packed:
+        # transformers has lm_head, a Linear, where the embeddings are its weight too
         stored = [] if subject.head is None else [subject.head.name]
         heads = [*stored, *every_name(subject.architecture, stored), "lm_head"]
     return tuple(prefixes), tuple(dict.fromkeys([*heads, *names]))
