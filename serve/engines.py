@@ -6,6 +6,7 @@ Starts nothing and imports no engine: an engine is a program found on this machi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -53,7 +54,7 @@ def plan(
     check_templates(target)
     launch = ENGINES[engine](target, served_model_name=served_model_name, **options)
     if not ignore_rules:
-        _refuse(engine, target, launch)
+        _refuse(engine, target, launch, options["machine"].amx)
         _allowed(engine, target, launch)
     if not launch.serves:
         return launch  # nobody can ask it anything
@@ -88,7 +89,7 @@ def _allowed(engine: str, target: Path, launch: Launch) -> None:
         raise ValueError(f"{engine} would not serve {target} as it is: {why}; read it, then say --trust-remote-code")
 
 
-def _refuse(engine: str, target: Path, launch: Launch) -> None:
+def _refuse(engine: str, target: Path, launch: Launch, amx: bool) -> None:
     """ValueError with the reason and the remedy where the engine would load `target` not at all, or wrongly."""
     if read_shape(target).quantized is None:
         return
@@ -97,7 +98,8 @@ def _refuse(engine: str, target: Path, launch: Launch) -> None:
     tp = int(number(launch.argv, "--tensor-parallel-size", "-tp", "--tp") or 1)
     for place in PLACES:
         if place.engine == engine and place.where == (launch.backend or launch.device):
-            fatal = [f for f in judge(subject, place, setting_of(place, tp, packages)).findings if f.fatal]
+            setting = replace(setting_of(place, tp, packages), amx=amx)
+            fatal = [f for f in judge(subject, place, setting).findings if f.fatal]
             if fatal:
                 more = (
                     f" (and {len(fatal) - 1} more: `mmq check --engines {engine} {quote(str(target))}`)"

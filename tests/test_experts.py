@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from mmq.recipes.hub import fetch
 from mmq.recipes.progress import Step, Tell, silent
 from mmq.recipes.recipe import Recipe
 from mmq.recipes.samples import Sample
+from mmq.serve.engines import plan
+from mmq.serve.machine import Machine
 from mmq.serve.rules.verdicts import chosen, verdicts
 
 SEEING = ("qwen3_vl_moe", "glm4v_moe")
@@ -181,6 +184,14 @@ def test_every_expert_is_quantized_and_told_of(
     gpu, cpu = verdicts(made.path, chosen("vllm"))
     assert (gpu.answer, cpu.answer) == ("yes", "condition"), (gpu, cpu)
     assert [f.rule for f in cpu.findings] == ["experts"]  # seen in vLLM 0.32: "No WNA16 MoE backend supports ..."
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    laptop = Machine("cpu", 4, 32 << 30, 32 << 30, amx=True)
+    served = partial(plan, "vllm", made.path, environ={"MMQ_VLLM": str(program)}, trust_remote_code=True)
+    assert served(machine=laptop).argv
+    with pytest.raises(ValueError, match="int4 experts have a kernel on CPUs with AMX alone"):
+        served(machine=dataclasses.replace(laptop, amx=False))
 
 
 def test_the_artifact_walks_like_any_other(checkpoint: tuple[str, Path], tmp_path: Path) -> None:

@@ -39,12 +39,13 @@ REMOTE_TYPES = frozenset(
 @dataclass(frozen=True)
 class Setting:
     """How the checkpoint is to be run: tensor parallel size, where, by which version ("" where it is not installed
-    here), and the packages beside it (empty where they are not known)."""
+    here), the packages beside it (empty where they are not known), and whether the CPU has AMX (None: not known)."""
 
     tp: int = 1
     device: str = "cuda"
     version: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
+    amx: bool | None = None
 
 
 @dataclass(frozen=True)

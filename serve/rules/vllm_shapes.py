@@ -56,7 +56,8 @@ def experts(subject: Subject, setting: Setting) -> Iterator[Finding]:
         yield Finding("experts", True, "NF4 experts have no kernel on a CPU", "serve on a GPU")
     else:
         why = "int4 experts have a kernel on CPUs with AMX alone"
-        yield Finding("experts", False, why, "serve on a GPU, or on a CPU with AMX (`grep amx_tile /proc/cpuinfo`)")
+        lacks = setting.amx is False and "zentorch" not in setting.packages
+        yield Finding("experts", lacks, why, "serve on a GPU, or on a CPU with AMX (`grep amx_tile /proc/cpuinfo`)")
 
 
 def vision_divides(subject: Subject, setting: Setting) -> Iterator[Finding]:
