@@ -25,6 +25,7 @@ from mmq.__main__ import said
 from mmq.commands.terminal import until_left
 from mmq.export.alone import alone
 from mmq.recipes.pebble import model_folder
+from mmq.recipes.template import check_templates
 
 Run = Callable[..., tuple[int, str, str]]
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -227,6 +228,7 @@ def test_a_full_disk(mmq: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_an_engine_that_is_not_installed(mmq: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_templates(model_folder())  # now, while there is a Python for its trial
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = mmq("serve", "pebble", "--print")

@@ -210,7 +210,7 @@ def test_checked_and_answered(tmp_path: Path, kind: str) -> None:
     found = check(made, base, samples=drawn(2), limits=Limits(), max_new_tokens=3)
     assert found.measures["coverage"] == 1.0
     assert 0 < found.measures["mean_kl"] < 0.1
-    assert all(len(s["fp16"]) for s in found.samples)
+    assert all(s["length"] for s in found.samples)  # tokens: words of random weights may be none
 
 
 @pytest.mark.parametrize("layout", ["llava_llama", "multi_modality"])
