@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers as t
-import transformers.modeling_utils  # here, as torch 2.8 cannot import its compiler inside `with torch.device`
 
 from mmq.bench.hollow import PIXELS, fill
 from mmq.bench.shapes import LAYERS, TEXT

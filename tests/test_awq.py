@@ -55,7 +55,7 @@ def test_the_search_in_two_stages_finds_nearly_the_best(
         pool = torch.stack(awq.candidates(gram.diagonal().sqrt(), weights, 128))
         every = awq.scale_losses(weights, gram, pool, grid)
         best = awq.best_scale(weights, gram, grid)
-        assert float(awq.scale_losses(weights, gram, best[None], grid)) <= 1.01 * float(every.min())
+        assert float(awq.scale_losses(weights, gram, best[None], grid)) <= 1.005 * float(every.min())
         assert float(every.min()) < 0.97 * float(every[0])  # there is something to find: the first is no scaling
     assert in_stages == (1 if tried == 512 else 4)
 
@@ -67,11 +67,6 @@ def test_of_few_rows_all_are_telling() -> None:
     assert torch.equal(awq.telling_rows(weights, torch.eye(64), 32), torch.cat(weights))
 
 
-def hidden(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """What a layer makes, which transformers 5.0 gives in a tuple."""
-    return out[0] if isinstance(out, tuple) else out
-
-
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize(("stored", "apart"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-3)])
 def test_moved_scales_leave_the_layer_as_it_was(tmp_path: Path, kind: str, stored: torch.dtype, apart: float) -> None:
@@ -81,7 +76,7 @@ def test_moved_scales_leave_the_layer_as_it_was(tmp_path: Path, kind: str, store
         problem = found.problem(stored)
         assert awq.absorbable(problem.groups[1], found.weights, {"self_attn.v_proj"}) == 2  # grouped queries
         call = found.stop.calls[0]
-        before = hidden(found.stop.run(call))
+        before = found.stop.run(call)
         moved = awq.scale(problem, Grid())
         assert set(moved.columns) == {n for g in problem.groups for n in g.linears}
         assert set(moved.rows) == {"self_attn.v_proj", "mlp.up_proj"}
@@ -91,7 +86,7 @@ def test_moved_scales_leave_the_layer_as_it_was(tmp_path: Path, kind: str, store
             for name in group.linears:
                 assert float((moved.columns[name] - 1).abs().max()) > 0.01
                 set_parameter(found.stop.layer, f"{name}.weight", moved.weight(name, slice(None)))
-        after = hidden(found.stop.run(call))
+        after = found.stop.run(call)
         assert torch.linalg.norm(after - before) <= apart * torch.linalg.norm(before - call.hidden)
 
 

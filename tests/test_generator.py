@@ -102,6 +102,8 @@ def test_a_server_is_measured(served: Server, ask: Ask, artifact: Callable[..., 
     # as many gaps as tokens after the first, but where several came in one piece, as a loaded machine's do
     gaps = json.loads(file.read_text())["itls"]
     assert all(0 < len(found) < SMALL.output_tokens for found in gaps)
+    for found, whole, first in zip(gaps, run.latency, run.ttft, strict=True):
+        assert sum(found) == pytest.approx(whole - first, rel=0.02)
     Image.new("RGB", (56, 84), "red").save(tmp_path / "a.png")
     rows = [{"query": "<image>图中有什么？", "images": [str(tmp_path / "a.png")]}, {"query": "Which colour? " * 30}]
     own = tmp_path / "own.jsonl"
